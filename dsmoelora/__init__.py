@@ -1,0 +1,1 @@
+"""Instruction tuning of causal language models with mixtures of low-rank experts under DeepSpeed ZeRO-3."""

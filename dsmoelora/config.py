@@ -1,0 +1,286 @@
+"""The recipe: every setting of a run, its type, its default and its limits, in one place.
+
+A recipe is one YAML file with the sections of `Recipe`; any key can be overridden on the command line
+(`--optim.lr 3e-4`). The dataclasses check what can be checked without looking at the disk or the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from dsmoelora.errors import bad_value
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _require(ok: bool, key: str, value: Any, allowed: str, remedy: str) -> None:
+    if not ok:
+        raise bad_value(key, value, allowed, remedy)
+
+
+def _require_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 1, f"{section}.{name}", value, "1 or more", f"Set {section}.{name} to a positive number.")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lies and what it starts from.
+
+    Args:
+        name: folder of the run below `dir`
+        dir: folder that holds all runs
+        seed: decides adapter initialisation, order of samples and dropout
+    """
+
+    name: str = "run"
+    dir: str = "runs"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ok = bool(self.name) and "/" not in self.name and self.name not in (".", "..")
+        _require(ok, "run.name", self.name, "a plain folder name", "Give run.name without slashes.")
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base model.
+
+    Args:
+        path: folder of a transformers model (config.json, tokenizer, safetensors), or a hub name
+        dtype: dtype of weights and activations; masters and gradients are fp32 either way
+        attention: attention implementation of transformers
+        trust_remote_code: run Python code that comes with the model
+    """
+
+    path: str = ""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass
+class AdapterConfig:
+    """A mixture of low-rank experts on every chosen linear layer.
+
+    Args:
+        r: rank R of one expert
+        lora_alpha: numerator of the scale `s = alpha / R`
+        lora_dropout: dropout probability on the input of the experts (the router sees the input undropped)
+        use_rslora: scale by `alpha / sqrt(R)` instead (Kalajdzievski 2023)
+        target_modules: suffixes of module names, or `all-linear` (every linear layer but the output head)
+        num_experts: E, the experts of one layer
+        top_k: K, the experts that a token uses
+        gate_power: power of the gate in the gradients of the factors: 1 is the chain rule, 1/2 the rescaling of
+            Sun et al.'s released code, 0 their theory. Other than 1, the optimizer does not see the gradient of the
+            loss, and `grad_norm` is not its norm
+        gate_power_scope: `factors` keeps the input's gradient exact for every `gate_power`; `factors_and_input`
+            sends the rescaled gradient down to the input too, as Sun et al.'s released code does (parity checks only)
+        expert: kind of expert
+        router: kind of router
+        init: initialisation of the factors (kaiming `a`, zero `b`)
+        seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
+    """
+
+    r: int = 4
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    num_experts: int = 20
+    top_k: int = 10
+    gate_power: float = 1.0
+    gate_power_scope: Literal["factors", "factors_and_input"] = "factors"
+    expert: Literal["lora"] = "lora"
+    router: Literal["softmax_topk"] = "softmax_topk"
+    init: Literal["kaiming"] = "kaiming"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_positive("adapter", self, "r", "num_experts", "top_k")
+        _require(
+            self.top_k <= self.num_experts,
+            "adapter.top_k",
+            self.top_k,
+            f"at most adapter.num_experts = {self.num_experts}",
+            "Lower adapter.top_k or raise adapter.num_experts.",
+        )
+        _require(
+            0.0 <= self.lora_dropout < 1.0,
+            "adapter.lora_dropout",
+            self.lora_dropout,
+            "at least 0 and below 1",
+            "0 switches dropout off.",
+        )
+        _require(self.lora_alpha > 0, "adapter.lora_alpha", self.lora_alpha, "above 0", "Common values: R to 4 R.")
+        _require(
+            self.gate_power >= 0, "adapter.gate_power", self.gate_power, "0 or more", "Use 1 (chain rule), 0.5 or 0."
+        )
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            self.target_modules = [self.target_modules]
+        ok = self.target_modules == "all-linear" or (self.target_modules and all(self.target_modules))
+        remedy = "Example: [q_proj, v_proj]."
+        _require(bool(ok), "adapter.target_modules", self.target_modules, "a list of names or `all-linear`", remedy)
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / R, or alpha / sqrt(R) with rsLoRA."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer, learning rates and schedule.
+
+    Args:
+        name: base optimizer
+        lr: learning rate of the `a` factors
+        lr_router: learning rate of the routers; `null` means `lr`
+        lr_b_ratio: learning rate of the `b` factors as a multiple of `lr` (LoRA+)
+        betas, eps, bias_correction: of AdamW
+        momentum: of SGD
+        weight_decay: decoupled in AdamW; added to the gradient in SGD
+        preconditioner: Riemannian preconditioner of the factors
+        schedule: how the learning rate goes on after the warm-up
+        warmup_steps: optimizer steps of linear warm-up from 0
+        min_lr_ratio: where the schedule ends, as a share of the learning rate
+        max_grad_norm: clips the global norm of the raw gradient; 0 switches clipping off
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    lr_router: float | None = 1e-4
+    lr_b_ratio: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    bias_correction: bool = True
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    preconditioner: Literal["none"] = "none"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = 10
+    min_lr_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "above 0", "Common values: 1e-4 to 3e-3 for adamw.")
+        for name in ("lr_b_ratio", "lr_router", "weight_decay", "warmup_steps", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"optim.{name}", value, "0 or more", "Drop the minus sign.")
+        for beta in self.betas:
+            _require(0 <= beta < 1, "optim.betas", list(self.betas), "two numbers in [0, 1)", "Example: [0.9, 0.999].")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "at least 0 and below 1", "Try 0.9.")
+        _require(self.eps > 0, "optim.eps", self.eps, "above 0", "The usual value is 1e-8.")
+        _require(
+            0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "between 0 and 1", "Try 0.1 or 0."
+        )
+
+
+@dataclass
+class DataSource:
+    """One data file.
+
+    Args:
+        path: JSON or JSONL file
+    """
+
+    path: str = ""
+
+
+@dataclass
+class DataConfig:
+    """What is learned from.
+
+    Args:
+        train: training files, joined in this order
+        eval: held-out files, joined in this order
+        max_length: tokens of a sample; what is longer is cut at the end
+    """
+
+    train: list[DataSource] = field(default_factory=list)
+    eval: list[DataSource] = field(default_factory=list)
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more", "Common values: 512 to 4096.")
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Args:
+        max_steps: optimizer steps
+        batch_size: sequences of all ranks per optimizer step
+        micro_batch_size: sequences of one rank per forward; accumulation follows from both
+        eval_every: optimizer steps between evaluations, 0 for none (where `data.eval` is given, the first
+            evaluation is before step 1 and the last after the final step)
+        save_every: optimizer steps between checkpoints, 0 for none but the last
+        keep_checkpoints: how many of the newest checkpoints stay
+        activation_checkpointing: recompute activations in the backward pass
+        num_samples: held-out prompts that are answered before and after training
+        sample_max_new_tokens: tokens of such an answer at most
+    """
+
+    max_steps: int = 100
+    batch_size: int = 16
+    micro_batch_size: int = 4
+    eval_every: int = 25
+    save_every: int = 50
+    keep_checkpoints: int = 2
+    activation_checkpointing: bool = False
+    num_samples: int = 0
+    sample_max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "train",
+            self,
+            "max_steps",
+            "batch_size",
+            "micro_batch_size",
+            "keep_checkpoints",
+            "sample_max_new_tokens",
+        )
+        for name in ("eval_every", "save_every", "num_samples"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}", value, "0 or more", f"0 switches train.{name} off.")
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of one rank per optimizer step.
+
+        Raises:
+            ConfigError: `batch_size` is no multiple of `micro_batch_size * world_size`
+        """
+        per_forward = self.micro_batch_size * world_size
+        _require(
+            self.batch_size % per_forward == 0,
+            "train.batch_size",
+            self.batch_size,
+            f"a multiple of train.micro_batch_size x ranks = {self.micro_batch_size} x {world_size} = {per_forward}",
+            f"Nearest: {max(1, round(self.batch_size / per_forward)) * per_forward}.",
+        )
+        return self.batch_size // per_forward
+
+
+@dataclass
+class Recipe:
+    """Everything that defines a run; see the sections' classes."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        self.adapter.seed = self.run.seed
