@@ -1,0 +1,14 @@
+"""Routed low-rank experts on linear layers: pure torch."""
+
+from dsmoelora.adapters.inject import batch_context, inject, match_targets
+from dsmoelora.adapters.layer import BatchContext, ExpertBank, RoutedLinear, adapted_layers
+
+__all__ = [
+    "BatchContext",
+    "ExpertBank",
+    "RoutedLinear",
+    "adapted_layers",
+    "batch_context",
+    "inject",
+    "match_targets",
+]

@@ -1,0 +1,56 @@
+"""Dropout whose mask is a pure function of (seed, sequence, position, layer, feature).
+
+torch's generators give a token another mask whenever the batch is split over ranks or micro-batches in another way, so
+losses would depend on the world size. Here a token carries a key; the mask is a hash of the token's key, the layer's
+key and the feature's number, the same wherever the token is computed, and the same again when a layer is recomputed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK_32 = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finaliser on int64 tensors that hold values in [0, 2^32) (constants of the `lowbias32` hash)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK_32
+    return x ^ (x >> 16)
+
+
+def _as_int32(x: Tensor) -> Tensor:
+    return torch.where(x > 0x7FFFFFFF, x - (1 << 32), x).to(torch.int32)
+
+
+def token_keys(seed: int, sequence_ids_B: Tensor, attention_mask_BS: Tensor) -> Tensor:
+    """(B, S) int32: one key a token, from the seed, the number of its sequence and its place among the real tokens.
+
+    Args:
+        seed: of the run
+        sequence_ids_B: (B,) int64, the number of each sequence in the whole run
+        attention_mask_BS: (B, S), 1 for real tokens; places are counted over these, so padding side does not matter
+    """
+    low, high = sequence_ids_B & _MASK_32, (sequence_ids_B >> 32) & _MASK_32
+    sequence_B = _mix(_mix(low ^ (seed & _MASK_32)) ^ _mix(high ^ ((seed >> 32) & _MASK_32)))
+    place_BS = attention_mask_BS.long().cumsum(-1)
+    return _as_int32(_mix(sequence_B.unsqueeze(-1) ^ _mix(place_BS)))
+
+
+def keyed_dropout(x_TD: Tensor, keys_T: Tensor, layer_key: int, probability: float) -> Tensor:
+    """Zero each number with `probability` and scale the rest by `1 / (1 - probability)`.
+
+    Args:
+        x_TD: (T, D)
+        keys_T: (T,) int32 from `token_keys`
+        layer_key: any integer that tells layers apart
+        probability: in [0, 1)
+    """
+    features_D = torch.arange(x_TD.shape[-1], device=x_TD.device, dtype=torch.int64)
+    features_D = _as_int32(_mix(_mix(features_D) ^ (layer_key & _MASK_32)))
+    hash_TD = (keys_T.unsqueeze(-1) ^ features_D) * 0x7FEB352D  # int32 arithmetic wraps around, as a hash wants
+    hash_TD = (hash_TD ^ (hash_TD >> 15)) * 0x3C6EF372
+    hash_TD = (hash_TD ^ (hash_TD >> 13)) * 0x2C1B3C6D  # its high bits decide, so no last shift is wanted
+    keep_TD = hash_TD >= int(probability * 2**32) - 2**31
+    return x_TD * keep_TD * (1.0 / (1.0 - probability))

@@ -1,0 +1,118 @@
+"""The routed experts of one layer as two dense products: the autograd function of the project.
+
+Shapes: `T` tokens, `D` in-features, `O` out-features, `E` experts, `R` rank, `F = E * R` (the rank dims of all
+experts side by side).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+def _side_by_side(factor_EXR: Tensor) -> Tensor:
+    """(E, X, R) -> (X, F): the experts' columns next to one another, for one dense product."""
+    num_experts, num_rows, rank = factor_EXR.shape
+    return factor_EXR.permute(1, 0, 2).reshape(num_rows, num_experts * rank)
+
+
+def _per_expert(grad_XF: Tensor, like_EXR: Tensor) -> Tensor:
+    """(X, F) -> (E, X, R), the way back."""
+    num_experts, num_rows, rank = like_EXR.shape
+    return grad_XF.view(num_rows, num_experts, rank).permute(1, 0, 2).contiguous()
+
+
+def _weigh(features_TF: Tensor, weight_TE: Tensor) -> Tensor:
+    """Each expert's features times its weight (fp32), rounded once to the dtype of the features."""
+    num_tokens, num_experts = weight_TE.shape
+    features_TER = features_TF.view(num_tokens, num_experts, -1)
+    return (features_TER * weight_TE.unsqueeze(-1)).to(features_TF.dtype).view_as(features_TF)
+
+
+class RoutedExperts(torch.autograd.Function):
+    """`y = base + s * sum_e gate_e (x a_e) b_e^T`, with the gate's power of choice in the factors' gradients.
+
+    All experts take part for every token, unselected ones with gate 0, so the shapes never depend on the data.
+    Saved for the backward pass are the parameters themselves, no copy and no view of them: under ZeRO-3 anything
+    else would keep the gathered weight alive.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx,
+        base_TO: Tensor,
+        x_TD: Tensor,
+        gate_TE: Tensor,
+        selected_TE: Tensor,
+        a_EDR: Tensor,
+        b_EOR: Tensor,
+        scale: float,
+        gate_power: float,
+        power_reaches_input: bool,
+    ) -> Tensor:
+        """(T, O): `base_TO` plus the experts' output.
+
+        Args:
+            base_TO: output of the frozen layer
+            x_TD: input of the experts
+            gate_TE: fp32, 0 where not selected
+            selected_TE: bool, which experts a token uses
+            a_EDR: (E, D, R)
+            b_EOR: (E, O, R)
+            scale: s of the layer
+            gate_power: the gate enters the gradients of `a` and `b` as `where(selected, gate ** gate_power, 0)`
+            power_reaches_input: send the gradient with that power down to `x` too (Sun et al.'s released code)
+        """
+        features_TF = x_TD @ _side_by_side(a_EDR)
+        hidden_TF = _weigh(features_TF, scale * gate_TE)
+        ctx.save_for_backward(x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR)
+        ctx.scale, ctx.gate_power, ctx.power_reaches_input = scale, gate_power, power_reaches_input  # type: ignore[attr-defined]
+        return torch.addmm(base_TO, hidden_TF, _side_by_side(b_EOR).t())
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of base, x, gate, a and b; exact for gate_power 1, and for x and gate always by default."""
+        x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR = ctx.saved_tensors  # type: ignore[attr-defined]
+        scale, gate_power = ctx.scale, ctx.gate_power  # type: ignore[attr-defined]
+        need_base, need_x, need_gate, _, need_a, need_b, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad_x = grad_gate = grad_a = grad_b = None
+
+        grad_TF = grad_TO @ _side_by_side(b_EOR)
+        if need_gate:
+            per_feature = grad_TF.float() * features_TF
+            grad_gate = scale * per_feature.view(*gate_TE.shape, -1).sum(-1)
+
+        weight_TE = scale * gate_TE
+        factor_weight_TE = weight_TE
+        if gate_power != 1.0:
+            factor_weight_TE = scale * torch.where(selected_TE, gate_TE**gate_power, 0.0)
+        weighted_TF = _weigh(grad_TF, factor_weight_TE)
+        if need_a:
+            grad_a = _per_expert(x_TD.t() @ weighted_TF, a_EDR)
+        if need_b:
+            grad_b = _per_expert(grad_TO.t() @ _weigh(features_TF, factor_weight_TE), b_EOR)
+        if need_x:
+            if gate_power != 1.0 and not ctx.power_reaches_input:  # type: ignore[attr-defined]
+                weighted_TF = _weigh(grad_TF, weight_TE)
+            grad_x = weighted_TF @ _side_by_side(a_EDR).t()
+        return grad_TO if need_base else None, grad_x, grad_gate, None, grad_a, grad_b, None, None, None
+
+
+class RouterLogits(torch.autograd.Function):
+    """`logits = x W^T` in fp32 for inputs of any dtype, without an fp32 copy of `x` waiting for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:  # type: ignore[override]
+        """(T, E) fp32."""
+        ctx.save_for_backward(x_TD, weight_ED)
+        return x_TD.float() @ weight_ED.float().t()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        """Gradients of x (in its dtype) and of the weight (in its dtype), both computed in fp32."""
+        x_TD, weight_ED = ctx.saved_tensors  # type: ignore[attr-defined]
+        need_x, need_weight = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad_x = (grad_TE @ weight_ED.float()).to(x_TD.dtype) if need_x else None
+        grad_weight = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype) if need_weight else None
+        return grad_x, grad_weight

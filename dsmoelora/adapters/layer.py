@@ -1,0 +1,114 @@
+"""A linear layer with a router and a bank of low-rank experts beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsmoelora.adapters.dropout import keyed_dropout
+from dsmoelora.adapters.function import RoutedExperts
+from dsmoelora.adapters.router import SingleExpertRouter, SoftmaxTopKRouter
+from dsmoelora.config import AdapterConfig
+from dsmoelora.seeds import derive_seed, generator
+
+
+@dataclass
+class BatchContext:
+    """What the layers of one model know about the micro-batch at hand; one object is shared by all of them.
+
+    Args:
+        token_keys: (B, S) int32 from `dropout.token_keys`; None falls back to torch's own dropout, whose mask
+            depends on how a batch is split
+    """
+
+    token_keys: Tensor | None = None
+
+
+class ExpertBank(nn.Module):
+    """The factors of all experts of a layer: `a` (E, D, R) from kaiming-uniform, `b` (E, O, R) zero.
+
+    Args:
+        in_features: D
+        out_features: O
+        config: rank, number of experts, scale, gate power
+        layer_name: with the seed and the expert's number it decides the initial values
+        like: tensor whose dtype and device the factors take
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, config: AdapterConfig, layer_name: str, like: Tensor
+    ) -> None:
+        super().__init__()
+        self.a_shape = (config.num_experts, in_features, config.r)
+        self.b_shape = (config.num_experts, out_features, config.r)
+        self.scale = config.scale
+        self.gate_power = config.gate_power
+        self.power_reaches_input = config.gate_power_scope == "factors_and_input"
+        start = torch.empty(self.a_shape)
+        for expert, start_DR in enumerate(start):
+            # kaiming_uniform_(a=sqrt(5)) of an (R, D) matrix, as PEFT starts its A
+            bound = in_features**-0.5
+            start_DR.uniform_(-bound, bound, generator=generator(config.seed, layer_name, "a", expert))
+        self.a = nn.Parameter(start.to(like.dtype).to(like.device))
+        self.b = nn.Parameter(torch.zeros(self.b_shape, dtype=like.dtype, device=like.device))
+
+    def forward(self, base_TO: Tensor, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor) -> Tensor:
+        """(T, O): `base_TO + s sum_e gate_e (x a_e) b_e^T`; see `RoutedExperts`."""
+        output: Tensor = RoutedExperts.apply(
+            base_TO, x_TD, gate_TE, selected_TE, self.a, self.b, self.scale, self.gate_power, self.power_reaches_input
+        )
+        return output
+
+
+class RoutedLinear(nn.Module):
+    """A frozen linear layer plus a routed mixture of low-rank experts.
+
+        y = x W0^T + s sum_e gate_e(x) (x a_e) b_e^T
+
+    The parameters are read only inside `router.forward` and `experts.forward`: ZeRO-3 gathers a parameter when the
+    module that owns it is called.
+
+    Args:
+        base: the layer to wrap; its parameters stay as they are
+        config: of the adapter
+        name: of the layer in the model
+        context: shared by all layers of the model
+    """
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig, name: str, context: BatchContext) -> None:
+        super().__init__()
+        self.base = base
+        self.context = context
+        self.dropout = config.lora_dropout
+        self.dropout_key = derive_seed("dropout", name)
+        like = base.weight
+        self.router: nn.Module = SingleExpertRouter()
+        if config.num_experts > 1:
+            seed_parts = (config.seed, name, "router")
+            self.router = SoftmaxTopKRouter(base.in_features, config.num_experts, config.top_k, like, seed_parts)
+        self.experts = ExpertBank(base.in_features, base.out_features, config, name, like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., O)."""
+        base = self.base(x)
+        x_TD = x.reshape(-1, x.shape[-1])
+        gate_TE, selected_TE = self.router(x_TD)
+        y_TO = self.experts(base.reshape(-1, base.shape[-1]), self._drop(x_TD), gate_TE, selected_TE)
+        return y_TO.view(base.shape)  # type: ignore[no-any-return]
+
+    def _drop(self, x_TD: Tensor) -> Tensor:
+        if not self.training or self.dropout == 0.0:
+            return x_TD
+        if self.context.token_keys is None:
+            return nn.functional.dropout(x_TD, self.dropout)
+        return keyed_dropout(x_TD, self.context.token_keys.reshape(-1), self.dropout_key, self.dropout)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoutedLinear]]:
+    """Name and module of every adapted layer, in the order of the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedLinear):
+            yield name, module
