@@ -1,0 +1,156 @@
+"""Collectives in the few forms that the rest needs, over `deepspeed.comm` so that its logger counts them.
+
+Everything here works with one process too, initialised or not. Tensors travel on the accelerator's device: gloo
+takes CPU tensors, NCCL device tensors only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from dsmoelora.errors import ConfigError, UserError
+from dsmoelora.parallel.ranks import env_rank, env_world_size
+
+Result = TypeVar("Result")
+
+
+def init() -> None:
+    """Join the process group that the environment describes (see `ranks.adopt_launcher_environment`).
+
+    Raises:
+        ConfigError: the rendezvous address is taken or cannot be reached
+    """
+    if dist.is_initialized():
+        return
+    _use_own_device()
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"The ranks cannot meet at MASTER_ADDR:MASTER_PORT = {where}: {str(error).splitlines()[0]}. "
+            "Choose a free port (`deepspeed --master_port N ...`, `torchrun --master-port N ...`) and check the address."
+        ) from error
+
+
+def shutdown() -> None:
+    """Leave the process group; without it gloo's threads abort the interpreter on its way out."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank."""
+    return dist.get_rank() if dist.is_initialized() else env_rank()
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    assert env_world_size() == 1, "comm.init() was not called"
+    return 1
+
+
+def barrier() -> None:
+    """Return when every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(values: list[float]) -> list[float]:
+    """Sums over ranks, number by number, in float64; the same on all ranks."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank; the same on all ranks."""
+    return all_reduce_sum([float(flag)])[0] > 0
+
+
+def gather_objects(obj: Any) -> list[Any] | None:
+    """Every rank's JSON-able object, in the order of ranks, on rank 0; None elsewhere."""
+    everyone = _all_gather_bytes(json.dumps(obj).encode(), decode=rank() == 0)
+    return None if everyone is None else [json.loads(text) for text in everyone]
+
+
+def broadcast_object(obj: Any) -> Any:
+    """Rank 0's JSON-able object on every rank; what the others pass is ignored. Tuples come back as lists."""
+    text = json.dumps(obj).encode() if rank() == 0 else b""
+    if world_size() == 1:
+        return json.loads(text)
+    length = torch.tensor([len(text)], dtype=torch.int64, device=_device())
+    dist.broadcast(length, src=0)
+    data = torch.empty(int(length), dtype=torch.uint8, device=_device())
+    if rank() == 0:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(data, src=0)
+    return json.loads(bytes(data.cpu().numpy()))
+
+
+def together(fn: Callable[[], Result]) -> Result:
+    """Run `fn` on every rank and fail on all of them when it fails on one: nobody waits for a rank that is gone.
+
+    For work that may go wrong on a rank alone (a disk, a file, memory). `fn` must not contain collectives.
+
+    Raises:
+        Exception: on a rank where `fn` raised, its own error
+        UserError: on the others, naming the first rank that failed and its message
+    """
+    own: Exception | None = None
+    result: Any = None
+    try:
+        result = fn()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+        own = error
+    message = "" if own is None else (str(own) or type(own).__name__)
+    if any_rank(own is not None):
+        messages = _all_gather_bytes(message.encode(), decode=True) or []
+        if own is not None:
+            raise own
+        failed = next(k for k, text in enumerate(messages) if text)
+        raise UserError(f"rank {failed}: {messages[failed].decode()}")
+    return result
+
+
+def _all_gather_bytes(data: bytes, decode: bool) -> list[bytes] | None:
+    """Every rank's bytes in the order of ranks, or None where `decode` is false (the exchange happens all the same)."""
+    if world_size() == 1:
+        return [data] if decode else None
+    length = torch.tensor([len(data)], dtype=torch.int64, device=_device())
+    lengths = [torch.empty_like(length) for _ in range(world_size())]
+    dist.all_gather(lengths, length)
+    longest = max(1, max(int(n) for n in lengths))  # collectives need tensors of one size, and not an empty one
+    padded = torch.zeros(longest, dtype=torch.uint8, device=_device())
+    padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    everyone = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(everyone, padded)
+    if not decode:
+        return None
+    return [bytes(one[: int(n)].cpu().numpy()) for one, n in zip(everyone, lengths, strict=True)]
+
+
+def _device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _use_own_device() -> None:
+    """Bind this process to its accelerator, before anything allocates on device 0."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return
+    # Slurm may show each task its own device alone, which is then number 0 for every task.
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    accelerator.set_device(0 if accelerator.device_count() == 1 else local_rank)
