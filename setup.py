@@ -1,0 +1,70 @@
+"""Package metadata and dependencies of dsmoelora."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """`__version__` out of the package's source, because importing the package would import torch."""
+    source = (ROOT / "dsmoelora" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)
+    if found is None:
+        raise RuntimeError("dsmoelora/__init__.py has no line like: __version__ = \"0.1.0\"")
+    return found[1]
+
+
+# A lower bound is the oldest version we have run; an upper bound is where the next incompatible release may be.
+# constraints.txt holds the exact versions of the ones whose behaviour our numbers depend on.
+REQUIRES = [
+    "torch>=2.13,<2.14",  # tensors and autograd; DeepSpeed's C++ ops are compiled against it
+    "deepspeed>=0.19.8,<0.20",  # ZeRO-3; parallel/zero.py reads its internals and refuses versions it does not know
+    "ninja>=1.11",  # DeepSpeed compiles its operators with it at first use
+    "transformers>=5.20,<6",  # models, tokenizers, chat templates, learning-rate schedules
+    "datasets>=5.2,<6",  # reads JSON and JSONL, keeps tokenised samples on disk
+    "safetensors>=0.8,<1",  # adapters and checkpoints: no pickle
+    "sentencepiece>=0.2.1",  # tokenizers that come as a bare `.model` file
+    "protobuf>=6.31",  # transformers reads sentencepiece models through it
+    "jsonargparse[signatures]>=4.53,<5",  # typed YAML recipes with command-line overrides, out of our dataclasses
+    "numpy>=2",  # per-sample token counts; the order of samples
+    "packaging>=24",  # compares DeepSpeed's version with the ones that are known
+    "psutil>=6",  # host memory in metrics and plans
+    "rich>=14",  # progress bar and tables
+    "tensorboard>=2.20",  # curves in a browser
+]
+
+MPI = ["mpi4py>=4"]  # `mpirun` and `deepspeed --launcher openmpi`
+
+DEMO = [
+    "gguf>=0.19",  # reads the demo model's file
+    "reasoning-gym>=0.1.25",  # writes the demo's instruction set, offline
+]
+
+DEV = [
+    *DEMO,  # the tests prepare and run the demo
+    "pytest>=9",  # the tests
+    "peft>=0.21,<0.22",  # the yardstick of the benchmarks, and an independent LoRA for tests
+    "ruff>=0.17,<0.18",  # formatting and lint; formatting changes between minor versions
+    "mypy>=2.4,<3",  # types
+    "types-PyYAML>=6",  # types of PyYAML
+    "import-linter>=2.16",  # keeps the floors apart
+    "codespell>=2.4",  # spelling
+]
+
+setup(
+    name="dsmoelora",
+    version=read_version(),
+    description="Instruction tuning with mixtures of low-rank experts under DeepSpeed ZeRO-3",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["dsmoelora", "dsmoelora.*"]),
+    package_data={"dsmoelora": ["py.typed"]},
+    install_requires=REQUIRES,
+    extras_require={"mpi": MPI, "demo": DEMO, "dev": DEV},
+)
