@@ -1,11 +1,12 @@
 """Routed low-rank experts on linear layers: pure torch."""
 
 from dsmoelora.adapters.inject import batch_context, inject, match_targets
-from dsmoelora.adapters.layer import BatchContext, ExpertBank, RoutedLinear, adapted_layers
+from dsmoelora.adapters.layer import BatchContext, ExpertBank, Factor, RoutedLinear, adapted_layers
 
 __all__ = [
     "BatchContext",
     "ExpertBank",
+    "Factor",
     "RoutedLinear",
     "adapted_layers",
     "batch_context",

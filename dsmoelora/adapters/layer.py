@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,14 @@ from dsmoelora.adapters.function import RoutedExperts
 from dsmoelora.adapters.router import SingleExpertRouter, SoftmaxTopKRouter
 from dsmoelora.config import AdapterConfig
 from dsmoelora.seeds import derive_seed, generator
+
+
+class Factor(Enum):
+    """The role of a trainable tensor in its layer."""
+
+    A = "a"
+    B = "b"
+    ROUTER = "router"
 
 
 @dataclass
@@ -98,6 +107,15 @@ class RoutedLinear(nn.Module):
         gate_TE, selected_TE = self.router(x_TD)
         y_TO = self.experts(base.reshape(-1, base.shape[-1]), self._drop(x_TD), gate_TE, selected_TE)
         return y_TO.view(base.shape)  # type: ignore[no-any-return]
+
+    def role_of(self, parameter_name: str) -> tuple[Factor, tuple[int, ...]]:
+        """Role and shape over all experts of a trainable parameter (`experts.a`), whose own `shape` ZeRO-3 empties."""
+        if parameter_name == "experts.a":
+            return Factor.A, self.experts.a_shape
+        if parameter_name == "experts.b":
+            return Factor.B, self.experts.b_shape
+        assert isinstance(self.router, SoftmaxTopKRouter) and parameter_name == "router.weight"
+        return Factor.ROUTER, self.router.shape
 
     def _drop(self, x_TD: Tensor) -> Tensor:
         if not self.training or self.dropout == 0.0:

@@ -1,0 +1,17 @@
+"""Optimizers over runs of rows: pure torch, the same on plain tensors and on ZeRO's shards."""
+
+from dsmoelora.config import OptimConfig
+from dsmoelora.optim.optimizer import ShardOptimizer, build_optimizer
+from dsmoelora.optim.rows import Run, Shard, Trainable, trainables
+from dsmoelora.optim.schedule import build_schedule
+
+__all__ = [
+    "OptimConfig",
+    "Run",
+    "Shard",
+    "ShardOptimizer",
+    "Trainable",
+    "build_optimizer",
+    "build_schedule",
+    "trainables",
+]

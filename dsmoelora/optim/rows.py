@@ -8,18 +8,13 @@ experts**, whatever the world size or the placement. Optimizer, ZeRO and checkpo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
+from torch import nn
 
-
-class Factor(Enum):
-    """The role of a trainable tensor in its layer."""
-
-    A = "a"
-    B = "b"
-    ROUTER = "router"
+from dsmoelora.adapters.layer import Factor, adapted_layers
 
 
 @dataclass(frozen=True)
@@ -61,12 +56,30 @@ class Run:
 
 @dataclass
 class Shard:
-    """A flat tensor of this rank and what its numbers are.
+    """A contiguous tensor of this rank and what its numbers are.
 
     Args:
-        flat: (N,) fp32 master values; whoever owns the gradient puts it into `flat.grad` before a step
-        runs: in the order of their offsets; numbers outside every run are padding and mean nothing
+        tensor: fp32 master values: a flat (N,) partition, or a whole parameter; whoever owns the gradient puts it
+            into `tensor.grad` before a step
+        runs: in the order of their offsets in the flattened tensor; numbers outside every run are padding and mean
+            nothing
     """
 
-    flat: torch.Tensor
+    tensor: torch.Tensor
     runs: list[Run]
+
+
+def trainables(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
+    """Every trainable tensor of an adapted model and the parameter that holds it, in the order of the model."""
+    found = []
+    for layer_name, layer in adapted_layers(model):
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad:
+                factor, shape = layer.role_of(name)
+                found.append((Trainable(f"{layer_name}.{name}", layer_name, factor, shape), parameter))
+    return found
+
+
+def whole(trainable: Trainable, parameter: torch.Tensor) -> Shard:
+    """The shard of a parameter that is not partitioned."""
+    return Shard(parameter, [Run(trainable, 0, math.prod(trainable.shape), 0)])

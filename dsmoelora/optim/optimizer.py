@@ -1,0 +1,156 @@
+"""One optimizer over shards: AdamW or SGD with a learning-rate multiplier per run of rows.
+
+The same code runs on plain parameters and on ZeRO's flat partitions. ZeRO sees one param group, so that one call of
+`step()` has every gradient of a process group at hand; learning rates of `a`, `b` and routers are multipliers of
+`group["lr"]`, and schedulers of torch and transformers work on that one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from dsmoelora.adapters.layer import Factor
+from dsmoelora.config import OptimConfig
+from dsmoelora.optim.rows import Run, Shard, trainables, whole
+
+
+def lr_multiplier(config: OptimConfig, factor: Factor) -> float:
+    """Learning rate of a role as a multiple of `optim.lr`."""
+    if factor is Factor.B:
+        return config.lr_b_ratio
+    if factor is Factor.ROUTER and config.lr_router is not None:
+        return config.lr_router / config.lr
+    return 1.0
+
+
+class ShardOptimizer(torch.optim.Optimizer):
+    """AdamW or SGD on shards.
+
+    Before `bind`, `step()` does nothing (wrappers may call it once with zero gradients). `bind` makes the state of
+    every shard at once, so no rank ever has other keys than the next.
+
+    Args:
+        parameters: the trainable parameters
+        config: which base optimizer, and its numbers
+
+    Attributes:
+        skip: while True, `step()` leaves values and state alone
+        num_steps: steps applied, the `t` of Adam's bias correction
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimConfig) -> None:
+        super().__init__(parameters, {"lr": config.lr})
+        self.config = config
+        self.skip = False
+        self.num_steps = 0
+        self._spans: dict[Tensor, dict[float, list[slice]]] = {}
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the moments that every shard has."""
+        if self.config.name == "adamw":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.config.momentum else ()
+
+    def bind(self, shards: Iterable[Shard]) -> None:
+        """Learn which shards there are, and make their moments (flat, fp32, zero)."""
+        self.shards = list(shards)
+        for shard in self.shards:
+            flat = shard.tensor.detach().view(-1)
+            self._spans[shard.tensor] = self._spans_by_multiplier(shard.runs)
+            self.state[shard.tensor] = {name: torch.zeros_like(flat) for name in self.state_names}
+
+    def _spans_by_multiplier(self, runs: list[Run]) -> dict[float, list[slice]]:
+        """Where the numbers of each learning-rate multiplier lie; neighbours are joined, padding is left out."""
+        spans: dict[float, list[slice]] = {}
+        for run in runs:
+            same = spans.setdefault(lr_multiplier(self.config, run.of.factor), [])
+            if same and same[-1].stop == run.span.start:
+                same[-1] = slice(same[-1].start, run.span.stop)
+            else:
+                same.append(run.span)
+        return spans
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the shards of the param group from their gradients.
+
+        Under ZeRO this is called once per optimizer step and process group, after unscaling and clipping.
+
+        Args:
+            closure: not supported, as under ZeRO
+        """
+        if not self._spans or self.skip:
+            return
+        group = self.param_groups[0]
+        self.num_steps += 1
+        for tensor in group["params"]:
+            self._update(tensor, group["lr"])
+
+    def _update(self, tensor: Tensor, lr: float) -> None:
+        assert tensor.grad is not None, "every trainable tensor takes part in every step"
+        value, grad = tensor.detach().view(-1), tensor.grad.view(-1)
+        for multiplier, spans in self._spans[tensor].items():
+            moments = {name: [self.state[tensor][name][span] for span in spans] for name in self.state_names}
+            values, grads = [value[span] for span in spans], [grad[span] for span in spans]
+            if self.config.name == "adamw":
+                self._adamw(values, grads, moments, lr * multiplier)
+            else:
+                self._sgd(values, grads, moments, lr * multiplier)
+
+    def _adamw(self, values: list[Tensor], grads: list[Tensor], moments: dict[str, list[Tensor]], lr: float) -> None:
+        config = self.config
+        # torch counts the step up itself; after infinitely many steps there is nothing left to correct
+        steps_so_far = self.num_steps - 1 if config.bias_correction else torch.inf
+        steps = torch.full((len(values),), float(steps_so_far), device=values[0].device)
+        adamw(
+            values,
+            grads,
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            max_exp_avg_sqs=[],
+            state_steps=list(steps.unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            lr=lr,
+            weight_decay=config.weight_decay,
+            eps=config.eps,
+            maximize=False,
+        )
+
+    def _sgd(self, values: list[Tensor], grads: list[Tensor], moments: dict[str, list[Tensor]], lr: float) -> None:
+        config = self.config
+        buffers: list[Any] = moments.get("momentum_buffer") or [None] * len(values)
+        sgd(
+            values,
+            grads,
+            buffers,
+            fused=True,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> ShardOptimizer:
+    """The optimizer of an adapted model on plain tensors (no DeepSpeed): bound, ready to step.
+
+    Args:
+        model: adapted by `inject`
+        config: of the optimizer; its `max_grad_norm` and schedule are the business of the training loop
+    """
+    found = trainables(model)
+    optimizer = ShardOptimizer([parameter for _, parameter in found], config)
+    optimizer.bind(whole(trainable, parameter) for trainable, parameter in found)
+    return optimizer
