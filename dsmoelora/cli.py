@@ -1,0 +1,229 @@
+"""The command line of a run: recipe file, overrides and flags, turned into one checked `Command`.
+
+The recipe's keys, types and help come from the dataclasses of `config.py` by way of jsonargparse; what goes wrong
+there is said again in the one form of `errors.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.text import Text
+
+from dsmoelora.config import Recipe
+from dsmoelora.errors import ConfigError, UserError, bad_value
+from dsmoelora.parallel.ranks import env_rank
+from dsmoelora.recipe_file import (
+    DERIVED,
+    check_derived,
+    check_recipe_file,
+    did_you_mean,
+    in_words,
+    key_types,
+    read_text,
+    section_class,
+)
+
+logger = logging.getLogger(__name__)
+
+# What `--deepspeed` falls back to; everything else of a DeepSpeed file is filled from the recipe.
+DEFAULT_DEEPSPEED: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    Args:
+        recipe: file and overrides in one
+        deepspeed: content of the DeepSpeed file, as the user wrote it
+        resume: `none`, `auto`, or a checkpoint folder
+        dry_run: check everything, print the plan, train nothing
+        preview: print that many tokenised samples, train nothing
+        world_size: ranks to plan for in a dry run; None for those that are there
+        verbose: show the log messages of all libraries
+    """
+
+    recipe: Recipe
+    deepspeed: dict[str, Any]
+    resume: str = "none"
+    dry_run: bool = False
+    preview: int = 0
+    world_size: int | None = None
+    verbose: bool = False
+
+
+def parse_command(argv: list[str]) -> Command:
+    """Read the command line of `launch/train.py`. `--help` and `--print_config` print on rank 0 and exit.
+
+    Raises:
+        ConfigError: recipe, DeepSpeed file or flag is missing, malformed, unknown or of the wrong type
+    """
+    parser = _build_parser()
+    _check_flags(parser, argv)
+    for file in _recipe_files(argv):
+        check_recipe_file(file)
+    quiet = contextlib.redirect_stdout(None) if env_rank() else contextlib.nullcontext()
+    with quiet:
+        parsed = _parse(parser, _recipe_first(argv))
+        recipe = _instantiate(parser, parsed)
+        if parsed.print_config:
+            sys.stdout.write(recipe_yaml(recipe))
+            raise SystemExit(0)
+    return Command(
+        recipe=recipe,
+        deepspeed=read_deepspeed_file(parsed.deepspeed) if parsed.deepspeed else DEFAULT_DEEPSPEED,
+        resume=parsed.resume,
+        dry_run=parsed.dry_run,
+        preview=_non_negative("--preview", parsed.preview),
+        world_size=parsed.world_size,
+        verbose=parsed.verbose,
+    )
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The whole recipe as YAML that `--config` reads back to an equal recipe."""
+    tree = json.loads(json.dumps(dataclasses.asdict(recipe)))  # tuples become lists
+    for key in DERIVED:
+        section, name = key.split(".")
+        del tree[section][name]
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def read_deepspeed_file(path: str) -> dict[str, Any]:
+    """The content of a DeepSpeed JSON file.
+
+    Raises:
+        ConfigError: it is missing or no JSON object
+    """
+    text = read_text("--deepspeed", Path(path))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"--deepspeed {path}, line {error.lineno}, column {error.colno}: {error.msg}. Mend the JSON there."
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--deepspeed {path} holds {content!r}, but it must be a JSON object. See ds_configs/.")
+    return content
+
+
+def run_guarded(body: Callable[[], None]) -> int:
+    """Run a program and return its exit code; a `UserError` is said once, by rank 0, without a traceback."""
+    try:
+        body()
+    except UserError as error:
+        if env_rank() == 0:
+            sys.stdout.flush()
+            Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(str(error)))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        # Only a program that came as far as the process group has loaded DeepSpeed, and has something to leave.
+        comm = sys.modules.get("dsmoelora.parallel.comm")
+        if comm is not None:
+            comm.shutdown()
+    return 0
+
+
+# --- the parser -----------------------------------------------------------------------------------------------------
+
+
+def _build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="launch/train.py",
+        description="Instruction-tune a causal language model with routed low-rank experts under DeepSpeed ZeRO-3.",
+        exit_on_error=False,
+        print_config=None,  # jsonargparse's own would print flags among the recipe's keys
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="recipe (YAML); every key can be overridden: --optim.lr 1e-4")
+    parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed JSON file; default: plain ZeRO-3")
+    parser.add_argument(
+        "--resume", default="none", metavar="auto|none|FOLDER", help="go on from the newest whole checkpoint, or this"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for in a dry run")
+    parser.add_argument("--preview", type=int, default=0, metavar="N", help="print N tokenised samples, train nothing")
+    parser.add_argument("--print_config", action="store_true", help="print the whole recipe and exit")
+    parser.add_argument("--verbose", action="store_true", help="show the log messages of all libraries")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    for section in dataclasses.fields(Recipe):
+        skip = {key.split(".")[1] for key in DERIVED if key.startswith(section.name + ".")}
+        parser.add_class_arguments(section_class(section.name), section.name, skip=skip)
+    return parser
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    try:
+        return parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise _explain(str(error)) from None
+
+
+def _instantiate(parser: ArgumentParser, parsed: Namespace) -> Recipe:
+    built = parser.instantiate(parsed)
+    return Recipe(**{section.name: getattr(built, section.name) for section in dataclasses.fields(Recipe)})
+
+
+def _explain(message: str) -> ConfigError:
+    """jsonargparse's message in our form."""
+    wrong_type = re.search(r'Parser key "([\w.]+)":\s+(?:.*?)(?:Got|Given) value: (.*)', message, flags=re.DOTALL)
+    if wrong_type is not None:
+        key, value = wrong_type[1], wrong_type[2].strip().splitlines()[0]
+        annotation = key_types().get(key)
+        if annotation is not None:
+            shown = yaml.safe_load(value) if re.fullmatch(r"[\w.+-]+", value) else value
+            return bad_value(key, shown, in_words(annotation), "Correct it in the recipe or on the command line.")
+    flat = " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
+    return ConfigError(f"{flat.rstrip('.')}. `--help` lists all keys and flags.")
+
+
+def _check_flags(parser: ArgumentParser, argv: list[str]) -> None:
+    """Every `--flag` must be known; an unknown one is named with its nearest neighbour."""
+    known = {option for action in parser._actions for option in action.option_strings}
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in known:
+            check_derived(flag.removeprefix("--"))
+            raise ConfigError(f"{flag} is no known flag or key.{did_you_mean(flag, known)} `--help` lists all.")
+
+
+def _recipe_files(argv: list[str]) -> Iterator[Path]:
+    """The values of `--config` in their order."""
+    for place, word in enumerate(argv):
+        if word == "--config" and place + 1 < len(argv):
+            yield Path(argv[place + 1])
+        elif word.startswith("--config="):
+            yield Path(word.removeprefix("--config="))
+
+
+def _recipe_first(argv: list[str]) -> list[str]:
+    """The arguments with recipe files in front: an override counts wherever it stands."""
+    files = [word for file in _recipe_files(argv) for word in ("--config", str(file))]
+    rest = [
+        word
+        for place, word in enumerate(argv)
+        if not word.startswith("--config=") and word != "--config" and (place == 0 or argv[place - 1] != "--config")
+    ]
+    return files + rest + (["--config"] if argv[-1:] == ["--config"] else [])
+
+
+def _non_negative(flag: str, value: int) -> int:
+    if value < 0:
+        raise bad_value(flag, value, "0 or more", "Example: --preview 3.")
+    return value
