@@ -13,7 +13,7 @@ def read_version() -> str:
     source = (ROOT / "dsmoelora" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)
     if found is None:
-        raise RuntimeError("dsmoelora/__init__.py has no line like: __version__ = \"0.1.0\"")
+        raise RuntimeError('dsmoelora/__init__.py has no line like: __version__ = "0.1.0"')
     return found[1]
 
 
@@ -49,7 +49,6 @@ DEV = [
     "peft>=0.21,<0.22",  # the yardstick of the benchmarks, and an independent LoRA for tests
     "ruff>=0.17,<0.18",  # formatting and lint; formatting changes between minor versions
     "mypy>=2.4,<3",  # types
-    "types-PyYAML>=6",  # types of PyYAML
     "import-linter>=2.16",  # keeps the floors apart
     "codespell>=2.4",  # spelling
 ]
