@@ -24,6 +24,7 @@ REQUIRES = [
     "deepspeed>=0.19.8,<0.20",  # ZeRO-3; parallel/zero.py reads its internals and refuses versions it does not know
     "ninja>=1.11",  # DeepSpeed compiles its operators with it at first use
     "transformers>=5.20,<6",  # models, tokenizers, chat templates, learning-rate schedules
+    "accelerate>=1.15,<2",  # transformers loads weights into ZeRO-3 partitions with its help
     "datasets>=5.2,<6",  # reads JSON and JSONL, keeps tokenised samples on disk
     "safetensors>=0.8,<1",  # adapters and checkpoints: no pickle
     "sentencepiece>=0.2.1",  # tokenizers that come as a bare `.model` file

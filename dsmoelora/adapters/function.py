@@ -39,7 +39,7 @@ class RoutedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx,
         base_TO: Tensor,
         x_TD: Tensor,
@@ -71,7 +71,7 @@ class RoutedExperts(torch.autograd.Function):
         return torch.addmm(base_TO, hidden_TF, _side_by_side(b_EOR).t())
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of base, x, gate, a and b; exact for gate_power 1, and for x and gate always by default."""
         x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR = ctx.saved_tensors  # type: ignore[attr-defined]
         scale, gate_power = ctx.scale, ctx.gate_power  # type: ignore[attr-defined]
@@ -103,13 +103,13 @@ class RouterLogits(torch.autograd.Function):
     """`logits = x W^T` in fp32 for inputs of any dtype, without an fp32 copy of `x` waiting for the backward pass."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """(T, E) fp32."""
         ctx.save_for_backward(x_TD, weight_ED)
         return x_TD.float() @ weight_ED.float().t()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of x (in its dtype) and of the weight (in its dtype), both computed in fp32."""
         x_TD, weight_ED = ctx.saved_tensors  # type: ignore[attr-defined]
         need_x, need_weight = ctx.needs_input_grad  # type: ignore[attr-defined]

@@ -106,7 +106,7 @@ class RoutedLinear(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         gate_TE, selected_TE = self.router(x_TD)
         y_TO = self.experts(base.reshape(-1, base.shape[-1]), self._drop(x_TD), gate_TE, selected_TE)
-        return y_TO.view(base.shape)  # type: ignore[no-any-return]
+        return y_TO.view(base.shape)
 
     def role_of(self, parameter_name: str) -> tuple[Factor, tuple[int, ...]]:
         """Role and shape over all experts of a trainable parameter (`experts.a`), whose own `shape` ZeRO-3 empties."""

@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 
 from dsmoelora.adapters.layer import Factor
 from dsmoelora.config import OptimConfig
-from dsmoelora.optim.rows import Run, Shard, trainables, whole
+from dsmoelora.optim.rows import Run, Shard, Trainable, trainables, whole
 
 
 def lr_multiplier(config: OptimConfig, factor: Factor) -> float:
@@ -36,17 +36,22 @@ class ShardOptimizer(torch.optim.Optimizer):
     every shard at once, so no rank ever has other keys than the next.
 
     Args:
-        parameters: the trainable parameters
+        found: every trainable tensor and its parameter, from `trainables`
         config: which base optimizer, and its numbers
 
     Attributes:
+        trainables: the trainable tensors, of all experts and all ranks
+        shards: what this rank holds of them, once bound
         skip: while True, `step()` leaves values and state alone
         num_steps: steps applied, the `t` of Adam's bias correction
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimConfig) -> None:
-        super().__init__(parameters, {"lr": config.lr})
+    def __init__(self, found: Iterable[tuple[Trainable, nn.Parameter]], config: OptimConfig) -> None:
+        found = list(found)
+        super().__init__([parameter for _, parameter in found], {"lr": config.lr})
         self.config = config
+        self.trainables = [trainable for trainable, _ in found]
+        self.shards: list[Shard] = []
         self.skip = False
         self.num_steps = 0
         self._spans: dict[Tensor, dict[float, list[slice]]] = {}
@@ -151,6 +156,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> ShardOptimizer:
         config: of the optimizer; its `max_grad_norm` and schedule are the business of the training loop
     """
     found = trainables(model)
-    optimizer = ShardOptimizer([parameter for _, parameter in found], config)
+    optimizer = ShardOptimizer(found, config)
     optimizer.bind(whole(trainable, parameter) for trainable, parameter in found)
     return optimizer

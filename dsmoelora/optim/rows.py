@@ -3,7 +3,7 @@
 Every trainable tensor has *expert first, rank last* ((E, D, R), (E, O, R), (E, R, R), router (E, D)), so any slice of
 the flattened tensor is a run of rows (the first and the last may be cut). A shard is a flat fp32 tensor that holds
 several such runs behind one another; a run is named by the parameter and by its element range **in the tensor of all
-experts**, whatever the world size or the placement. Optimizer, ZeRO and checkpoints speak of shards in these terms alone.
+experts**, whatever the world size or the placement. Optimizer, ZeRO and checkpoints speak in these terms alone.
 """
 
 from __future__ import annotations

@@ -1,0 +1,173 @@
+"""The adapter folder: `adapter_model.safetensors`, `adapter_config.json`, and what ties them to their base model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dsmoelora.adapters.inject import inject
+from dsmoelora.adapters.layer import adapted_layers
+from dsmoelora.config import AdapterConfig
+from dsmoelora.errors import CheckpointError, ModelError, listing
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_TYPE = "DSMOELORA"
+_NUM_FINGERPRINT_VALUES = 16
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fingerprint(weight_OD: Tensor) -> dict[str, Any]:
+    """What tells one base weight from another: its shape and its first numbers.
+
+    Args:
+        weight_OD: whole weight of an adapted layer's base
+    """
+    values = weight_OD.detach().flatten()[:_NUM_FINGERPRINT_VALUES].float().tolist()
+    return {"shape": list(weight_OD.shape), "values": values}
+
+
+def fingerprinted_layers(model: nn.Module) -> list[str]:
+    """The adapted layers whose base weights are fingerprinted: the first and the last."""
+    names = [name for name, _ in adapted_layers(model)]
+    return [names[0], names[-1]]
+
+
+def write_adapter(
+    folder: Path,
+    config: AdapterConfig,
+    layers: list[str],
+    tensors: Mapping[str, Tensor],
+    base_model: str,
+    base_fingerprint: Mapping[str, Any],
+) -> None:
+    """Write an adapter folder; an older one of that name is replaced when the new one is whole.
+
+    Args:
+        folder: where it goes
+        config: of the adapter
+        layers: names of the adapted layers
+        tensors: whole tensors by qualified name
+        base_model: path or name of the base model
+        base_fingerprint: `fingerprint` of each of `fingerprinted_layers`
+
+    Raises:
+        CheckpointError: a tensor is empty or not finite; nothing is written
+    """
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or not torch.isfinite(tensor).all():
+            what = "is empty" if tensor.numel() == 0 else "has values that are not finite"
+            raise CheckpointError(
+                f"The adapter was not written to {folder}: {name} {what}. "
+                "Go back to an older checkpoint with --resume and lower optim.lr."
+            )
+    description = {
+        "peft_type": PEFT_TYPE,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        **asdict(config),
+        "layers": layers,
+        "base_fingerprint": dict(base_fingerprint),
+    }
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS_FILE)
+    (partial / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`.
+
+    Raises:
+        CheckpointError: missing, unreadable, or of another kind of adapter
+    """
+    path = folder / CONFIG_FILE
+    try:
+        description = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is no adapter folder: {path.name} cannot be read ({error.strerror}). "
+            "Give the folder that training printed at its end (runs/<name>/adapter)."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Copy the adapter folder again.") from error
+    if not isinstance(description, dict) or description.get("peft_type") != PEFT_TYPE:
+        kind = description.get("peft_type") if isinstance(description, dict) else None
+        raise CheckpointError(
+            f"{path} has peft_type {kind!r}, but must have {PEFT_TYPE!r}. Load other adapters with the peft package."
+        )
+    return description
+
+
+def load_adapter(model: Model, path: str | Path) -> Model:
+    """Put a trained adapter on its base model; a plain transformers model that generates, without DeepSpeed.
+
+    Args:
+        model: the base model the adapter was trained on, in any dtype, not adapted yet
+        path: adapter folder
+
+    Returns:
+        the same model, adapted, in evaluation mode
+
+    Raises:
+        CheckpointError: the folder is damaged, or the adapter belongs to another base model
+    """
+    folder = Path(path)
+    description = read_adapter_config(folder)
+    layers = description["layers"]
+    _check_base(model, description, folder)
+    known = {field.name for field in fields(AdapterConfig)}
+    config = AdapterConfig(**{key: value for key, value in description.items() if key in known})
+    config.target_modules = layers
+    inject(model, config)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = _read_weights(folder / WEIGHTS_FILE)
+    if tensors.keys() != wanted.keys():
+        odd = listing(sorted(tensors.keys() ^ wanted.keys()))
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {odd}. Copy the folder again.")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+    return model.eval()
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Copy the adapter folder again.") from error
+
+
+def _check_base(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
+    """Refuse a base model that is not the one the adapter was trained on."""
+    base = description["base_model_name_or_path"]
+    remedy = f"Load the adapter on {base!r}."
+    modules = dict(model.named_modules())
+    if any(True for _ in adapted_layers(model)):
+        raise ModelError("The model has routed experts already. Load the base model again before adapting it anew.")
+    for name in description["layers"]:
+        if not isinstance(modules.get(name), nn.Linear):
+            raise CheckpointError(f"{folder} adapts {name}, which this model does not have. {remedy}")
+    for name, expected in description["base_fingerprint"].items():
+        found = fingerprint(modules[name].weight)
+        same_shape = found["shape"] == expected["shape"]
+        # bf16 keeps 8 bits: a base loaded in another dtype is still the same base
+        if not same_shape or not torch.allclose(
+            torch.tensor(found["values"]), torch.tensor(expected["values"]), rtol=2**-7, atol=1e-6
+        ):
+            what = f"shape {found['shape']}, not {expected['shape']}" if not same_shape else "other numbers"
+            raise CheckpointError(f"{folder} was trained on another base model: {name} has {what}. {remedy}")

@@ -1,0 +1,255 @@
+"""The seam to DeepSpeed's engine: build, train_step, evaluate, generate, save, load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dsmoelora.adapters import adapted_layers, batch_context, inject
+from dsmoelora.adapters.dropout import token_keys
+from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, write_adapter
+from dsmoelora.checkpoint.training_state import ShardState, load_checkpoint, save_checkpoint
+from dsmoelora.config import Recipe
+from dsmoelora.data import MicroBatch
+from dsmoelora.model import load_model, load_tokenizer
+from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
+from dsmoelora.parallel import comm, zero
+from dsmoelora.seeds import derive_seed
+from dsmoelora.watch import AdapterWatch
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on all ranks.
+
+    Args:
+        loss: mean negative log likelihood per supervised token of the global batch
+        grad_norm: global norm of the raw gradient
+        lr: learning rate of this step
+        skipped: loss or gradient was not finite on some rank, so nothing moved on any
+        num_tokens: tokens of the global batch without padding
+        num_supervised: tokens of the global batch that count in the loss
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+    num_tokens: int
+    num_supervised: int
+
+
+class Engine:
+    """An adapted model under ZeRO-3 and everything that changes as it learns (all methods are collective).
+
+    Args:
+        recipe: of the run
+        deepspeed_config: content of the DeepSpeed file, see `zero.merge_config`
+        model: causal language model of transformers, not adapted yet, best built under ZeRO-3
+        tokenizer: of the model
+
+    Attributes:
+        step: optimizer steps taken, skipped ones included
+        skipped_steps: steps dropped because loss or gradient was not finite
+        adapted_layers: names of the layers with experts
+        num_trainable: trainable numbers, of all experts
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        deepspeed_config: dict[str, Any],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.recipe, self.tokenizer, self.model = recipe, tokenizer, model
+        self.step = self.skipped_steps = 0
+        self.adapted_layers = inject(model, recipe.adapter)
+        if recipe.train.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        found = trainables(model)
+        self.num_trainable = sum(math.prod(trainable.shape) for trainable, _ in found)
+        self._context = batch_context(model)
+        self.optimizer = ShardOptimizer(found, recipe.optim)
+        self.schedule = build_schedule(self.optimizer, recipe.optim, recipe.train.max_steps)
+        config = zero.merge_config(recipe, deepspeed_config, comm.world_size())
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
+        )
+        self.shards = zero.bind_shards(self._deepspeed, found)
+        self.optimizer.bind(self.shards)
+        self.watch = AdapterWatch(self.optimizer)
+
+    @classmethod
+    def build(cls, recipe: Recipe, deepspeed_config: dict[str, Any]) -> Engine:
+        """Load tokenizer and weights (streamed into ZeRO-3 partitions), adapt, initialise.
+
+        Raises:
+            UserError: the recipe, the DeepSpeed file or the model cannot work together
+        """
+        zero.check_version()
+        config = zero.merge_config(recipe, deepspeed_config, comm.world_size())
+        tokenizer = comm.together(lambda: load_tokenizer(recipe.model))
+        return cls(recipe, deepspeed_config, load_model(recipe.model, config), tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return torch.device(get_accelerator().current_device_name())
+
+    def train_step(self, micro_batches: list[MicroBatch]) -> StepResult:
+        """One optimizer step on this rank's share of a global batch.
+
+        The loss is the mean over all supervised tokens of the global batch, whatever the split over ranks and
+        micro-batches: each micro-batch contributes `W * sum(nll) / N_global`, and ZeRO averages over the W ranks.
+        """
+        torch.manual_seed(derive_seed("step", self.recipe.run.seed, self.step, comm.rank()))
+        self._deepspeed.train()
+        lr = float(self.schedule.get_last_lr()[0])
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for micro_batch in micro_batches:
+            nll = self._nll_sum(micro_batch)
+            loss = nll * (comm.world_size() / micro_batch.num_supervised_global)
+            self._deepspeed.backward(loss, scale_wrt_gas=False)
+            sums[0] += nll.detach()
+            sums[1] += micro_batch.attention_mask.sum()
+            if micro_batch is not micro_batches[-1]:
+                self._deepspeed.step()  # counts the micro-batch
+        nll_sum, num_tokens = comm.all_reduce_sum(sums.tolist())
+        self.optimizer.skip = not math.isfinite(nll_sum)
+        self._deepspeed.step()
+        skipped = self.optimizer.skip or not zero.gradient_is_finite(self._deepspeed)
+        self.optimizer.skip = False
+        self.schedule.step()
+        self.step += 1
+        self.skipped_steps += skipped
+        num_supervised = micro_batches[0].num_supervised_global
+        grad_norm = zero.global_grad_norm(self._deepspeed)
+        return StepResult(nll_sum / num_supervised, grad_norm, lr, skipped, int(num_tokens), num_supervised)
+
+    def evaluate(self, micro_batches: list[MicroBatch]) -> float:
+        """Mean negative log likelihood per supervised token, in nats, over all ranks' micro-batches."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self._inference():
+            for micro_batch in micro_batches:
+                total += self._nll_sum(micro_batch)
+        return comm.all_reduce_sum([total.item()])[0] / micro_batches[0].num_supervised_global
+
+    def generate(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[str]:
+        """Greedy answers of the assistant to conversations that end in a user's turn; the same on all ranks."""
+        prompts = [
+            self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            for conversation in conversations
+        ]
+        side, self.tokenizer.padding_side = self.tokenizer.padding_side, "left"
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(self.device)
+        self.tokenizer.padding_side = side
+        with self._inference():
+            output = self.model.generate(  # type: ignore[operator]  # transformers types it as a tensor
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                use_cache=True,
+                pad_token_id=self.tokenizer.pad_token_id,
+                synced_gpus=comm.world_size() > 1,
+            )
+        answers = output[:, batch["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    def save(self, root: Path, state: dict[str, Any], keep: int) -> Path:
+        """Write `root/checkpoint-{step}`: adapters, moments, schedule, counters and the caller's state.
+
+        Random numbers need no saving: they derive from (seed, step).
+
+        Args:
+            root: folder of the run
+            state: JSON-able, the same on all ranks, given back by `load`
+            keep: how many of the newest checkpoints stay
+        """
+        own = {
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "optimizer_steps": self.optimizer.num_steps,
+            "schedule": {"last_epoch": self.schedule.last_epoch},
+        }
+        return save_checkpoint(root, self.step, self._shard_states(), {"engine": own, "caller": state}, keep)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go on from a checkpoint, whatever the number of ranks it was written with; returns the caller's state."""
+        state = load_checkpoint(folder, self._shard_states())
+        own = state["engine"]
+        zero.push_master_weights(self._deepspeed)
+        self.step, self.skipped_steps = own["step"], own["skipped_steps"]
+        self.optimizer.num_steps = own["optimizer_steps"]
+        self._seek_schedule(own["schedule"]["last_epoch"])
+        caller_state: dict[str, Any] = state["caller"]
+        return caller_state
+
+    def _seek_schedule(self, position: int) -> None:
+        """Recompute the learning rate from the recipe at hand, so that a resumed run may change it."""
+        self.schedule.last_epoch = position - 1
+        self.schedule.step()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter folder: weights in the model's dtype, configuration, tokenizer (rank 0 writes).
+
+        Raises:
+            CheckpointError: a tensor is empty or not finite; on all ranks, and nothing is written
+        """
+        tensors: dict[str, Tensor] = {}
+        for trainable, parameter in trainables(self.model):
+            with zero.gathered([parameter]):
+                if comm.rank() == 0:
+                    tensors[trainable.name] = parameter.detach().cpu().clone()
+        layers = dict(adapted_layers(self.model))
+        prints = {}
+        for name in fingerprinted_layers(self.model):
+            base = layers[name].base
+            with zero.gathered(base.parameters()):
+                prints[name] = fingerprint(base.weight)
+        comm.together(lambda: self._write_adapter(folder, tensors, prints) if comm.rank() == 0 else None)
+
+    def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], prints: dict[str, Any]) -> None:
+        base = self.recipe.model.path
+        base = str(Path(base).resolve()) if Path(base).exists() else base
+        write_adapter(folder, self.recipe.adapter, self.adapted_layers, tensors, base, prints)
+        self.tokenizer.save_pretrained(folder)
+
+    def _shard_states(self) -> list[ShardState]:
+        return [
+            ShardState(shard.runs, {"value": shard.tensor.detach().view(-1), **self.optimizer.state[shard.tensor]})
+            for shard in self.shards
+        ]
+
+    def _nll_sum(self, micro_batch: MicroBatch) -> Tensor:
+        """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar)."""
+        batch = micro_batch.to(self.device)
+        self._context.token_keys = token_keys(self.recipe.run.seed, batch.sequence_ids, batch.attention_mask)
+        logits_BSV = self._deepspeed(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits_TV, targets_T = logits_BSV[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
+        return nn.functional.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORED_LABEL, reduction="sum")
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        was_training = self.model.training
+        self._deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._deepspeed.train(was_training)

@@ -1,0 +1,220 @@
+"""The only room that knows ZeRO's internals.
+
+Checked against deepspeed 0.19.8: `runtime/zero/stage3.py`, `runtime/zero/partition_parameters.py`, `runtime/engine.py`.
+Everything private that the project uses is used here, looked at before it is trusted, and refused on a version of
+DeepSpeed that nobody has read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+from dsmoelora.config import Recipe
+from dsmoelora.errors import ConfigError, bad_value, listing
+from dsmoelora.optim.rows import Run, Shard, Trainable
+
+KNOWN_VERSIONS = ("0.19.8",)
+
+# What the user may set beside `zero_optimization`; everything else would be ignored, or decide what the recipe decides.
+_FREE_KEYS = {
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+}
+_RECIPE_SECTIONS = {"optimizer": "optim", "scheduler": "optim.schedule", "fp16": "model.dtype"}
+# One sub-group per process group, so that one call of the optimizer's step sees every gradient.
+_ONE_SUB_GROUP = int(1e12)
+
+
+def check_version() -> None:
+    """Refuse a DeepSpeed whose internals this file was not checked against.
+
+    Raises:
+        ConfigError: unknown version
+    """
+    if deepspeed.__version__.partition("+")[0] not in KNOWN_VERSIONS:
+        known = listing(KNOWN_VERSIONS)
+        raise bad_value(
+            "deepspeed.__version__", deepspeed.__version__, f"one of {known}", f"pip install deepspeed=={known}"
+        )
+
+
+def merge_config(recipe: Recipe, user_config: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the user's file, filled in from the recipe.
+
+    The recipe decides batch sizes, accumulation, clipping and precision; the file decides how ZeRO works. A key that
+    both give must agree (`"auto"` always agrees).
+
+    Args:
+        recipe: of the run
+        user_config: content of the file of `--deepspeed`
+        world_size: number of ranks
+
+    Raises:
+        ConfigError: the two files disagree, or the file asks for what the sharded optimizer step cannot do
+    """
+    _refuse_what_cannot_work(user_config)
+    config = copy.deepcopy(user_config)
+    for path, value in _filled_in(recipe, world_size).items():
+        *sections, key = path.split(".")
+        section = config
+        for name in sections:
+            section = section.setdefault(name, {})
+        given = section.get(key, "auto")
+        if given != "auto" and given != value:
+            raise bad_value(
+                f"{path} of the DeepSpeed file", given, f"{value!r}, which follows from the recipe", "Drop it there."
+            )
+        section[key] = value
+    return config
+
+
+def _filled_in(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    return {
+        "train_batch_size": recipe.train.batch_size,
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "gradient_accumulation_steps": recipe.train.accumulation_steps(world_size),
+        "gradient_clipping": float(recipe.optim.max_grad_norm),
+        "bf16.enabled": recipe.model.dtype == "bf16",
+        "data_types.grad_accum_dtype": "fp32",
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization.sub_group_size": _ONE_SUB_GROUP,
+    }
+
+
+def _refuse_what_cannot_work(config: dict[str, Any]) -> None:
+    filled = {path.partition(".")[0] for path in _filled_in(Recipe(), world_size=1)}
+    for key in config:
+        if key in _RECIPE_SECTIONS:
+            raise ConfigError(
+                f"The DeepSpeed file has the section {key!r}, but the recipe decides that. "
+                f"Drop it there and set {_RECIPE_SECTIONS[key]} in the recipe."
+            )
+        if key not in filled | _FREE_KEYS:
+            allowed = listing(sorted(filled | _FREE_KEYS), limit=30)
+            raise ConfigError(f"The DeepSpeed file has the key {key!r}; supported are: {allowed}. Drop it.")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise bad_value("zero_optimization.stage of the DeepSpeed file", zero.get("stage"), "3", "Set it to 3.")
+    sharded_step = "the optimizer step works on one flat fp32 partition a rank"
+    offload = zero.get("offload_optimizer") or {}
+    refused = {
+        "zero_hpz_partition_size": (zero.get("zero_hpz_partition_size", 1) > 1, "hpZ keeps a second partition"),
+        "mics_shard_size": (zero.get("mics_shard_size", -1) > 0, "MiCS shards over smaller groups"),
+        "zero_quantized_weights": (bool(zero.get("zero_quantized_weights")), "ZeRO++ rounds what it gathers"),
+        "zero_quantized_nontrainable_weights": (
+            bool(zero.get("zero_quantized_nontrainable_weights")),
+            "ZeRO++ rounds what it gathers",
+        ),
+        "zero_quantized_gradients": (bool(zero.get("zero_quantized_gradients")), "ZeRO++ rounds the gradients"),
+        "zenflow": (bool(zero.get("zenflow")), "ZenFlow updates some columns later than others"),
+        "offload_optimizer.super_offload": (bool(offload.get("super_offload")), sharded_step),
+        "offload_optimizer.ratio": (float(offload.get("ratio", 1.0)) < 1.0, sharded_step),
+        "offload_optimizer.device": (offload.get("device") == "nvme", "optimizer state on NVMe is not one tensor"),
+    }
+    for key, (is_set, reason) in refused.items():
+        if is_set:
+            raise ConfigError(
+                f"zero_optimization.{key} of the DeepSpeed file is not supported: {reason}. Drop it there."
+            )
+    for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
+        if config.get("bf16", {}).get(key):
+            raise ConfigError(f"bf16.{key} of the DeepSpeed file is not supported: masters are fp32. Drop it there.")
+
+
+def bind_shards(engine: deepspeed.DeepSpeedEngine, found: Iterable[tuple[Trainable, nn.Parameter]]) -> list[Shard]:
+    """What each number of this rank's flat fp32 partitions is: the row map of ZeRO-3.
+
+    Stage 3 cuts every parameter into `world size` pieces of equal length, pads the last ones, and strings this rank's
+    pieces together in one flat tensor per process group.
+
+    Args:
+        engine: from `deepspeed.initialize`
+        found: every trainable tensor and its parameter
+
+    Returns:
+        one shard per process group, in ZeRO's order
+    """
+    zero = _stage_3(engine)
+    known = {id(parameter): trainable for trainable, parameter in found}
+    shards = []
+    for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        runs, offset = [], 0
+        for parameter in parameters:
+            trainable = known.pop(id(parameter))
+            assert tuple(parameter.ds_shape) == trainable.shape, f"{trainable.name} has another shape under ZeRO"
+            piece = parameter.partition_numel()
+            start = min(piece * parameter.ds_zero_partition_rank, parameter.ds_numel)
+            stop = min(start + piece, parameter.ds_numel)
+            if start < stop:
+                runs.append(Run(trainable, start, stop, offset))
+            offset += piece
+        assert offset == flat.numel(), "ZeRO's flat partition is longer than its pieces"
+        shards.append(Shard(flat, runs))
+    assert not known, f"ZeRO does not optimise {listing(trainable.name for trainable in known.values())}"
+    num_groups = len({id(group) for group in zero.sub_group_process_groups})
+    assert len(shards) == num_groups, "more than one sub-group per process group: a step would miss gradients"
+    return shards
+
+
+def push_master_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make the model's parameters follow the fp32 masters after these were written to (collective)."""
+    zero = _stage_3(engine)
+    zero._partition_all_parameters()
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds this parameter in pieces."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters inside the block, pieces again after it (collective; reading only)."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None):
+        yield
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, partitioned or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gradient_is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether the last step went through; ZeRO drops a step whose gradient norm is not finite on any rank."""
+    return bool(engine.was_step_applied())
+
+
+def global_grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Norm of the last step's raw gradient, before clipping, over all ranks."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
+
+
+def _stage_3(engine: deepspeed.DeepSpeedEngine) -> DeepSpeedZeroOptimizer_Stage3:
+    assert type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3, f"not ZeRO-3: {type(engine.optimizer).__name__}"
+    return engine.optimizer
+
+
+def zero_init(config: dict[str, Any], dtype: torch.dtype) -> deepspeed.zero.Init:
+    """The context in which a model is built straight into its ZeRO-3 partitions."""
+    return deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)
