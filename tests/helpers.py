@@ -68,5 +68,5 @@ def tiny_llama(folder: Path | str, *, dtype: torch.dtype = torch.float32, seed: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
-    model.to(dtype).save_pretrained(folder)
+    torch.nn.Module.to(model, dtype).save_pretrained(folder)
     return Path(folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ def _render(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, messages: list[Message], prompt: bool = False
 ) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except TemplateError as error:
         remedy = "Change the row to what the model's template takes, or change the template."
         raise DataError(f"{conversation.origin}: the chat template refuses it: {error}. {remedy}") from None
@@ -143,7 +144,7 @@ def _end_of_turn(conversation: Conversation, turn: _Turn, offsets: list[tuple[in
 
 def _tokenise_with_generation_block(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> TokenisedChat:
     try:
-        encoded = tokenizer.apply_chat_template(
+        encoded: Any = tokenizer.apply_chat_template(
             conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
     except TemplateError as error:

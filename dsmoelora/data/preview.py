@@ -39,7 +39,7 @@ def _marked(dataset: InstructionDataset, tokenizer: PreTrainedTokenizerBase, ind
     begin, end = COLOUR if markup else PLAIN
     text = ""
     for learned, run in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
-        piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+        piece = str(tokenizer.decode([token for token, _ in run], skip_special_tokens=False))
         piece = escape(piece) if markup else piece
         text += f"{begin}{piece}{end}" if learned else piece
     return text
