@@ -1,0 +1,211 @@
+"""The numbers: the file that a rank writes, and the elements that a rank reads from any of the files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dsmoelora.checkpoint.files import flush_to_disk
+from dsmoelora.checkpoint.index import Index
+from dsmoelora.checkpoint.layout import ShardLayout
+from dsmoelora.errors import CheckpointError
+from dsmoelora.optim.rows import Run
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_NUM_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
+_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of fp32: what is in flight between a file and a tensor
+
+
+@dataclass
+class ShardState:
+    """The training state of one shard.
+
+    Args:
+        runs: what its numbers are; elements outside every run are padding, neither saved nor touched by a load
+        tensors: contiguous tensors by name (`value`, `exp_avg` ...), on any device; `runs` says what the numbers of
+            each are when it is flattened
+    """
+
+    runs: list[Run]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def flat(self) -> dict[str, torch.Tensor]:
+        """The tensors as (N,), sharing their memory, outside of autograd."""
+        return {name: tensor.detach().view(-1) for name, tensor in self.tensors.items()}
+
+    @property
+    def layout(self) -> ShardLayout:
+        """What the shard holds, without the numbers."""
+        runs = [run for run in self.runs if run.stop > run.start]
+        return ShardLayout(runs, {name: DTYPE_NAMES[tensor.dtype] for name, tensor in self.tensors.items()})
+
+
+def rank_file_name(rank: int) -> str:
+    """Name of the file that a rank writes: `rank-00003.safetensors`."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def payload_bytes(layouts: list[ShardLayout]) -> int:
+    """Bytes of the numbers in the runs of these shards."""
+    return sum(
+        (run.stop - run.start) * _NUM_BYTES[dtype]
+        for layout in layouts
+        for run in layout.runs
+        for dtype in layout.dtypes.values()
+    )
+
+
+def write_rank_file(path: Path, shards: list[ShardState], kept: list[ShardLayout]) -> tuple[int, str] | None:
+    """Write the `kept` runs of a rank's shards as one safetensors file, and wait until it lies on the disk.
+
+    The bytes go from the tensors to the file and into the checksum in one pass, chunk by chunk: no second copy of
+    the state in memory, and the checksum is of what was meant, not of what arrived (the library's `save_file` offers
+    neither). The format is a length, a JSON header and the tensors behind one another.
+
+    Args:
+        path: the file
+        shards: what the rank holds
+        kept: for each shard the runs to write; in the file they lie as `layout.packed` says
+
+    Returns:
+        Size of the file in bytes and its SHA-256; None when there is nothing to write.
+
+    Raises:
+        OSError: the disk is full, the folder is gone ...
+    """
+    if not payload_bytes(kept):
+        return None
+    header = _header(kept)
+    digest, num_bytes = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for data in (len(header).to_bytes(8, "little"), header):
+            file.write(data)
+            digest.update(data)
+            num_bytes += len(data)
+        for shard, layout in zip(shards, kept, strict=True):
+            for tensor in shard.flat.values():
+                for chunk in _chunks(tensor, layout.runs):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    num_bytes += len(chunk)
+        file.flush()
+        flush_to_disk(file.fileno())
+    return num_bytes, digest.hexdigest()
+
+
+def read_shards(folder: Path, index: Index, shards: list[ShardState]) -> None:
+    """Fill the runs of `shards` from a checkpoint, whatever layout wrote it; reads the overlapping elements only.
+
+    The index must fit the shards (see `fit.check_fit`).
+
+    Raises:
+        CheckpointError: a file is not what the index says
+    """
+    copies = defaultdict(list)
+    sources = _sources_by_parameter(index)
+    for shard in shards:
+        for run in shard.layout.runs:
+            for copy in _copies_for(run, shard, sources[run.of.name]):
+                copies[copy.file].append(copy)
+    for name, wanted in copies.items():
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                for copy in wanted:
+                    _carry_out(copy, file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{folder / name} cannot be read: {error}. Resume from another checkpoint."
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a file holds a run."""
+
+    file: str
+    shard: int
+    run: Run
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """`length` elements from offset `start` of shard number `shard` in `file` to offset `target_start` of `target`."""
+
+    file: str
+    shard: int
+    start: int
+    length: int
+    target: ShardState
+    target_start: int
+
+
+def _header(layouts: list[ShardLayout]) -> bytes:
+    entries: dict[str, object] = {}
+    position = 0
+    for k, layout in enumerate(layouts):
+        num_elements = sum(run.stop - run.start for run in layout.runs)
+        for name, dtype in layout.dtypes.items():
+            stop = position + num_elements * _NUM_BYTES[dtype]
+            entries[f"shard{k}.{name}"] = {"dtype": dtype, "shape": [num_elements], "data_offsets": [position, stop]}
+            position = stop
+    header = json.dumps(entries).encode()
+    return header + b" " * (-len(header) % 8)  # the format wants the tensors to begin at a multiple of 8
+
+
+def _chunks(tensor: torch.Tensor, runs: list[Run]) -> Iterator[memoryview]:
+    """The bytes of the runs of a flat tensor, in order."""
+    for run in runs:
+        for start in range(run.span.start, run.span.stop, _CHUNK_ELEMENTS):
+            chunk = tensor[start : min(start + _CHUNK_ELEMENTS, run.span.stop)].cpu().contiguous()
+            yield chunk.view(torch.uint8).numpy().data
+
+
+def _sources_by_parameter(index: Index) -> dict[str, list[_Source]]:
+    """Where each parameter's runs lie, in the order of their elements."""
+    sources = defaultdict(list)
+    for file in index.files:
+        for k, layout in enumerate(file.shards):
+            for run in layout.runs:
+                sources[run.of.name].append(_Source(file.name, k, run))
+    for found in sources.values():
+        found.sort(key=lambda source: source.run.start)
+    return sources
+
+
+def _copies_for(run: Run, target: ShardState, sources: list[_Source]) -> Iterator[_Copy]:
+    """The copies that fill `run`; the sources are in order and overlap nowhere."""
+    position = run.start
+    place = bisect_right(sources, position, key=lambda source: source.run.start) - 1
+    while position < run.stop:
+        source = sources[place]
+        assert source.run.start <= position < source.run.stop, f"nothing holds {run.of.name} from {position} on"
+        stop = min(run.stop, source.run.stop)
+        start = source.run.offset + position - source.run.start
+        yield _Copy(source.file, source.shard, start, stop - position, target, run.offset + position - run.start)
+        position, place = stop, place + 1
+
+
+def _carry_out(copy: _Copy, file: safe_open) -> None:
+    for name, target in copy.target.flat.items():
+        saved = file.get_slice(f"shard{copy.shard}.{name}")
+        for done in range(0, copy.length, _CHUNK_ELEMENTS):
+            length = min(_CHUNK_ELEMENTS, copy.length - done)
+            begin, to = copy.start + done, copy.target_start + done
+            target[to : to + length].copy_(saved[begin : begin + length])
