@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 def read_version() -> str:
     """`__version__` out of the package's source, because importing the package would import torch."""
     source = (ROOT / "dsmoelora" / "__init__.py").read_text(encoding="utf-8")
-    found = re.search(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)
+    found = re.search(r'^__version__ = "([^"]+)"', source, flags=re.MULTILINE)
     if found is None:
         raise RuntimeError('dsmoelora/__init__.py has no line like: __version__ = "0.1.0"')
     return found[1]
