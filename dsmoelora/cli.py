@@ -34,6 +34,7 @@ from dsmoelora.recipe_file import (
     in_words,
     key_types,
     read_text,
+    recipe_yaml,
     section_class,
 )
 
@@ -92,15 +93,6 @@ def parse_command(argv: list[str]) -> Command:
         world_size=parsed.world_size,
         verbose=parsed.verbose,
     )
-
-
-def recipe_yaml(recipe: Recipe) -> str:
-    """The whole recipe as YAML that `--config` reads back to an equal recipe."""
-    tree = json.loads(json.dumps(dataclasses.asdict(recipe)))  # tuples become lists
-    for key in DERIVED:
-        section, name = key.split(".")
-        del tree[section][name]
-    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from pathlib import Path
@@ -22,6 +23,15 @@ from dsmoelora.errors import ConfigError, listing
 DERIVED = {"adapter.seed": "run.seed"}
 
 _WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The whole recipe as YAML that `--config` reads back to an equal recipe."""
+    tree = json.loads(json.dumps(dataclasses.asdict(recipe)))  # tuples become lists
+    for key in DERIVED:
+        section, name = key.split(".")
+        del tree[section][name]
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def check_recipe_file(path: Path) -> None:

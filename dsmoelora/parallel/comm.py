@@ -6,20 +6,31 @@ takes CPU tensors, NCCL device tensors only.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
+import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
 
 from dsmoelora.errors import ConfigError, UserError
 from dsmoelora.parallel.ranks import env_rank, env_world_size
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
+# DeepSpeed compiles this operator at its first start on a CPU; a build takes about a minute.
+_CPU_OPERATOR = "deepspeed_shm_comm"
+_STALE_LOCK_S = 300.0
 
 
 def init() -> None:
@@ -31,13 +42,16 @@ def init() -> None:
     if dist.is_initialized():
         return
     _use_own_device()
+    _announce_build()
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()) as said:  # DeepSpeed prints about its operators
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        logger.info("%s", said.getvalue().strip())
     except torch.distributed.DistNetworkError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(
             f"The ranks cannot meet at MASTER_ADDR:MASTER_PORT = {where}: {str(error).splitlines()[0]}. "
-            "Choose a free port (`deepspeed --master_port N ...`, `torchrun --master-port N ...`) and check the address."
+            "Choose a free port (`deepspeed --master_port N`, `torchrun --master-port N`) and check the address."
         ) from error
 
 
@@ -113,7 +127,7 @@ def together(fn: Callable[[], Result]) -> Result:
     result: Any = None
     try:
         result = fn()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+    except Exception as error:  # whatever it is, the other ranks must hear of it
         own = error
     message = "" if own is None else (str(own) or type(own).__name__)
     if any_rank(own is not None):
@@ -154,3 +168,20 @@ def _use_own_device() -> None:
     # Slurm may show each task its own device alone, which is then number 0 for every task.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator.set_device(0 if accelerator.device_count() == 1 else local_rank)
+
+
+def _announce_build() -> None:
+    """Explain the silences of a first start on a CPU: an operator is compiled, or a dead build's lock is in the way."""
+    if get_accelerator().device_name() != "cpu" or env_rank() > 0:
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root())
+    for lock in root.glob(f"**/{_CPU_OPERATOR}/lock"):
+        age_s = time.time() - lock.stat().st_mtime
+        if age_s > _STALE_LOCK_S:
+            logger.warning(
+                "%s is %.0f minutes old: a build was probably killed, and DeepSpeed waits for its end. "
+                "If nothing comes, stop this run and remove that file.",
+                *(lock, age_s / 60),
+            )
+    if not any(root.glob(f"**/{_CPU_OPERATOR}/{_CPU_OPERATOR}.so")):
+        logger.warning("DeepSpeed compiles its CPU operator now, once: about a minute.")

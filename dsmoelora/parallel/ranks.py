@@ -126,7 +126,7 @@ def _agree_over_mpi() -> dict[str, str]:
     except ImportError as error:
         raise ConfigError(
             "mpirun over several nodes: nobody says where rank 0 is. "
-            "Install mpi4py (`pip install dsmoelora[mpi]`) or pass `-x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500`."
+            "Install mpi4py (`pip install dsmoelora[mpi]`), or pass `-x MASTER_ADDR=<rank 0's host> -x MASTER_PORT=29500`."
         ) from error
     return MPI.COMM_WORLD.bcast({"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": str(_free_port())}, root=0)
 

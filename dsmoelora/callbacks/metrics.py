@@ -1,0 +1,71 @@
+"""`metrics.jsonl`: one object a line, each step once, whatever interruptions there were."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import TextIO
+
+from dsmoelora.callbacks.base import Callback, TrainingRun
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile(Callback):
+    """Appends `run.metrics` to `metrics.jsonl` (rank 0).
+
+    A resumed run drops the lines after its checkpoint first: those steps are taken again. A number that is not
+    finite becomes `null`, for JSON has no other word for it.
+    """
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        path = run.folder / METRICS_FILE
+        if path.exists():
+            _keep_until(path, run.start_step if run.start_step else -1)
+        self._file = path.open("a", encoding="utf-8")
+
+    def on_metrics(self, run: TrainingRun) -> None:
+        assert self._file is not None
+        row = {name: _finite(value) for name, value in run.metrics.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def on_save(self, run: TrainingRun, checkpoint: Path) -> None:
+        # The lines up to a checkpoint must outlive a crash of the machine as the checkpoint does.
+        assert self._file is not None
+        os.fsync(self._file.fileno())
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        assert self._file is not None
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: dropped a line that is no JSON: %.60r", path, line)
+    return rows
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines after `step`; the file is replaced in one go, so that a crash loses none of the others."""
+    rows = [row for row in read_metrics(path) if (row["step"] or 0) <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None

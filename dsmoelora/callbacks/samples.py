@@ -1,0 +1,77 @@
+"""Answers to held-out prompts before and after training, beside the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dsmoelora.callbacks.base import Callback, TrainingRun
+from dsmoelora.parallel import comm
+
+Message = dict[str, str]
+
+
+class Samples(Callback):
+    """Lets the model answer the first `train.num_samples` held-out prompts at both ends of a run (all ranks).
+
+    A prompt is a conversation up to its last assistant turn, which is the reference answer.
+
+    Args:
+        console: where the table goes, on rank 0
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._before: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """The answers of before, which a resumed run could not give any more."""
+        return {"before": self._before}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back the answers of before."""
+        self._before = list(state["before"])
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        if run.start_step == 0:
+            self._before = _answers(run)
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        after = _answers(run)
+        if comm.rank() == 0 and after:
+            self._console.print(self._table(run, after))
+
+    def _table(self, run: TrainingRun, after: list[str]) -> Table:
+        table = Table(title="Held-out prompts, answered before and after", box=box.SIMPLE_HEAD, show_lines=True)
+        for header in ("prompt", "before", "after", "reference"):
+            table.add_column(header, ratio=1, overflow="fold")
+        # A checkpoint may come from a run with fewer samples.
+        before = self._before + ["(not asked)"] * (len(after) - len(self._before))
+        for (prompt, reference), old, new in zip(_prompts(run), before, after, strict=False):
+            # Text of data and models may hold what rich takes for markup.
+            table.add_row(*(Text(text) for text in (prompt[-1]["content"], old, new, reference)))
+        return table
+
+
+def _answers(run: TrainingRun) -> list[str]:
+    prompts = [prompt for prompt, _ in _prompts(run)]
+    if not prompts:
+        return []
+    return run.engine.generate(prompts, run.recipe.train.sample_max_new_tokens)
+
+
+def _prompts(run: TrainingRun) -> list[tuple[list[Message], str]]:
+    if run.eval_data is None:
+        return []
+    count = min(run.recipe.train.num_samples, len(run.eval_data))
+    return [split_prompt(run.eval_data.messages(i)) for i in range(count)]
+
+
+def split_prompt(messages: list[Message]) -> tuple[list[Message], str]:
+    """A conversation as prompt (everything before the last assistant turn) and reference answer."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:last], messages[last]["content"]

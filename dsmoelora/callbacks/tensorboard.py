@@ -1,0 +1,34 @@
+"""Curves for TensorBoard, out of the same numbers as `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import math
+
+from torch.utils.tensorboard import SummaryWriter
+
+from dsmoelora.callbacks.base import Callback, TrainingRun
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class TensorBoard(Callback):
+    """Writes `run.metrics` as scalars to `tensorboard/` in the run folder (rank 0)."""
+
+    def __init__(self) -> None:
+        self._writer: SummaryWriter | None = None
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        # purge_step hides what an interrupted run wrote after the checkpoint that this one goes on from
+        purge_step = run.start_step + 1 if run.start_step else None
+        self._writer = SummaryWriter(str(run.folder / TENSORBOARD_FOLDER), purge_step=purge_step)
+
+    def on_metrics(self, run: TrainingRun) -> None:
+        assert self._writer is not None
+        for name, value in run.metrics.items():
+            if name != "step" and value is not None and math.isfinite(value):
+                # TensorBoard groups by what stands before the slash
+                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, run.step)
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        assert self._writer is not None
+        self._writer.close()

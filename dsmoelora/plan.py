@@ -1,0 +1,225 @@
+"""Everything that can be checked before the first expensive step, and the plan that comes out of it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dsmoelora.adapters import inject
+from dsmoelora.config import ModelConfig, Recipe
+from dsmoelora.data.formats import read_conversations
+from dsmoelora.errors import ConfigError, ModelError, bad_value
+from dsmoelora.model import load_model_config, load_tokenizer
+from dsmoelora.optim import trainables
+from dsmoelora.run_folder import check_run_folder, existing_parent, run_folder
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_FP32_BYTES = 4
+
+
+@dataclass
+class Plan:
+    """What a run will be, in numbers.
+
+    Args:
+        rows: (what, how much) in the order they are printed
+        notes: what a user should know before training
+    """
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, what: str, how_much: str) -> None:
+        """One more row."""
+        self.rows.append((what, how_much))
+
+
+def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume: str) -> Plan:
+    """Check recipe, DeepSpeed file, paths, target modules and disk room without loading any weight.
+
+    Args:
+        recipe: of the run
+        deepspeed: content of the DeepSpeed file
+        world_size: ranks to plan for
+        resume: `none`, `auto` or a checkpoint folder
+
+    Raises:
+        UserError: something cannot work
+    """
+    from dsmoelora.parallel import zero  # imports deepspeed, which takes a second: not before cheaper errors were found
+
+    plan = Plan()
+    _check_batches(plan, recipe, world_size)
+    check_run_folder(recipe, resume)
+    _check_data(plan, recipe)
+    zero.merge_config(recipe, deepspeed, world_size)
+    _check_model_folder(plan, recipe.model)
+    model = _model_without_weights(recipe.model)
+    base = sum(parameter.numel() for parameter in model.parameters())
+    layers = inject(model, recipe.adapter)
+    adapter = sum(math.prod(trainable.shape) for trainable, _ in trainables(model))
+    _describe_model(plan, recipe, model, base, world_size)
+    _describe_adapter(plan, recipe, layers, adapter, base)
+    _check_disk(plan, recipe, adapter)
+    return plan
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the plan as a table, and its notes below."""
+    table = Table(title="The plan (nothing was trained)", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, how_much in plan.rows:
+        table.add_row(what, Text(how_much))
+    console.print(table)
+    print_notes(plan, console)
+
+
+def print_notes(plan: Plan, console: Console) -> None:
+    """Print what a user should know before training."""
+    for note in plan.notes:
+        console.print(Text("note: ", style="bold yellow") + Text(note), soft_wrap=True)
+
+
+def _check_batches(plan: Plan, recipe: Recipe, world_size: int) -> None:
+    if world_size < 1:
+        raise bad_value("--world-size", world_size, "1 or more", "Give the number of ranks of the run.")
+    train = recipe.train
+    accumulation = train.accumulation_steps(world_size)
+    plan.add("ranks", str(world_size))
+    split = f"{train.micro_batch_size} a forward x {accumulation} forwards x {world_size} ranks"
+    plan.add("batch", f"{train.batch_size} sequences a step = {split}")
+    warmup = f", {recipe.optim.warmup_steps} of them warm-up" if recipe.optim.warmup_steps else ""
+    plan.add(
+        "steps", f"{train.max_steps}{warmup}; {recipe.optim.name}, lr {recipe.optim.lr:g}, {recipe.optim.schedule}"
+    )
+    if recipe.optim.warmup_steps >= train.max_steps:
+        plan.notes.append(
+            f"optim.warmup_steps = {recipe.optim.warmup_steps} reaches to the end of train.max_steps = "
+            f"{train.max_steps}: the learning rate never comes to optim.lr."
+        )
+
+
+def _check_data(plan: Plan, recipe: Recipe) -> None:
+    """Every file is there, of a known format, and its first row is right; the rest is read when training begins."""
+    data, train = recipe.data, recipe.train
+    if not data.train:
+        raise bad_value("data.train", [], "a list of files", "Example: [{path: data/train.jsonl}].")
+    if not data.eval and train.num_samples:
+        raise ConfigError(
+            f"train.num_samples is {train.num_samples}, but data.eval names no file to take prompts from. "
+            "Set data.eval, or train.num_samples to 0."
+        )
+    for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        for place, source in enumerate(sources):
+            if not source.path:
+                raise bad_value(f"{key}[{place}].path", source.path, "a JSON or JSONL file", "Name the file.")
+            next(read_conversations(source.path))
+            plan.add(key, f"{source.path} ({_size(Path(source.path).stat().st_size)})")
+    if not data.eval:
+        plan.notes.append("data.eval names no file: there will be no held-out loss.")
+    elif not train.eval_every:
+        plan.notes.append("train.eval_every is 0: there will be no held-out loss.")
+
+
+def _check_model_folder(plan: Plan, config: ModelConfig) -> None:
+    """The folder, its config.json, its tokenizer and its weights are there."""
+    if not config.path:
+        raise bad_value("model.path", config.path, "a folder of a transformers model, or a hub name", "Set model.path.")
+    folder = Path(config.path)
+    if folder.is_file():
+        raise bad_value("model.path", config.path, "a folder", f"Give the folder that holds it: {folder.parent}.")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"model.path is {config.path!r}, a folder without config.json. Give the folder of a transformers model."
+        )
+    if not folder.exists():
+        _refuse_missing_folder(folder)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        plan.notes.append(f"{folder} holds no weights ({', '.join(_WEIGHTS)}): it can be planned with, not trained.")
+    load_tokenizer(config)
+
+
+def _refuse_missing_folder(folder: Path) -> None:
+    """Say at once that a local folder is missing; `name`, or `owner/name` without a local `owner/`, may be of the hub."""
+    may_be_hub_name = len(folder.parts) == 1 or (len(folder.parts) == 2 and not folder.parent.exists())
+    if not may_be_hub_name:
+        raise ModelError(
+            f"model.path is {str(folder)!r}, but there is no such folder. "
+            "Check the path; it is relative to the folder you start in."
+        )
+
+
+def _model_without_weights(config: ModelConfig) -> PreTrainedModel:
+    """The model on the meta device: shapes and names, no memory."""
+    described = load_model_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                described, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model.path is {config.path!r}, but its config.json describes no causal language model that this "
+            f"transformers can build: {reason}"
+        ) from error
+
+
+def _describe_model(plan: Plan, recipe: Recipe, model: PreTrainedModel, base: int, world_size: int) -> None:
+    num_bytes = base * recipe.model.torch_dtype.itemsize
+    share = f", {_size(num_bytes // world_size)} a rank under ZeRO-3" if world_size > 1 else ""
+    plan.add("model", f"{recipe.model.path} ({type(model).__name__})")
+    plan.add("base weights", f"{base:,} frozen, {_size(num_bytes)} in {recipe.model.dtype}{share}")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and recipe.data.max_length > limit:
+        plan.notes.append(f"data.max_length = {recipe.data.max_length} is beyond the model's {limit} positions.")
+
+
+def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: int, base: int) -> None:
+    config = recipe.adapter
+    kinds: dict[str, int] = {}
+    for name in layers:
+        kind = name.rpartition(".")[2]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    plan.add("adapted layers", f"{len(layers)}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
+    plan.add("experts", f"{config.num_experts} of rank {config.r} a layer, {config.top_k} for a token")
+    plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
+
+
+def _check_disk(plan: Plan, recipe: Recipe, adapter: int) -> None:
+    """Room for the kept checkpoints, one more while it is written, and the adapter.
+
+    Raises:
+        ConfigError: the disk of the run folder has less
+    """
+    optim, folder = recipe.optim, run_folder(recipe)
+    num_moments = 2 if optim.name == "adamw" else int(optim.momentum > 0)
+    checkpoint = adapter * _FP32_BYTES * (1 + num_moments)
+    wanted = checkpoint * (recipe.train.keep_checkpoints + 1) + adapter * recipe.model.torch_dtype.itemsize
+    free = shutil.disk_usage(existing_parent(folder)).free
+    plan.add("checkpoint", f"{_size(checkpoint)} each (values and {num_moments} moments in fp32)")
+    plan.add("disk", f"{_size(wanted)} wanted in {folder}, {_size(free)} free")
+    if free < wanted:
+        raise ConfigError(
+            f"{folder} wants {_size(wanted)} for train.keep_checkpoints = {recipe.train.keep_checkpoints} checkpoints "
+            f"and the adapter, but its disk has {_size(free)} free. Make room, or set run.dir to another disk."
+        )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

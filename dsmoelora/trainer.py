@@ -1,0 +1,191 @@
+"""The training loop: a thin sequence of steps, evaluations and checkpoints, with hooks for everything else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dsmoelora.callbacks import (
+    ADAPTER_FOLDER,
+    Callback,
+    Canary,
+    MetricsFile,
+    PeakMemory,
+    ProgressBar,
+    Samples,
+    Summary,
+    TensorBoard,
+    TrainingRun,
+)
+from dsmoelora.data import InstructionDataset, MicroBatch, eval_micro_batches, train_steps
+from dsmoelora.engine import Engine, StepResult
+from dsmoelora.errors import CheckpointError
+from dsmoelora.parallel import comm
+
+logger = logging.getLogger(__name__)
+
+
+def default_callbacks(console: Console) -> list[Callback]:
+    """The callbacks of an ordinary run, on this rank; what only reads and writes is on rank 0 alone."""
+    if comm.rank() > 0:
+        return [Canary(), Samples(console)]
+    # The canary adds to the metrics, so it comes before those who write them. The bar ends before tables are printed.
+    return [Canary(), ProgressBar(console), MetricsFile(), TensorBoard(), Samples(console), Summary(console)]
+
+
+class Trainer:
+    """Takes the engine from where it stands to `train.max_steps` (all methods are collective).
+
+    Args:
+        engine: built, at step 0
+        folder: of the run; checkpoints, metrics and the adapter go there
+        train_data: what is learned
+        eval_data: held-out samples; without them nothing is evaluated
+        callbacks: called in this order; the same kinds of collective callbacks on every rank
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        train_data: InstructionDataset,
+        eval_data: InstructionDataset | None,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self._engine = engine
+        self._callbacks = callbacks
+        self._train_data = train_data
+        self._eval_batches = [] if eval_data is None else eval_micro_batches(eval_data, **self._layout())
+        self._memory = PeakMemory()
+        self.run = TrainingRun(engine.recipe, engine, folder, eval_data)
+
+    def fit(self, resume_from: Path | None = None) -> None:
+        """Train, evaluate and save as the recipe says.
+
+        Args:
+            resume_from: checkpoint to go on from
+
+        Raises:
+            CheckpointError: the checkpoint belongs to other data, another seed or another batch size
+        """
+        run, recipe = self.run, self._engine.recipe.train
+        if resume_from is not None:
+            self._resume(resume_from)
+        self._memory.start()
+        self._call("on_train_begin")
+        if run.step == 0 and self._evaluation_is_due():
+            run.metrics = {"step": 0}
+            self._evaluate()
+            self._finish_metrics()
+        steps = self._steps()
+        while run.step < recipe.max_steps:
+            self._step(steps)
+            if self._evaluation_is_due():
+                self._evaluate()
+            self._finish_metrics()
+            if run.step == recipe.max_steps or (recipe.save_every and run.step % recipe.save_every == 0):
+                self._save()
+        self._engine.save_adapter(run.folder / ADAPTER_FOLDER)
+        self._memory.stop()
+        self._call("on_train_end")
+
+    def _steps(self) -> Iterator[list[MicroBatch]]:
+        recipe = self._engine.recipe
+        return train_steps(
+            self._train_data,
+            seed=recipe.run.seed,
+            batch_size=recipe.train.batch_size,
+            start_step=self.run.step,
+            **self._layout(),
+        )
+
+    def _step(self, steps: Iterator[list[MicroBatch]]) -> None:
+        begin = time.perf_counter()
+        result = self._engine.train_step(next(steps))
+        seconds = time.perf_counter() - begin
+        self.run.metrics = self._metrics(result, seconds)
+        if result.skipped and comm.rank() == 0:
+            logger.warning(
+                "step %d was skipped: loss %s, gradient norm %s", self.run.step, result.loss, result.grad_norm
+            )
+        self._call("on_step_end", result)
+
+    def _metrics(self, result: StepResult, seconds: float) -> dict[str, float | None]:
+        return {
+            "step": self.run.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "throughput(tokens/s)": result.num_tokens / seconds,
+            "skipped_steps": self._engine.skipped_steps,
+        }
+
+    def _evaluation_is_due(self) -> bool:
+        every = self._engine.recipe.train.eval_every
+        if not self._eval_batches or not every:
+            return False
+        return self.run.step % every == 0 or self.run.step == self.run.num_steps
+
+    def _evaluate(self) -> None:
+        loss = self._engine.evaluate(self._eval_batches)
+        self.run.evaluations.append((self.run.step, loss))
+        self.run.metrics["eval/loss"] = loss
+        self._call("on_evaluate", loss)
+
+    def _finish_metrics(self) -> None:
+        self.run.metrics["memory/peak(GiB)"] = self._memory.gib()
+        self._call("on_metrics")
+
+    def _save(self) -> None:
+        state = {
+            "data": self._data_identity(),
+            "evaluations": self.run.evaluations,
+            "callbacks": {type(callback).__name__: kept for callback in self._callbacks if (kept := callback.state())},
+        }
+        checkpoint = self._engine.save(self.run.folder, state, self._engine.recipe.train.keep_checkpoints)
+        self._call("on_save", checkpoint)
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = self._engine.load(checkpoint)
+        for what, now in self._data_identity().items():
+            then = state["data"].get(what)
+            if then != now:
+                raise CheckpointError(
+                    f"{checkpoint} was trained with {what} {then!r}, but now it is {now!r}: the run would repeat some "
+                    "samples and leave out others. Set it back, or begin a new run with another run.name."
+                )
+        self.run.start_step = self.run.step
+        self.run.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
+        for callback in self._callbacks:
+            kept = state["callbacks"].get(type(callback).__name__)
+            if kept is not None:
+                callback.load_state(kept)
+
+    def _data_identity(self) -> dict[str, Any]:
+        """What decides which samples make up batch n."""
+        recipe = self._engine.recipe
+        return {
+            "train.batch_size": recipe.train.batch_size,
+            "run.seed": recipe.run.seed,
+            "data.train (fingerprint)": self._train_data.fingerprint,
+        }
+
+    def _layout(self) -> dict[str, int]:
+        """How batches are dealt out to ranks."""
+        pad_token_id = self._engine.tokenizer.pad_token_id
+        assert isinstance(pad_token_id, int), "load_tokenizer sets a pad token"
+        return {
+            "micro_batch_size": self._engine.recipe.train.micro_batch_size,
+            "rank": comm.rank(),
+            "world_size": comm.world_size(),
+            "pad_token_id": pad_token_id,
+        }
+
+    def _call(self, hook: str, *args: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, hook)(self.run, *args)

@@ -1,0 +1,94 @@
+"""Talk to a trained adapter: `python launch/generate.py --adapter runs/demo/adapter --prompt "..."`.
+
+One process, without DeepSpeed: a plain transformers model with its experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dsmoelora import load_adapter
+from dsmoelora.adapters.folder import read_adapter_config
+from dsmoelora.cli import run_guarded
+from dsmoelora.errors import ModelError, bad_value
+
+
+def main() -> None:
+    """Answer every prompt, greedily."""
+    options = parse_options(sys.argv[1:])
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = load(options.adapter, options.base)
+    for prompt in options.prompt:
+        if len(options.prompt) > 1:
+            print(f"> {prompt}")
+        print(answer(model, tokenizer, prompt, options.system, options.max_new_tokens))
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        ConfigError: no room for an answer
+    """
+    parser = argparse.ArgumentParser(description="Talk to a trained adapter.", allow_abbrev=False)
+    parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
+    parser.add_argument("--prompt", action="append", required=True, help="what the user says; may be repeated")
+    parser.add_argument("--system", help="system message, where the chat template knows one")
+    parser.add_argument("--base", help="folder of the base model; default: the one named in adapter_config.json")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer at most")
+    options = parser.parse_args(argv)
+    if options.max_new_tokens < 1:
+        raise bad_value("--max-new-tokens", options.max_new_tokens, "1 or more", "The default is 128.")
+    return options
+
+
+def load(adapter: Path, base: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model with its adapter, on a GPU if there is one, and the tokenizer it was trained with.
+
+    Raises:
+        CheckpointError: the adapter is missing, damaged, or was made for another base
+        ModelError: the base model cannot be loaded
+    """
+    path = base or read_adapter_config(adapter)["base_model_name_or_path"]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"The base model {path!r} cannot be loaded. Give its folder with --base. {reason}") from None
+    load_adapter(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, max_new_tokens: int
+) -> str:
+    """The assistant's greedy answer to one prompt."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    batch = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
+    with torch.no_grad():
+        output = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))

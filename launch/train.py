@@ -1,0 +1,114 @@
+"""Train: `deepspeed launch/train.py --config launch/recipes/demo.yaml --deepspeed ds_configs/zero3.json`.
+
+Also under `torchrun`, `srun` (one task a device), `mpirun`, or plain `python` for one process. `--help` lists the
+flags and all keys of a recipe; `--dry-run` checks everything and prints the plan.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
+
+from rich.console import Console
+
+from dsmoelora.cli import Command, parse_command, run_guarded
+from dsmoelora.logs import setup_logging
+from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_world_size
+
+if TYPE_CHECKING:
+    from dsmoelora.config import Recipe
+    from dsmoelora.data import InstructionDataset
+
+
+def main() -> None:
+    """One process's part of the run."""
+    adopt_launcher_environment()
+    if env_world_size() == 1:
+        run(parse_command(sys.argv[1:]))
+        return
+    # A file may be missing on one node alone. So the ranks meet first, and the error of one is everybody's.
+    setup_logging(env_rank(), verbose="--verbose" in sys.argv)
+    from dsmoelora.parallel import comm
+
+    comm.init()
+    run(comm.together(lambda: parse_command(sys.argv[1:])))
+
+
+def run(command: Command) -> None:
+    """Check everything, then do what the command says (collective)."""
+    setup_logging(env_rank(), command.verbose)
+    # Imports of seconds, which an error in the recipe need not wait for.
+    from dsmoelora.parallel import comm
+    from dsmoelora.plan import make_plan, print_notes, print_plan
+
+    recipe, console = command.recipe, Console(quiet=env_rank() > 0, highlight=False)
+    world_size = command.world_size or env_world_size()
+    plan = comm.together(lambda: make_plan(recipe, command.deepspeed, world_size, command.resume))
+    if command.dry_run:
+        print_plan(plan, console)
+    elif command.preview:
+        comm.together(lambda: show_samples(command, console))
+    else:
+        print_notes(plan, console)
+        train(command, console)
+
+
+def show_samples(command: Command, console: Console) -> None:
+    """Print tokenised samples with the loss mask made visible (rank 0)."""
+    from dsmoelora.data import load_instructions, preview
+    from dsmoelora.model import load_tokenizer
+
+    if env_rank() > 0:
+        return
+    data = command.recipe.data
+    tokenizer = load_tokenizer(command.recipe.model)
+    samples = load_instructions(data.train, "data.train", tokenizer, data.max_length)
+    colour = console.is_terminal
+    text = preview(samples, tokenizer, command.preview, markup=colour)
+    console.print(text, markup=colour, soft_wrap=True)
+
+
+def train(command: Command, console: Console) -> None:
+    """Data, model, loop (collective)."""
+    from dsmoelora.engine import Engine
+    from dsmoelora.parallel import comm, zero
+    from dsmoelora.run_folder import find_checkpoint, run_folder, write_description
+    from dsmoelora.trainer import Trainer, default_callbacks
+
+    recipe, folder = command.recipe, run_folder(command.recipe)
+    comm.init()
+    checkpoint = find_checkpoint(recipe, command.resume)
+    console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
+    train_data, eval_data = comm.together(lambda: load_data(recipe))
+    num_held_out = 0 if eval_data is None else len(eval_data)
+    console.print(f"{len(train_data):,} training samples{_losses(train_data)}, {num_held_out:,} held out")
+    config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
+    comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
+    console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
+    engine = Engine.build(recipe, command.deepspeed)
+    console.print(f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers")
+    Trainer(engine, folder, train_data, eval_data, default_callbacks(console)).fit(checkpoint)
+
+
+def load_data(recipe: Recipe) -> tuple[InstructionDataset, InstructionDataset | None]:
+    """Training and held-out samples, tokenised."""
+    from dsmoelora.data import load_instructions
+    from dsmoelora.model import load_tokenizer
+
+    tokenizer, data = load_tokenizer(recipe.model), recipe.data
+    train_data = load_instructions(data.train, "data.train", tokenizer, data.max_length)
+    return train_data, load_instructions(data.eval, "data.eval", tokenizer, data.max_length) if data.eval else None
+
+
+def _losses(samples: InstructionDataset) -> str:
+    """What `data.max_length` cost, where it did."""
+    if not samples.num_truncated and not samples.num_dropped:
+        return ""
+    return f" ({samples.num_truncated:,} cut at data.max_length, {samples.num_dropped:,} left out: nothing to learn)"
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))
