@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.config import DataSource
 from dsmoelora.data.chat import chat_template_of, tokenise_chats
-from dsmoelora.data.formats import Conversation, Message, read_conversations
+from dsmoelora.data.formats import Conversation, Message, check_path, read_conversations
 from dsmoelora.errors import DataError
 
 IGNORED = -100  # the label of what is not supervised, as in torch's cross entropy
@@ -40,6 +40,7 @@ class InstructionDataset:
         num_supervised = np.asarray(rows.with_format("numpy")["num_supervised"][:], dtype=np.int64)
         kept = np.flatnonzero(num_supervised)
         self._rows = rows.select(kept)
+        self._tokens = self._rows.select_columns(["input_ids", "supervised"])
         self.num_supervised = num_supervised[kept]
         numpy_rows = self._rows.with_format("numpy")
         self.num_tokens = np.asarray(numpy_rows["num_tokens"][:], dtype=np.int64)
@@ -52,7 +53,7 @@ class InstructionDataset:
 
     def sample(self, index: int) -> tuple[list[int], list[int]]:
         """Token ids and labels (-100 where not supervised) of one sample, of the same length."""
-        row = self._rows[int(index)]
+        row = self._tokens[int(index)]
         ids = row["input_ids"]
         return ids, [token if flag else IGNORED for token, flag in zip(ids, row["supervised"], strict=True)]
 
@@ -87,6 +88,8 @@ def load_instructions(
     if not sources:
         raise DataError(f"{key} names no file. Add one, e.g. {key}: [{{path: data/train.jsonl}}].")
     paths = [source.path for source in sources]
+    if "" in paths:
+        raise DataError(f"{key}[{paths.index('')}].path is empty, but it must name a file, e.g. data/train.jsonl.")
     fingerprint = _fingerprint(paths, tokenizer, max_length)
     with _cache_file(fingerprint, paths) as file:
         rows = _from_cache(file) or _tokenise(paths, tokenizer, max_length, file)
@@ -111,12 +114,12 @@ def _fingerprint(paths: list[str], tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def _content_digest(path: str) -> bytes:
+    check_path(Path(path))
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
-        next(read_conversations(path))  # says what is wrong with the path
-        raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}). Check who may read it.") from None
 
 
 @contextmanager

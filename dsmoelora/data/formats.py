@@ -68,8 +68,9 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
             file and the row's number)
     """
     path = Path(path)
+    check_path(path)
     row_format: RowFormat | None = None
-    for number, row in _reader_for(path)(path):
+    for number, row in READERS[path.suffix.lower()](path):
         try:
             if not isinstance(row, dict):
                 raise RowProblem(f"it is {_kind(row)}, but it must be an object with named columns.")
@@ -82,16 +83,15 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
         raise DataError(f"{path} holds no rows. Give a file with at least one, e.g. {FORMATS[0].example}")
 
 
-def _reader_for(path: Path) -> Callable[[Path], Iterator[tuple[int, Any]]]:
+def check_path(path: Path) -> None:
+    """Raise DataError unless `path` is a file of a type that `READERS` knows."""
     if not path.exists():
         raise DataError(f"{path} does not exist. Check the path; it is relative to the folder you start in.")
     if not path.is_file():
         raise DataError(f"{path} is a folder, but it must be a file. Name the file inside it.")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in READERS:
         allowed = ", ".join(READERS)
         raise DataError(f"{path} ends in {path.suffix!r}, but it must end in one of {allowed}. Convert or rename it.")
-    return reader
 
 
 def _format_for(row: dict[str, Any]) -> RowFormat:
@@ -164,7 +164,13 @@ def _skip_blanks(text: str, position: int) -> int:
 
 
 def _invalid_json(path: Path, number: int, error: Exception, expected: str) -> DataError:
-    return DataError(f"{path}, row {number}: invalid JSON ({error}), but the file must hold {expected}. Correct it.")
+    if isinstance(error, json.JSONDecodeError):
+        # Of a file of JSON lines the decoder sees one line: what it calls line 1 is the row.
+        line = "" if error.lineno == 1 else f"line {error.lineno}, "
+        reason = f"{error.msg} at {line}column {error.colno}"
+    else:
+        reason = "nested too deeply"
+    return DataError(f"{path}, row {number}: invalid JSON ({reason}), but the file must hold {expected}. Correct it.")
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {".json": read_json, ".jsonl": read_json}
@@ -178,9 +184,10 @@ def alpaca_messages(row: dict[str, Any]) -> list[Message]:
     instruction = _text(row, "instruction", "the task")
     output = _text(row, "output", "the answer that is learned")
     extra = row.get("input")
-    if extra is not None and not isinstance(extra, str):
-        raise RowProblem(f"input is {_kind(extra)}, but it must be a string or left out.")
-    question = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
+    if extra is None or (isinstance(extra, str) and not extra.strip()):
+        question = instruction
+    else:
+        question = f"{instruction}\n\n{_text(row, 'input', 'what the task is about; may be left out')}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
 
 
@@ -220,6 +227,11 @@ def _message(name: str, turn: Any) -> Message:
 def _text(row: dict[str, Any], key: str, meaning: str, prefix: str = "") -> str:
     value = row.get(key)
     if isinstance(value, str) and value.strip():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            problem = "holds half of a surrogate pair, but it must be of whole Unicode characters."
+            raise RowProblem(f"{prefix}{key} {problem}") from None
         return value
     raise RowProblem(f"{prefix}{key} is {_found(row, key)}, but it must be a string with some text ({meaning}).")
 

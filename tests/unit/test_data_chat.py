@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from dsmoelora.data.chat import tokenise_chats
+from dsmoelora.data.formats import Conversation, Message
+from dsmoelora.errors import DataError, ModelError
+from tests.helpers import CHATML_TEMPLATE, tiny_tokenizer
+
+USER, ASSISTANT = {"role": "user", "content": "ab"}, {"role": "assistant", "content": "xyz"}
+TWO_TURNS = [USER, ASSISTANT, {"role": "user", "content": "c"}, {"role": "assistant", "content": "é!"}]
+
+
+def learned(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, list[str]]:
+    """The text of all tokens, and the texts of the runs that are learned."""
+    (chat,) = tokenise_chats(tokenizer, [Conversation(messages, "a.jsonl", 7)])
+    assert len(chat.input_ids) == len(chat.supervised)
+    runs: list[list[int]] = []
+    for i, (token, flag) in enumerate(zip(chat.input_ids, chat.supervised, strict=True)):
+        if flag and not chat.supervised[i - 1]:
+            runs.append([])
+        if flag:
+            runs[-1].append(token)
+    return str(tokenizer.decode(chat.input_ids)), [str(tokenizer.decode(run)) for run in runs]
+
+
+def test_mask_of_one_turn_counted_by_hand(tmp_path: Path) -> None:
+    # One token a byte and one for each special: <|im_start|> user \n a b <|im_end|> \n is 1+4+1+2+1+1 = 10 tokens,
+    # <|im_start|> assistant \n is 1+9+1 = 11; then x y z <|im_end|> are learned, and the last \n is not.
+    (chat,) = tokenise_chats(tiny_tokenizer(tmp_path), [Conversation([USER, ASSISTANT], "a.jsonl", 1)])
+    assert chat.supervised == [False] * 21 + [True] * 4 + [False]
+
+
+def test_every_answer_is_learned_with_its_end(tmp_path: Path) -> None:
+    text, runs = learned(tiny_tokenizer(tmp_path), TWO_TURNS)
+    assert text == (
+        "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\nxyz<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\né!<|im_end|>\n"
+    )
+    assert runs == ["xyz<|im_end|>", "é!<|im_end|>"]
+
+
+def test_a_batch_gives_what_single_conversations_give(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    conversations = [Conversation(m, "a.jsonl", 1) for m in ([USER, ASSISTANT], TWO_TURNS)]
+    assert tokenise_chats(tokenizer, conversations) == [tokenise_chats(tokenizer, [c])[0] for c in conversations]
+
+
+def test_beginning_of_sequence_comes_once(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path, "{{ bos_token }}" + CHATML_TEMPLATE)
+    text, runs = learned(tokenizer, TWO_TURNS)
+    assert text.count("<bos>") == 1
+    assert text.startswith("<bos><|im_start|>user")
+    assert runs == ["xyz<|im_end|>", "é!<|im_end|>"]
+
+
+def test_special_token_inside_an_answer_does_not_end_it(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "say <bos> now"}
+    _, runs = learned(tiny_tokenizer(tmp_path), [USER, answer])
+    assert runs == ["say <bos> now<|im_end|>"]
+
+
+TEMPLATES = {
+    # as Llama 2 and Mistral: no markers of roles, end of sequence right after the answer, spaces around
+    "brackets": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[Q] {{ m['content'] }} [/Q]"
+        "{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}",
+        [" xyz<|im_end|>", " é!<|im_end|>"],
+    ),
+    # as Phi 3: one more token at the very end, which only the whole conversation has
+    "closing": (
+        CHATML_TEMPLATE + "{% if not add_generation_prompt %}<bos>{% endif %}",
+        ["xyz<|im_end|>", "é!<|im_end|>"],
+    ),
+    # as Qwen 3: the last answer is written in another way than the earlier ones
+    "thinking": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ["xyz<|im_end|>", "<think></think>é!<|im_end|>"],
+    ),
+    "generation block": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
+        "{% endif %}\n{% endfor %}",
+        ["xyz<|im_end|>", "é!<|im_end|>"],
+    ),
+    "generation block without the end": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{%- generation -%}{{ m['content'] }}{%- endgeneration -%}{% else %}{{ m['content'] }}"
+        "{% endif %}<|im_end|>\n{% endfor %}",
+        ["xyz<|im_end|>", "é!<|im_end|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_other_templates(tmp_path: Path, name: str) -> None:
+    template, expected = TEMPLATES[name]
+    _, runs = learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
+    assert runs == expected
+
+
+def test_no_chat_template(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no chat template.*chat_template\.jinja"):
+        learned(tiny_tokenizer(tmp_path, None), TWO_TURNS)
+
+
+def test_template_that_refuses_a_conversation(tmp_path: Path) -> None:
+    template = "{{ raise_exception('roles must alternate') }}" + CHATML_TEMPLATE
+    with pytest.raises(DataError, match=r"a\.jsonl, row 7: the chat template refuses it: roles must alternate"):
+        learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
+
+
+def test_template_that_rewrites_what_came_before(tmp_path: Path) -> None:
+    template = "{{ messages | length }}" + CHATML_TEMPLATE
+    with pytest.raises(ModelError, match=r"a\.jsonl, row 7:.*up to messages\[1\].*generation"):
+        learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
+
+
+def test_template_without_end_of_turn(tmp_path: Path) -> None:
+    # The next question's marker must not pass for the end of the answer.
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    with pytest.raises(ModelError, match="no special token after the assistant's answer"):
+        learned(tiny_tokenizer(tmp_path, template + prompt), TWO_TURNS)
+
+
+def test_generation_block_that_marks_nothing(tmp_path: Path) -> None:
+    template = CHATML_TEMPLATE + "{% generation %}{% endgeneration %}"
+    with pytest.raises(ModelError, match="marks no token"):
+        learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)

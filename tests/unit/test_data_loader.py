@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+from itertools import islice, pairwise
+
+import datasets
+import pytest
+import torch
+
+from dsmoelora.config import DataSource
+from dsmoelora.data import InstructionDataset, MicroBatch, eval_micro_batches, load_instructions, train_steps
+from tests.helpers import tiny_tokenizer
+
+PAD = 0
+NUM_ROWS = 23  # shares no factor with the batch sizes below: epochs end in the middle of a batch
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> InstructionDataset:
+    folder = tmp_path_factory.mktemp("loader")
+    rows = [{"instruction": "q" * (1 + i * 7 % 13), "output": "a" * (1 + i * 5 % 11)} for i in range(NUM_ROWS)]
+    (folder / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        return load_instructions([DataSource(str(folder / "a.jsonl"))], "data.train", tiny_tokenizer(folder), 100)
+
+
+def steps(
+    dataset: InstructionDataset, count: int, *, batch_size: int = 8, micro: int = 2, world_size: int = 1, start: int = 0
+) -> list[list[MicroBatch]]:
+    """`count` steps, each with the micro-batches of all ranks: one round after the other, rank by rank."""
+    ranks = [
+        islice(
+            train_steps(
+                dataset,
+                seed=3,
+                batch_size=batch_size,
+                micro_batch_size=micro,
+                rank=rank,
+                world_size=world_size,
+                pad_token_id=PAD,
+                start_step=start,
+            ),
+            count,
+        )
+        for rank in range(world_size)
+    ]
+    return [[batch for turn in zip(*step, strict=True) for batch in turn] for step in zip(*ranks, strict=True)]
+
+
+def rows_of(batches: list[MicroBatch]) -> dict[int, tuple[list[int], list[int]]]:
+    """Sequence id -> tokens and labels without the padding."""
+    found = {}
+    for batch in batches:
+        for i, sequence in enumerate(batch.sequence_ids.tolist()):
+            length = int(batch.attention_mask[i].sum())
+            assert sequence not in found
+            found[sequence] = (batch.input_ids[i, :length].tolist(), batch.labels[i, :length].tolist())
+    return found
+
+
+def test_padding_is_on_the_right_and_counts_nothing(dataset: InstructionDataset) -> None:
+    padded = 0
+    for batch in steps(dataset, 1, batch_size=8, micro=8)[0]:
+        for name in ("input_ids", "attention_mask", "labels"):
+            tensor = getattr(batch, name)
+            assert tensor.dtype == torch.int64 and tensor.shape == batch.input_ids.shape
+        lengths = batch.attention_mask.sum(1)
+        assert int(lengths.max()) == batch.input_ids.shape[1]
+        for i, length in enumerate(lengths.tolist()):
+            assert batch.attention_mask[i].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
+            assert (batch.input_ids[i, length:] == PAD).all() and (batch.labels[i, length:] == -100).all()
+            padded += batch.input_ids.shape[1] - length
+    assert padded > 0
+
+
+def test_rows_are_the_samples(dataset: InstructionDataset) -> None:
+    (first_epoch,) = steps(dataset, 1, batch_size=NUM_ROWS, micro=1)
+    expected = sorted(dataset.sample(i) for i in range(NUM_ROWS))
+    assert sorted(rows_of(first_epoch).values()) == expected
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
+def test_global_batch_does_not_depend_on_ranks_or_accumulation(
+    dataset: InstructionDataset, world_size: int, micro: int
+) -> None:
+    for one, other in zip(steps(dataset, 7), steps(dataset, 7, micro=micro, world_size=world_size), strict=True):
+        assert rows_of(one) == rows_of(other)
+        counts = {batch.num_supervised_global for batch in one + other}
+        assert counts == {sum(batch.num_supervised_local for batch in one)}
+        assert counts == {sum(batch.num_supervised_local for batch in other)}
+
+
+def test_sequence_ids_number_the_whole_run(dataset: InstructionDataset) -> None:
+    for n, step in enumerate(steps(dataset, 5, world_size=2)):
+        assert sorted(rows_of(step)) == list(range(8 * n, 8 * n + 8))
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 64])
+def test_every_sample_once_per_epoch(dataset: InstructionDataset, batch_size: int) -> None:
+    num_steps = -(-3 * NUM_ROWS // batch_size)
+    stream: dict[int, tuple[list[int], list[int]]] = {}
+    for step in steps(dataset, num_steps, batch_size=batch_size):
+        stream |= rows_of(step)
+    epochs = [[stream[NUM_ROWS * epoch + i] for i in range(NUM_ROWS)] for epoch in range(3)]
+    expected = sorted(dataset.sample(i) for i in range(NUM_ROWS))
+    assert all(sorted(epoch) == expected for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 6, 9])
+def test_seeking_equals_running_through(dataset: InstructionDataset, start: int) -> None:
+    for one, other in zip(
+        steps(dataset, 10, world_size=2)[start:], steps(dataset, 10 - start, world_size=2, start=start), strict=True
+    ):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+            assert torch.equal(a.sequence_ids, b.sequence_ids) and a.num_supervised_global == b.num_supervised_global
+
+
+def test_seeking_far_reads_one_step_only(dataset: InstructionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    original = InstructionDataset.sample
+
+    def counted(self: InstructionDataset, index: int) -> tuple[list[int], list[int]]:
+        reads.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(InstructionDataset, "sample", counted)
+    (step,) = steps(dataset, 1, start=10**9)
+    assert sorted(rows_of(step)) == list(range(8 * 10**9, 8 * 10**9 + 8))
+    assert len(reads) == 8
+
+
+def test_another_seed_gives_another_order(dataset: InstructionDataset) -> None:
+    def first(seed: int) -> list[list[int]]:
+        arguments = {"batch_size": 8, "micro_batch_size": 8, "rank": 0, "world_size": 1, "pad_token_id": PAD}
+        return next(train_steps(dataset, seed=seed, **arguments))[0].input_ids.tolist()
+
+    assert first(0) == first(0)
+    assert first(0) != first(1)
+    assert first(-1) != first(0)  # any whole number is a seed
+
+
+def test_micro_batches_of_one_moment_have_similar_lengths(dataset: InstructionDataset) -> None:
+    for step in steps(dataset, 5, batch_size=16, micro=2, world_size=2):
+        lengths = [sorted(batch.attention_mask.sum(1).tolist(), reverse=True) for batch in step]
+        rounds = [lengths[i] + lengths[i + 1] for i in range(0, len(lengths), 2)]
+        # What runs later is never longer than what runs now: the padding is the least that sorting can reach.
+        assert all(min(now) >= max(later) for now, later in pairwise(rounds))
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (2, 4), (3, 4), (4, 1), (2, 32), (8, 16), (32, 1)])
+def test_evaluation_sees_every_row_once_with_equal_work(
+    dataset: InstructionDataset, world_size: int, micro: int
+) -> None:
+    ranks = [
+        eval_micro_batches(dataset, micro_batch_size=micro, rank=rank, world_size=world_size, pad_token_id=PAD)
+        for rank in range(world_size)
+    ]
+    shapes = [[len(batch.sequence_ids) for batch in batches] for batches in ranks]
+    assert all(shape == shapes[0] and max(shape) <= micro for shape in shapes)
+    counted = [
+        (sequence, batch.input_ids[i][batch.attention_mask[i] == 1].tolist())
+        for batches in ranks
+        for batch in batches
+        for i, sequence in enumerate(batch.sequence_ids.tolist())
+        if (batch.labels[i] != -100).any()
+    ]
+    assert sorted(counted) == [(i, dataset.sample(i)[0]) for i in range(NUM_ROWS)]
+    everything = [batch for batches in ranks for batch in batches]
+    total = int(dataset.num_supervised.sum())
+    assert {batch.num_supervised_global for batch in everything} == {total}
+    assert sum(batch.num_supervised_local for batch in everything) == total
+
+
+def test_micro_batch_moves_to_a_device(dataset: InstructionDataset) -> None:
+    batch = steps(dataset, 1)[0][0]
+    moved = batch.to("meta")
+    tensors = (moved.input_ids, moved.attention_mask, moved.labels, moved.sequence_ids)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.num_supervised_global == batch.num_supervised_global

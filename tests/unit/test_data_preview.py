@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dsmoelora.config import DataSource
+from dsmoelora.data import InstructionDataset, load_instructions, preview
+from tests.helpers import tiny_tokenizer
+
+ROWS = [
+    {"instruction": "[red]Hi", "output": "[Yes]"},
+    {"instruction": "B", "output": "no"},
+    {"instruction": "C" * 60, "output": "y"},
+    {"instruction": "D", "output": "y" * 60},
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    return tiny_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> InstructionDataset:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return load_instructions([DataSource(str(tmp_path / "a.jsonl"))], "data.train", tokenizer, 40)
+
+
+def test_what_is_learned_stands_between_marks(dataset: InstructionDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = preview(dataset, tokenizer, 2)
+    # 21 tokens frame every question and answer; the answer and its end are learned
+    assert "a.jsonl, row 1: 33 tokens, 6 of them learned\n" in text
+    assert "<|im_start|>user\n[red]Hi<|im_end|>\n<|im_start|>assistant\n⟦[Yes]<|im_end|>⟧\n" in text
+    assert "a.jsonl, row 2: 24 tokens, 3 of them learned\n" in text
+    assert "<|im_start|>assistant\n⟦no<|im_end|>⟧\n" in text
+    assert "row 4" not in text
+    assert "1 samples were cut at data.max_length; 1 more were left out" in text
+
+
+def test_more_than_there_is(dataset: InstructionDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = preview(dataset, tokenizer, 100)
+    assert text.startswith("3 of 3 samples")
+    assert "row 4: 40 tokens" in text
+
+
+def test_markup_shows_the_same_text_in_colour(dataset: InstructionDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = Text.from_markup(preview(dataset, tokenizer, 1, markup=True))
+    assert "[red]Hi<|im_end|>" in text.plain
+    (span,) = text.spans
+    assert text.plain[span.start : span.end] == "[Yes]<|im_end|>"
+    assert span.style == "bold green"
