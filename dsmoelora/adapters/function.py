@@ -25,8 +25,7 @@ def _per_expert(grad_XF: Tensor, like_EXR: Tensor) -> Tensor:
 
 def _weigh(features_TF: Tensor, weight_TE: Tensor) -> Tensor:
     """Each expert's features times its weight (fp32), rounded once to the dtype of the features."""
-    num_tokens, num_experts = weight_TE.shape
-    features_TER = features_TF.view(num_tokens, num_experts, -1)
+    features_TER = features_TF.unflatten(-1, (weight_TE.shape[-1], -1))
     return (features_TER * weight_TE.unsqueeze(-1)).to(features_TF.dtype).view_as(features_TF)
 
 
@@ -81,7 +80,7 @@ class RoutedExperts(torch.autograd.Function):
         grad_TF = grad_TO @ _side_by_side(b_EOR)
         if need_gate:
             per_feature = grad_TF.float() * features_TF
-            grad_gate = scale * per_feature.view(*gate_TE.shape, -1).sum(-1)
+            grad_gate = scale * per_feature.unflatten(-1, (gate_TE.shape[-1], -1)).sum(-1)
 
         weight_TE = scale * gate_TE
         factor_weight_TE = weight_TE

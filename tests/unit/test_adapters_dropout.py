@@ -1,0 +1,132 @@
+"""Dropout whose mask belongs to a token, wherever and however often the token is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsmoelora import AdapterConfig
+from dsmoelora.adapters.dropout import keyed_dropout, token_keys
+from dsmoelora.adapters.layer import BatchContext, RoutedLinear
+
+NUM_FEATURES = 256
+
+
+def keep_mask(
+    first_sequence: int = 0,
+    seed: int = 0,
+    layer_key: int = 7,
+    probability: float = 0.5,
+    num_sequences: int = 32,
+    length: int = 64,
+) -> Tensor:
+    """(B, S, D) bool: what dropout keeps of a batch of full sequences."""
+    mask_BS = torch.ones(num_sequences, length, dtype=torch.int64)
+    ids_B = torch.arange(first_sequence, first_sequence + num_sequences)
+    keys_T = token_keys(seed, ids_B, mask_BS).flatten()
+    ones_TD = torch.ones(num_sequences * length, NUM_FEATURES)
+    return keyed_dropout(ones_TD, keys_T, layer_key, probability).bool().view(num_sequences, length, NUM_FEATURES)
+
+
+def assert_independent(one: Tensor, other: Tensor, probability: float) -> None:
+    """Two masks agree on being kept as often as two coins do, within five standard deviations."""
+    both = (one & other).double().mean().item()
+    expected = (1 - probability) ** 2
+    sigma = (expected * (1 - expected) / one.numel()) ** 0.5
+    assert abs(both - expected) < 5 * sigma, f"kept by both: {both:.5f}, expected {expected:.5f} +- {sigma:.5f}"
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.1, 0.5, 0.9])
+def test_keeps_the_right_share_in_every_direction(probability: float) -> None:
+    kept_BSD = keep_mask(probability=probability)
+    for dims in [(), (0, 1), (0, 2), (1, 2)]:  # overall, per feature, per position, per sequence
+        share = kept_BSD.double().mean(dims) if dims else kept_BSD.double().mean()
+        count = kept_BSD.numel() / share.numel()
+        sigma = (probability * (1 - probability) / count) ** 0.5
+        worst = (share - (1 - probability)).abs().max().item()
+        assert worst < 5.5 * sigma, f"dims {dims}: off by {worst / sigma:.1f} standard deviations"
+
+
+def test_kept_numbers_are_scaled_so_that_the_mean_stays() -> None:
+    keys_T = token_keys(0, torch.tensor([3]), torch.ones(1, 8, dtype=torch.int64)).flatten()
+    x_TD = torch.randn(8, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
+    dropped_TD = keyed_dropout(x_TD, keys_T, 7, 0.2)
+    kept_TD = dropped_TD != 0
+    torch.testing.assert_close(dropped_TD[kept_TD], x_TD[kept_TD] / 0.8)
+    assert keyed_dropout(x_TD.bfloat16(), keys_T, 7, 0.2).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"layer_key": 8}, id="layer"),
+        pytest.param({"layer_key": 7 + 2**20}, id="far-layer"),
+        pytest.param({"seed": 1}, id="seed"),
+        pytest.param({"seed": 2**40}, id="seed-above-32-bits"),
+        pytest.param({"first_sequence": 32}, id="next-step"),
+        pytest.param({"first_sequence": 2**33}, id="sequence-above-32-bits"),
+    ],
+)
+def test_masks_of_other_layers_seeds_and_steps_have_nothing_in_common(other: dict[str, int]) -> None:
+    assert_independent(keep_mask(), keep_mask(**other), 0.5)
+
+
+def test_masks_of_neighbours_in_a_batch_have_nothing_in_common() -> None:
+    kept_BSD = keep_mask()
+    assert_independent(kept_BSD[1:], kept_BSD[:-1], 0.5)
+    assert_independent(kept_BSD[:, 1:], kept_BSD[:, :-1], 0.5)
+    assert_independent(kept_BSD[..., 1:], kept_BSD[..., :-1], 0.5)
+    assert_independent(kept_BSD[:-1, 1:], kept_BSD[1:, :-1], 0.5)
+
+
+def test_a_token_keeps_its_key_in_any_split_and_with_padding_on_either_side() -> None:
+    lengths = [5, 3, 4, 1]
+    ids_B = torch.tensor([100, 7, 8, 2**35])
+    right_BS = torch.tensor([[1] * n + [0] * (6 - n) for n in lengths])
+    left_BS = right_BS.flip(-1)
+    alone = [token_keys(3, ids_B[i : i + 1], torch.ones(1, n, dtype=torch.int64))[0] for i, n in enumerate(lengths)]
+    for mask_BS in (right_BS, left_BS):
+        together_BS = token_keys(3, ids_B, mask_BS)
+        assert together_BS.dtype is torch.int32
+        for keys_S, mask_S, expected in zip(together_BS, mask_BS, alone, strict=True):
+            assert torch.equal(keys_S[mask_S.bool()], expected)
+    assert len(torch.cat(alone).unique()) == sum(lengths)
+
+
+def adapted_linear(probability: float) -> RoutedLinear:
+    config = AdapterConfig(r=2, num_experts=3, top_k=2, lora_dropout=probability)
+    layer = RoutedLinear(nn.Linear(NUM_FEATURES, 8).requires_grad_(False), config, "layer", BatchContext())
+    with torch.no_grad():
+        layer.experts.b.normal_(generator=torch.Generator().manual_seed(2))
+    return layer
+
+
+def test_a_recomputed_layer_drops_the_same_numbers() -> None:
+    layer = adapted_linear(0.5)
+    layer.context.token_keys = token_keys(0, torch.tensor([1, 2]), torch.ones(2, 4, dtype=torch.int64))
+    x = torch.randn(2, 4, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    once = torch.autograd.grad(layer(x).square().sum(), parameters)
+    torch.manual_seed(99)  # torch's own random state has no say in it
+    again = torch.autograd.grad(
+        checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False).square().sum(), parameters
+    )
+    for one, other in zip(once, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_layer_drops_the_input_of_the_experts_and_of_nothing_else() -> None:
+    layer = adapted_linear(0.25)
+    keys_BS = token_keys(0, torch.tensor([1]), torch.ones(1, 6, dtype=torch.int64))
+    layer.context.token_keys = keys_BS
+    x = torch.randn(1, 6, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
+    gate_TE, _ = layer.router(x[0])
+    dropped_TD = keyed_dropout(x[0], keys_BS[0], layer.dropout_key, 0.25)
+    expected = layer.base(x[0])
+    for gate_T, a_DR, b_OR in zip(gate_TE.T, layer.experts.a, layer.experts.b, strict=True):
+        expected = expected + 8.0 * gate_T[:, None] * (dropped_TD @ a_DR @ b_OR.T)  # s = alpha / R = 16 / 2
+    torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-4)
+    layer.eval()
+    assert not torch.allclose(layer(x)[0], expected, atol=1e-2), "evaluation drops nothing"
