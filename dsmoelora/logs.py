@@ -55,11 +55,11 @@ def setup_logging(rank: int, verbose: bool = False) -> None:
 
 def _adopt_libraries(level: str, rank: int) -> None:
     """DeepSpeed, transformers and datasets bring handlers and levels of their own: replace them by ours."""
-    # DeepSpeed's logger comes with a handler on stdout, where it would mix with what we print, and speaks in its import.
+    # DeepSpeed's logger gets a handler on stdout, where it would mix with what we print, and is used in the import.
     deepspeed_logger = logging.getLogger("DeepSpeed")
     deepspeed_logger.addFilter(_is_no_noise)
     import datasets
-    import deepspeed.utils
+    import deepspeed  # noqa: F401
     import transformers
 
     deepspeed_logger.handlers.clear()

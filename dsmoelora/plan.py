@@ -151,7 +151,7 @@ def _check_model_folder(plan: Plan, config: ModelConfig) -> None:
 
 
 def _refuse_missing_folder(folder: Path) -> None:
-    """Say at once that a local folder is missing; `name`, or `owner/name` without a local `owner/`, may be of the hub."""
+    """Say at once that a local folder is missing; `name`, or `owner/name` with no local `owner/`, may be on the hub."""
     may_be_hub_name = len(folder.parts) == 1 or (len(folder.parts) == 2 and not folder.parent.exists())
     if not may_be_hub_name:
         raise ModelError(

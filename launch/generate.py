@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from dsmoelora import load_adapter
 from dsmoelora.adapters.folder import read_adapter_config
@@ -51,7 +52,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def load(adapter: Path, base: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(adapter: Path, base: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model with its adapter, on a GPU if there is one, and the tokenizer it was trained with.
 
     Raises:
@@ -60,7 +61,7 @@ def load(adapter: Path, base: str | None) -> tuple[PreTrainedModel, PreTrainedTo
     """
     path = base or read_adapter_config(adapter)["base_model_name_or_path"]
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"The base model {path!r} cannot be loaded. Give its folder with --base. {reason}") from None
@@ -69,9 +70,7 @@ def load(adapter: Path, base: str | None) -> tuple[PreTrainedModel, PreTrainedTo
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, max_new_tokens: int
-) -> str:
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, max_new_tokens: int) -> str:
     """The assistant's greedy answer to one prompt."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
@@ -87,7 +86,9 @@ def answer(
             top_k=None,
             pad_token_id=tokenizer.pad_token_id,
         )
-    return tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()
 
 
 if __name__ == "__main__":

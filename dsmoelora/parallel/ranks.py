@@ -125,8 +125,8 @@ def _agree_over_mpi() -> dict[str, str]:
         from mpi4py import MPI
     except ImportError as error:
         raise ConfigError(
-            "mpirun over several nodes: nobody says where rank 0 is. "
-            "Install mpi4py (`pip install dsmoelora[mpi]`), or pass `-x MASTER_ADDR=<rank 0's host> -x MASTER_PORT=29500`."
+            "mpirun over several nodes: nobody says where rank 0 is. Install mpi4py "
+            "(`pip install dsmoelora[mpi]`), or pass `-x MASTER_ADDR=HOST_OF_RANK_0 -x MASTER_PORT=29500`."
         ) from error
     return MPI.COMM_WORLD.bcast({"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": str(_free_port())}, root=0)
 
