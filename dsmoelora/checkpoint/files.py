@@ -10,38 +10,32 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dsmoelora.errors import CheckpointError
-
-_CHUNK_BYTES = 1 << 20
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all: a reader sees the old file or the new one, also after a crash."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
     unfinished = path.with_name(f".{path.name}.partial")
     with unfinished.open("wb") as file:
-        file.write(text.encode())
-        flush_to_disk(file.fileno())
+        file.write(json.dumps(value).encode())
+        flush_to_disk(file)
     unfinished.replace(path)
     fsync_folder(path.parent)
 
 
-def flush_to_disk(descriptor: int) -> None:
+def flush_to_disk(file: BinaryIO) -> None:
     """Return when what was written to an open file lies on the disk; a full disk may show here and no earlier."""
-    os.fsync(descriptor)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def fsync_folder(folder: Path) -> None:
     """Return when the names in a folder (new files, renames) lie on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        flush_to_disk(descriptor)
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno != errno.EINVAL:  # some network file systems sync folders by themselves and refuse to be asked
             raise
@@ -50,12 +44,9 @@ def fsync_folder(folder: Path) -> None:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits, in pieces of 1 MiB."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file as 64 hex digits; reads it in small pieces."""
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmoelora.checkpoint.files import sha256_of_file, write_text
+from dsmoelora.checkpoint.files import sha256_of_file, write_json
 from dsmoelora.checkpoint.layout import (
     ShardLayout,
     decode_layouts,
@@ -80,7 +80,7 @@ def write_index(folder: Path, index: Index) -> None:
             for file in index.files
         ],
     }
-    write_text(folder / INDEX_NAME, json.dumps({"checksum": _checksum(content), **content}))
+    write_json(folder / INDEX_NAME, {"checksum": _checksum(content), **content})
 
 
 def read_index(folder: Path) -> Index:

@@ -105,8 +105,7 @@ def write_rank_file(path: Path, shards: list[ShardState], kept: list[ShardLayout
                     file.write(chunk)
                     digest.update(chunk)
                     num_bytes += len(chunk)
-        file.flush()
-        flush_to_disk(file.fileno())
+        flush_to_disk(file)
     return num_bytes, digest.hexdigest()
 
 

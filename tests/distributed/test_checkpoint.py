@@ -78,7 +78,7 @@ def error_of(fn: Any, *args: Any) -> tuple[str, str]:
 def save_with_a_disk_full_for(failing_rank: int, root: Path, step: int) -> tuple[str, str]:
     """Save while the given rank's file does not reach the disk."""
 
-    def fail(descriptor: int) -> None:
+    def fail(file: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.MonkeyPatch.context() as patch:

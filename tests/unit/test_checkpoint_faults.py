@@ -187,6 +187,29 @@ def test_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     assert_untouched(tmp_path, {101: numbers[100]})
 
 
+def test_everything_lies_on_the_disk_before_the_folder_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[str, int] = {}  # by file: its size when it was last synced
+    fsync, rename = os.fsync, Path.rename
+
+    def watch_fsync(descriptor: int) -> None:
+        synced[str(Path(f"/proc/self/fd/{descriptor}").readlink())] = os.fstat(descriptor).st_size
+        fsync(descriptor)
+
+    def watch_rename(self: Path, target: Path) -> Path:
+        assert str(self) in synced
+        for path in self.iterdir():
+            before_its_own_rename = path.with_name(f".{path.name}.partial")
+            assert path.stat().st_size in (synced.get(str(path)), synced.get(str(before_its_own_rename)))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(Path, "rename", watch_rename)
+    saved_run(tmp_path, (50,))
+    assert str(tmp_path) in synced
+
+
 def test_left_overs_of_crashes_are_ignored_and_removed_by_the_next_save(tmp_path: Path) -> None:
     numbers = saved_run(tmp_path, (50,))
     shutil.copytree(tmp_path / "checkpoint-50", tmp_path / ".checkpoint-75.partial")
