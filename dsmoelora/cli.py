@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # What `--deepspeed` falls back to; everything else of a DeepSpeed file is filled from the recipe.
 DEFAULT_DEEPSPEED: dict[str, Any] = {"zero_optimization": {"stage": 3}}
 
+_FLAG_TYPES = {"preview": int, "world_size": int, "local_rank": int}
+
 
 @dataclass(frozen=True)
 class Command:
@@ -84,6 +86,8 @@ def parse_command(argv: list[str]) -> Command:
         if parsed.print_config:
             sys.stdout.write(recipe_yaml(recipe))
             raise SystemExit(0)
+    if parsed.world_size is not None and not parsed.dry_run:
+        raise ConfigError("--world-size plans a dry run; a real run has the ranks of its launcher. Add --dry-run.")
     return Command(
         recipe=recipe,
         deepspeed=read_deepspeed_file(parsed.deepspeed) if parsed.deepspeed else DEFAULT_DEEPSPEED,
@@ -177,10 +181,11 @@ def _explain(message: str) -> ConfigError:
     wrong_type = re.search(r'Parser key "([\w.]+)":\s+(?:.*?)(?:Got|Given) value: (.*)', message, flags=re.DOTALL)
     if wrong_type is not None:
         key, value = wrong_type[1], wrong_type[2].strip().splitlines()[0]
-        annotation = key_types().get(key)
+        annotation = (key_types() | _FLAG_TYPES).get(key)
         if annotation is not None:
             shown = yaml.safe_load(value) if re.fullmatch(r"[\w.+-]+", value) else value
-            return bad_value(key, shown, in_words(annotation), "Correct it in the recipe or on the command line.")
+            name = key if "." in key else "--" + key.replace("_", "-")
+            return bad_value(name, shown, in_words(annotation), "Correct it in the recipe or on the command line.")
     flat = " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
     return ConfigError(f"{flat.rstrip('.')}. `--help` lists all keys and flags.")
 

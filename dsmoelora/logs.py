@@ -65,6 +65,7 @@ def _adopt_libraries(level: str, rank: int) -> None:
     deepspeed_logger.handlers.clear()
     deepspeed_logger.propagate = True
     deepspeed_logger.setLevel(level)
+    logging.getLogger("huggingface_hub").handlers.clear()  # it propagates as well and would say everything twice
     transformers.logging.set_verbosity(getattr(logging, level))
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()

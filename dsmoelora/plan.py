@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from rich import box
 from rich.console import Console
@@ -18,13 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dsmoelora.adapters import inject
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.formats import read_conversations
-from dsmoelora.errors import ConfigError, ModelError, bad_value
+from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
 from dsmoelora.model import load_model_config, load_tokenizer
 from dsmoelora.optim import trainables
 from dsmoelora.run_folder import check_run_folder, existing_parent, run_folder
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _FP32_BYTES = 4
+_HUB_TIMEOUT_S = 10.0
 
 
 @dataclass
@@ -124,7 +126,10 @@ def _check_data(plan: Plan, recipe: Recipe) -> None:
         for place, source in enumerate(sources):
             if not source.path:
                 raise bad_value(f"{key}[{place}].path", source.path, "a JSON or JSONL file", "Name the file.")
-            next(read_conversations(source.path))
+            try:
+                next(read_conversations(source.path))
+            except DataError as error:
+                raise DataError(f"{key}: {error}") from None
             plan.add(key, f"{source.path} ({_size(Path(source.path).stat().st_size)})")
     if not data.eval:
         plan.notes.append("data.eval names no file: there will be no held-out loss.")
@@ -144,20 +149,34 @@ def _check_model_folder(plan: Plan, config: ModelConfig) -> None:
             f"model.path is {config.path!r}, a folder without config.json. Give the folder of a transformers model."
         )
     if not folder.exists():
-        _refuse_missing_folder(folder)
+        _find_on_hub(config.path)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         plan.notes.append(f"{folder} holds no weights ({', '.join(_WEIGHTS)}): it can be planned with, not trained.")
     load_tokenizer(config)
 
 
-def _refuse_missing_folder(folder: Path) -> None:
-    """Say at once that a local folder is missing; `name`, or `owner/name` with no local `owner/`, may be on the hub."""
-    may_be_hub_name = len(folder.parts) == 1 or (len(folder.parts) == 2 and not folder.parent.exists())
-    if not may_be_hub_name:
+def _find_on_hub(name: str) -> None:
+    """Say at once that a local folder is missing, or that the hub has no such model or cannot be reached.
+
+    Only `name`, and `owner/name` where there is no folder `owner`, can be hub names. Left to themselves, the libraries
+    below would try an unreachable hub for a minute.
+    """
+    parts = name.split("/")
+    if name.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).exists()):
         raise ModelError(
-            f"model.path is {str(folder)!r}, but there is no such folder. "
+            f"model.path is {name!r}, but there is no such folder. "
             "Check the path; it is relative to the folder you start in."
         )
+    if huggingface_hub.try_to_load_from_cache(name, "config.json") is not None:
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+    except Exception as error:  # of several libraries; whatever it is, the model is out of reach
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"model.path is {name!r}, but there is no such folder, and the hub does not give a model of that name "
+            f"({reason}). Check the path, or download the model first."
+        ) from error
 
 
 def _model_without_weights(config: ModelConfig) -> PreTrainedModel:

@@ -45,7 +45,7 @@ def run(command: Command) -> None:
     from dsmoelora.plan import make_plan, print_notes, print_plan
 
     recipe, console = command.recipe, Console(quiet=env_rank() > 0, highlight=False)
-    world_size = command.world_size or env_world_size()
+    world_size = env_world_size() if command.world_size is None else command.world_size
     plan = comm.together(lambda: make_plan(recipe, command.deepspeed, world_size, command.resume))
     if command.dry_run:
         print_plan(plan, console)
