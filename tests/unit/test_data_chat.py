@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.data.chat import tokenise_chats
@@ -51,6 +52,9 @@ def test_a_batch_gives_what_single_conversations_give(tmp_path: Path) -> None:
 
 def test_beginning_of_sequence_comes_once(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path, "{{ bos_token }}" + CHATML_TEMPLATE)
+    bos = ("<bos>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # the tokenizer would add one of its own
     text, runs = learned(tokenizer, TWO_TURNS)
     assert text.count("<bos>") == 1
     assert text.startswith("<bos><|im_start|>user")
@@ -121,10 +125,11 @@ def test_template_that_rewrites_what_came_before(tmp_path: Path) -> None:
         learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
 
 
-def test_template_without_end_of_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_the_very_end", ["", "{{ eos_token }}"])
+def test_template_without_end_of_turn(tmp_path: Path, at_the_very_end: str) -> None:
     # The next question's marker must not pass for the end of the answer.
     template = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    prompt = "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant: {% else %}" + at_the_very_end + "{% endif %}"
     with pytest.raises(ModelError, match="no special token after the assistant's answer"):
         learned(tiny_tokenizer(tmp_path, template + prompt), TWO_TURNS)
 

@@ -174,6 +174,18 @@ def test_evaluation_sees_every_row_once_with_equal_work(
     assert sum(batch.num_supervised_local for batch in everything) == total
 
 
+def test_evaluation_puts_rows_of_similar_length_together(dataset: InstructionDataset) -> None:
+    batches = eval_micro_batches(dataset, micro_batch_size=4, rank=0, world_size=1, pad_token_id=PAD)
+    lengths = [length for batch in batches for length in batch.attention_mask.sum(1).tolist()]
+    assert lengths[:NUM_ROWS] == sorted(dataset.num_tokens.tolist(), reverse=True)
+
+
+def test_targets_are_counted_as_the_loss_sees_them() -> None:
+    labels = torch.tensor([[-100, 5, -100], [7, -100, 8]])  # the 7 is the first token: nothing predicts it
+    batch = MicroBatch(labels, labels, labels, torch.arange(2), num_supervised_global=2)
+    assert batch.num_supervised_local == 2
+
+
 def test_micro_batch_moves_to_a_device(dataset: InstructionDataset) -> None:
     batch = steps(dataset, 1)[0][0]
     moved = batch.to("meta")
