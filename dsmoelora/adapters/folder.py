@@ -23,6 +23,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_TYPE = "DSMOELORA"
 _NUM_FINGERPRINT_VALUES = 16
+_NEEDED_KEYS = ("layers", "base_fingerprint", "base_model_name_or_path")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -110,6 +111,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has peft_type {kind!r}, but must have {PEFT_TYPE!r}. Load other adapters with the peft package."
         )
+    missing = [key for key in _NEEDED_KEYS if key not in description]
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it has no {listing(missing)}. Copy the adapter folder again.")
     return description
 
 
@@ -136,13 +140,18 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     inject(model, config)
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = _read_weights(folder / WEIGHTS_FILE)
-    if tensors.keys() != wanted.keys():
-        odd = listing(sorted(tensors.keys() ^ wanted.keys()))
+    shapes, wanted_shapes = _shapes(tensors), _shapes(wanted)
+    if shapes != wanted_shapes:
+        odd = listing(sorted({name for name, _ in shapes.items() ^ wanted_shapes.items()}))
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {odd}. Copy the folder again.")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
     return model.eval()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
