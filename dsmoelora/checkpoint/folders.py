@@ -57,11 +57,12 @@ def begin(root: Path, step: int) -> None:
 def publish(root: Path, step: int) -> Path:
     """Give the partial folder its name; a former checkpoint of this step goes away only after that.
 
+    Whoever wrote the index, the last file, has synced the partial folder (see `files.write_json`).
+
     Raises:
         OSError: the rename failed; the former checkpoint has its name again
     """
     partial, final, replaced = partial_folder(root, step), checkpoint_folder(root, step), _replaced_folder(root, step)
-    fsync_folder(partial)
     had_former = final.exists()
     if had_former:
         if replaced.exists():
