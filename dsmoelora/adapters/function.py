@@ -17,10 +17,10 @@ def _side_by_side(factor_EXR: Tensor) -> Tensor:
     return factor_EXR.permute(1, 0, 2).reshape(num_rows, num_experts * rank)
 
 
-def _per_expert(grad_XF: Tensor, like_EXR: Tensor) -> Tensor:
-    """(X, F) -> (E, X, R), the way back."""
-    num_experts, num_rows, rank = like_EXR.shape
-    return grad_XF.view(num_rows, num_experts, rank).permute(1, 0, 2).contiguous()
+def _per_expert(grad_FX: Tensor, num_experts: int) -> Tensor:
+    """(F, X) -> (E, X, R): a gradient on its way back to the factor."""
+    num_features, num_rows = grad_FX.shape
+    return grad_FX.view(num_experts, num_features // num_experts, num_rows).transpose(1, 2).contiguous()
 
 
 def _weigh(features_TF: Tensor, weight_TE: Tensor) -> Tensor:
@@ -88,9 +88,10 @@ class RoutedExperts(torch.autograd.Function):
             factor_weight_TE = scale * torch.where(selected_TE, gate_TE**gate_power, 0.0)
         weighted_TF = _weigh(grad_TF, factor_weight_TE)
         if need_a:
-            grad_a = _per_expert(x_TD.t() @ weighted_TF, a_EDR)
+            grad_a = _per_expert(weighted_TF.t() @ x_TD, a_EDR.shape[0])
         if need_b:
-            grad_b = _per_expert(grad_TO.t() @ _weigh(features_TF, factor_weight_TE), b_EOR)
+            hidden_TF = _weigh(features_TF, factor_weight_TE)
+            grad_b = _per_expert(hidden_TF.t() @ grad_TO, b_EOR.shape[0])
         if need_x:
             if gate_power != 1.0 and not ctx.power_reaches_input:  # type: ignore[attr-defined]
                 weighted_TF = _weigh(grad_TF, weight_TE)
@@ -98,20 +99,42 @@ class RoutedExperts(torch.autograd.Function):
         return grad_TO if need_base else None, grad_x, grad_gate, None, grad_a, grad_b, None, None, None
 
 
+def _product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:
+    """`x W` with an fp32 result and without an fp32 copy of `x`, which would cost more than the product itself.
+
+    Low-precision products accumulate in fp32 and round once at the end. Where the device cannot leave that rounding
+    out, a second product returns what the first one rounded away: 16 bits of mantissa in all for bf16.
+    """
+    if x_TD.dtype == torch.float32:
+        return x_TD @ weight_DE
+    if x_TD.is_cuda:
+        return torch.mm(x_TD, weight_DE, out_dtype=torch.float32)
+    rounded_TE = x_TD @ weight_DE
+    remainder_TE = torch.addmm(rounded_TE, x_TD, weight_DE, beta=-1)
+    return rounded_TE.float() + remainder_TE
+
+
+def _two_parts(grad_TE: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 (T, E) as its rounding and the remainder side by side, (T, 2E): a product loses nothing to the dtype."""
+    rounded_TE = grad_TE.to(dtype)
+    return torch.cat((rounded_TE, (grad_TE - rounded_TE).to(dtype)), dim=-1)
+
+
 class RouterLogits(torch.autograd.Function):
-    """`logits = x W^T` in fp32 for inputs of any dtype, without an fp32 copy of `x` waiting for the backward pass."""
+    """`logits = x W^T` with fp32 results for inputs of any dtype; see `_product_fp32` for how."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """(T, E) fp32."""
         ctx.save_for_backward(x_TD, weight_ED)
-        return x_TD.float() @ weight_ED.float().t()
+        return _product_fp32(x_TD, weight_ED.t())
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x (in its dtype) and of the weight (in its dtype), both computed in fp32."""
+    def backward(ctx: FunctionCtx, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        """Gradients of x and of the weight in their dtypes, from the whole fp32 gradient of the logits."""
         x_TD, weight_ED = ctx.saved_tensors  # type: ignore[attr-defined]
         need_x, need_weight = ctx.needs_input_grad  # type: ignore[attr-defined]
-        grad_x = (grad_TE @ weight_ED.float()).to(x_TD.dtype) if need_x else None
-        grad_weight = (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype) if need_weight else None
+        parts_TF = _two_parts(grad_TE, x_TD.dtype)
+        grad_x = parts_TF @ torch.cat((weight_ED, weight_ED)) if need_x else None
+        grad_weight = (parts_TF.t() @ x_TD).view(2, *weight_ED.shape).sum(0) if need_weight else None
         return grad_x, grad_weight

@@ -1,0 +1,120 @@
+"""How fast is the fused layer, beside PEFT's plain LoRA of the same total rank and beside a loop over experts?
+
+    python benchmarks/layer.py
+
+One run compares everything in turn, round by round, and prints medians of ratios: machines are noisy, ratios less so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import peft
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from dsmoelora import AdapterConfig, inject
+
+Step = Callable[[], None]
+
+
+class LoopOverExperts(nn.Module):
+    """What a straightforward implementation does: gather each expert's tokens, two products, scatter back."""
+
+    def __init__(self, base: nn.Linear, num_experts: int, rank: int, top_k: int) -> None:
+        super().__init__()
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.base, self.top_k, self.scale = base, top_k, 16 / rank
+        self.router = nn.Parameter(torch.randn(num_experts, base.in_features, **like) / 50)
+        self.a = nn.ParameterList(torch.randn(base.in_features, rank, **like) / 50 for _ in range(num_experts))
+        self.b = nn.ParameterList(torch.randn(rank, base.out_features, **like) / 50 for _ in range(num_experts))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        logits_TE = x_TD.float() @ self.router.float().t()
+        top_TK, expert_TK = logits_TE.topk(self.top_k, dim=-1)
+        gate_TK = top_TK.softmax(-1)
+        y_TO = self.base(x_TD)
+        for expert, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
+            token, place = (expert_TK == expert).nonzero(as_tuple=True)
+            part = (x_TD[token] @ a) @ b * (self.scale * gate_TK[token, place].unsqueeze(-1)).to(x_TD.dtype)
+            y_TO = y_TO.index_add(0, token, part)
+        return y_TO
+
+
+def base_layer(size: int, device: torch.device) -> nn.Linear:
+    """A frozen bf16 linear layer."""
+    return nn.Linear(size, size, bias=False).to(device, torch.bfloat16).requires_grad_(False)
+
+
+def training_step(model: nn.Module, x_TD: Tensor, grad_TO: Tensor) -> Step:
+    """Forward and backward with gradients of the input and of whatever is trainable."""
+
+    def step() -> None:
+        x_TD.grad = None
+        model.zero_grad(set_to_none=True)
+        model(x_TD).backward(grad_TO)
+
+    return step
+
+
+def timed(step: Step) -> float:
+    """Seconds of one call, the accelerator's queue drained."""
+    get_accelerator().synchronize()
+    start = time.perf_counter()
+    step()
+    get_accelerator().synchronize()
+    return time.perf_counter() - start
+
+
+def compare(num_experts: int, rank: int, top_k: int, args: argparse.Namespace) -> None:
+    """Print the medians of one configuration."""
+    device = torch.device(get_accelerator().current_device_name())
+    torch.manual_seed(0)
+    x_TD = torch.randn(args.tokens, args.size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad_TO = torch.randn(args.tokens, args.size, device=device, dtype=torch.bfloat16)
+
+    ours = nn.Sequential(base_layer(args.size, device))
+    inject(ours, AdapterConfig(r=rank, num_experts=num_experts, top_k=top_k, target_modules="all-linear"))
+    for parameter in ours.parameters():
+        parameter.data.normal_(std=0.02)  # `b` starts at 0, which is no typical value
+    total_rank = num_experts * rank
+    lora = peft.LoraConfig(r=total_rank, lora_alpha=16, target_modules=["0"], init_lora_weights=False)
+    plain = peft.get_peft_model(nn.Sequential(base_layer(args.size, device)), lora, autocast_adapter_dtype=False)
+    plain.to(torch.bfloat16)
+    loop = LoopOverExperts(base_layer(args.size, device), num_experts, rank, top_k)
+    models = {"base": base_layer(args.size, device), "ours": ours, "peft": plain, "loop": loop}
+    steps = {name: training_step(model, x_TD, grad_TO) for name, model in models.items()}
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    rounds = [{name: timed(step) for name, step in steps.items()} for _ in range(args.rounds)]
+
+    def ratio(top: str, bottom: str) -> float:
+        return statistics.median(one[top] / one[bottom] for one in rounds)
+
+    milliseconds = 1e3 * statistics.median(one["ours"] for one in rounds)
+    print(
+        f"E={num_experts:<3d} R={rank:<3d} K={top_k:<3d} ours {milliseconds:7.2f} ms | "
+        f"ours / PEFT LoRA of rank {total_rank}: {ratio('ours', 'peft'):.2f} | "
+        f"loop over experts / ours: {ratio('loop', 'ours'):.2f} | ours / bare base layer: {ratio('ours', 'base'):.2f}"
+    )
+
+
+def main() -> None:
+    """Parse the sizes, print one line a configuration."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=2048, help="in- and out-features")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=60)
+    args = parser.parse_args()
+    print(f"bf16, D = O = {args.size}, {args.tokens} tokens, forward + backward with input gradient, dropout 0")
+    for num_experts, rank, top_k in ((20, 4, 10), (8, 16, 2)):
+        compare(num_experts, rank, top_k, args)
+
+
+if __name__ == "__main__":
+    main()
