@@ -1,4 +1,4 @@
-"""How fast is the fused layer, beside PEFT's plain LoRA of the same total rank and beside a loop over experts?
+"""The speed of the fused layer, beside PEFT's plain LoRA of the same total rank and beside a loop over experts.
 
     python benchmarks/layer.py
 
@@ -27,11 +27,11 @@ class LoopOverExperts(nn.Module):
 
     def __init__(self, base: nn.Linear, num_experts: int, rank: int, top_k: int) -> None:
         super().__init__()
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.base, self.top_k, self.scale = base, top_k, 16 / rank
-        self.router = nn.Parameter(torch.randn(num_experts, base.in_features, **like) / 50)
-        self.a = nn.ParameterList(torch.randn(base.in_features, rank, **like) / 50 for _ in range(num_experts))
-        self.b = nn.ParameterList(torch.randn(rank, base.out_features, **like) / 50 for _ in range(num_experts))
+        self.router = nn.Parameter(torch.randn(num_experts, base.in_features) / 50)
+        self.a = nn.ParameterList(torch.randn(base.in_features, rank) / 50 for _ in range(num_experts))
+        self.b = nn.ParameterList(torch.randn(rank, base.out_features) / 50 for _ in range(num_experts))
+        self.to(base.weight)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         logits_TE = x_TD.float() @ self.router.float().t()

@@ -114,27 +114,37 @@ def _product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:
     return rounded_TE.float() + remainder_TE
 
 
-def _two_parts(grad_TE: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 (T, E) as its rounding and the remainder side by side, (T, 2E): a product loses nothing to the dtype."""
+def _exact_parts(grad_TE: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 (T, E) as (T, P * E) in `dtype`: itself, or its rounding and the remainder side by side (P = 2).
+
+    A product with it loses nothing to the dtype.
+    """
+    if grad_TE.dtype == dtype:
+        return grad_TE
     rounded_TE = grad_TE.to(dtype)
     return torch.cat((rounded_TE, (grad_TE - rounded_TE).to(dtype)), dim=-1)
 
 
 class RouterLogits(torch.autograd.Function):
-    """`logits = x W^T` with fp32 results for inputs of any dtype; see `_product_fp32` for how."""
+    """`logits = x W^T` in fp32 for inputs of any dtype, and `x` itself for those who use it next to the router.
+
+    Who takes `x` from here has the router's share of its gradient added inside the router's own product, where
+    autograd would make another pass over a tensor of the size of `x`.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        """(T, E) fp32."""
+    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+        """`x_TD` and the logits (T, E) fp32; see `_product_fp32` for how."""
         ctx.save_for_backward(x_TD, weight_ED)
-        return _product_fp32(x_TD, weight_ED.t())
+        return x_TD.view_as(x_TD), _product_fp32(x_TD, weight_ED.t())
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad_TD: Tensor, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of x and of the weight in their dtypes, from the whole fp32 gradient of the logits."""
         x_TD, weight_ED = ctx.saved_tensors  # type: ignore[attr-defined]
         need_x, need_weight = ctx.needs_input_grad  # type: ignore[attr-defined]
-        parts_TF = _two_parts(grad_TE, x_TD.dtype)
-        grad_x = parts_TF @ torch.cat((weight_ED, weight_ED)) if need_x else None
-        grad_weight = (parts_TF.t() @ x_TD).view(2, *weight_ED.shape).sum(0) if need_weight else None
+        parts_TF = _exact_parts(grad_TE, x_TD.dtype)
+        num_parts = parts_TF.shape[-1] // weight_ED.shape[0]
+        grad_x = torch.addmm(grad_TD, parts_TF, weight_ED.repeat(num_parts, 1)) if need_x else None
+        grad_weight = (parts_TF.t() @ x_TD).view(num_parts, *weight_ED.shape).sum(0) if need_weight else None
         return grad_x, grad_weight

@@ -102,11 +102,10 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
-        base = self.base(x)
-        x_TD = x.reshape(-1, x.shape[-1])
-        gate_TE, selected_TE = self.router(x_TD)
-        y_TO = self.experts(base.reshape(-1, base.shape[-1]), self._drop(x_TD), gate_TE, selected_TE)
-        return y_TO.view(base.shape)
+        x_TD, gate_TE, selected_TE = self.router(x.reshape(-1, x.shape[-1]))
+        base_TO = self.base(x_TD)
+        y_TO = self.experts(base_TO, self._drop(x_TD), gate_TE, selected_TE)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def role_of(self, parameter_name: str) -> tuple[Factor, tuple[int, ...]]:
         """Role and shape over all experts of a trainable parameter (`experts.a`), whose own `shape` ZeRO-3 empties."""
