@@ -1,0 +1,180 @@
+"""The command line: what it reads, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsmoelora.cli import DEFAULT_DEEPSPEED, parse_command, run_guarded
+from dsmoelora.config import Recipe
+from dsmoelora.errors import ConfigError
+from dsmoelora.recipe_file import recipe_yaml
+
+RECIPE = """
+run: {name: mine, seed: 7}
+model: {path: some/model, dtype: fp32}
+adapter: {r: 2, num_experts: 4, top_k: 2, target_modules: all-linear}
+optim: {lr: 1e-3, betas: [0.7, 0.8]}
+data: {train: [{path: a.jsonl}, {path: b.jsonl}]}
+train: {batch_size: 8, micro_batch_size: 2}
+"""
+
+
+def write(folder: Path, text: str, name: str = "recipe.yaml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def parse_recipe(folder: Path, text: str, *argv: str) -> Recipe:
+    return parse_command(["--config", write(folder, text), *argv]).recipe
+
+
+def message_of(argv: list[str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_command(argv)
+    return str(caught.value)
+
+
+def test_a_recipe_becomes_dataclasses(tmp_path: Path) -> None:
+    recipe = parse_recipe(tmp_path, RECIPE)
+    assert recipe.run.name == "mine"
+    assert recipe.optim.lr == 0.001  # `1e-3` is text in YAML 1.1, and a number to everybody else
+    assert recipe.optim.betas == (0.7, 0.8)
+    assert [source.path for source in recipe.data.train] == ["a.jsonl", "b.jsonl"]
+    assert recipe.adapter.target_modules == "all-linear"
+    assert recipe.train.max_steps == Recipe().train.max_steps
+
+
+def test_the_adapter_starts_from_the_runs_seed(tmp_path: Path) -> None:
+    assert parse_recipe(tmp_path, RECIPE).adapter.seed == 7
+    assert parse_recipe(tmp_path, RECIPE, "--run.seed", "9").adapter.seed == 9
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_an_override_counts_wherever_it_stands(tmp_path: Path, place: str) -> None:
+    file, override = ["--config", write(tmp_path, RECIPE)], ["--optim.lr", "2e-4"]
+    recipe = parse_command(override + file if place == "before" else file + override).recipe
+    assert recipe.optim.lr == 0.0002
+
+
+def test_lists_and_null_can_be_overridden(tmp_path: Path) -> None:
+    argv = ("--data.train", "[{path: c.jsonl}]", "--optim.lr_router", "null", "--adapter.target_modules", "[q_proj]")
+    recipe = parse_recipe(tmp_path, RECIPE, *argv)
+    assert [source.path for source in recipe.data.train] == ["c.jsonl"]
+    assert recipe.optim.lr_router is None
+    assert recipe.adapter.target_modules == ["q_proj"]
+
+
+def test_flags_have_defaults_and_the_launchers_own_is_ignored() -> None:
+    command = parse_command(["--local_rank=1"])
+    assert (command.resume, command.dry_run, command.preview, command.world_size) == ("none", False, 0, None)
+    assert command.deepspeed == DEFAULT_DEEPSPEED
+
+
+def test_flags_are_read(tmp_path: Path) -> None:
+    file = write(tmp_path, json.dumps({"zero_optimization": {"stage": 3}, "steps_per_print": 5}), "ds.json")
+    command = parse_command(
+        ["--deepspeed", file, "--resume", "auto", "--dry-run", "--world-size", "8", "--preview", "3"]
+    )
+    assert command.deepspeed == {"zero_optimization": {"stage": 3}, "steps_per_print": 5}
+    assert (command.resume, command.dry_run, command.preview, command.world_size) == ("auto", True, 3, 8)
+
+
+def test_print_config_prints_a_recipe_that_reads_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = parse_recipe(tmp_path, RECIPE, "--optim.lr", "3e-4")
+    with pytest.raises(SystemExit) as caught:
+        parse_command(["--config", write(tmp_path, RECIPE), "--optim.lr", "3e-4", "--print_config"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed == recipe_yaml(wanted)
+    assert parse_recipe(tmp_path, printed) == wanted
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parts"),
+    [
+        ("optim: {lrr: 1}", ["line 1", "unknown key optim.lrr", "Did you mean lr?"]),
+        ("run:\n  name: x\nmodell: {path: x}", ["line 3", "unknown key modell", "Did you mean model?"]),
+        ("data: {train: [{path: x, pth: y}]}", ["unknown key data.train[0].pth", "Did you mean path?"]),
+        ("optim: {lr: fast}", ["optim.lr is 'fast'", "a number"]),
+        ("train: {max_steps: 1.5}", ["train.max_steps is 1.5", "a whole number"]),
+        ("train: {activation_checkpointing: maybe}", ["train.activation_checkpointing is 'maybe'", "true or false"]),
+        ("optim: {name: adam}", ["optim.name is 'adam'", "adamw, sgd"]),
+        ("optim: {lr_router: slow}", ["optim.lr_router is 'slow'", "a number or null"]),
+        ("data: {train: x.jsonl}", ["data.train is 'x.jsonl'", "a list", "path"]),
+        ("optim: 3", ["line 1", "optim must be a mapping", "lr"]),
+        ("adapter: {num_experts: 2, top_k: 3}", ["adapter.top_k is 3", "adapter.num_experts = 2"]),
+        ("optim: {lr: -1}", ["optim.lr is -1", "above 0"]),
+        ("optim: {lr: 1e-3}\noptim: {eps: 1e-6}", ["line 2", "optim is set twice"]),
+        ("adapter: {seed: 3}", ["adapter.seed", "Set run.seed instead"]),
+        ("optim: [1, 2", ["line 1", "Mend the YAML"]),
+        ("just text", ["must be a YAML mapping", "run, model, adapter"]),
+        ("", ["must be a YAML mapping"]),
+    ],
+)
+def test_a_wrong_recipe_is_one_clear_sentence(tmp_path: Path, recipe: str, parts: list[str]) -> None:
+    message = message_of(["--config", write(tmp_path, recipe)])
+    for part in parts:
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--optim.lrr", "1"], ["--optim.lrr", "Did you mean --optim.lr?"]),
+        (["--dryrun"], ["--dryrun", "Did you mean --dry-run?"]),
+        (["--adapter.seed", "1"], ["Set run.seed instead"]),
+        (["recipe.yaml"], ["recipe.yaml", "--help"]),
+        (["--optim.lr"], ["--optim.lr", "expected one argument"]),
+        (["--preview", "-1"], ["--preview is -1", "0 or more"]),
+        (["--preview", "few"], ["--preview is 'few'", "a whole number"]),
+        (["--world-size", "4"], ["--dry-run"]),
+        (["--optim.betas", "0.9"], ["optim.betas is 0.9", "a list of 2"]),
+    ],
+)
+def test_a_wrong_flag_is_one_clear_sentence(argv: list[str], parts: list[str]) -> None:
+    message = message_of(argv)
+    for part in parts:
+        assert part in message
+    assert "\n" not in message
+
+
+def test_a_missing_recipe_suggests_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path, RECIPE, "demo.yaml")
+    message = message_of(["--config", str(tmp_path / "dmeo.yaml")])
+    assert "there is no such file" in message
+    assert f"Did you mean {tmp_path / 'demo.yaml'}?" in message
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_wrong_deepspeed_file_is_named(tmp_path: Path, content: str) -> None:
+    file = write(tmp_path, content, "ds.json")
+    assert file in message_of(["--deepspeed", file])
+
+
+def test_errors_are_said_once_on_rank_zero_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> None:
+        raise ConfigError("optim.lr is [red]0[/red], but ...")  # not rich's markup, but what the user wrote
+
+    codes, said = [], []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        codes.append(run_guarded(body))
+        said.append(capsys.readouterr().err)
+    assert codes == [1, 1]
+    assert said == ["error: optim.lr is [red]0[/red], but ...\n", ""]
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_guarded(lambda: print(1 // 0))
+
+
+def test_success_is_code_zero() -> None:
+    assert run_guarded(lambda: None) == 0

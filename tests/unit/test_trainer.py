@@ -1,0 +1,181 @@
+"""The loop: what happens at which step, and that an interrupted run ends like one that was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from dsmoelora.callbacks import Callback, MetricsFile, Samples, TrainingRun, read_metrics
+from dsmoelora.config import Recipe, RunConfig, TrainConfig
+from dsmoelora.engine import StepResult
+from dsmoelora.errors import CheckpointError
+from dsmoelora.trainer import Trainer
+from tests.fake_engine import FakeDataset, FakeEngine
+
+
+def make_recipe(seed: int = 0, **train: Any) -> Recipe:
+    defaults = {"max_steps": 7, "batch_size": 4, "micro_batch_size": 2, "eval_every": 3, "save_every": 2}
+    return Recipe(run=RunConfig(seed=seed), train=TrainConfig(**defaults | train))
+
+
+def make_trainer(
+    engine: FakeEngine, folder: Path, callbacks: list[Callback], *, held_out: int = 3, data: str = "data"
+) -> Trainer:
+    folder.mkdir(parents=True, exist_ok=True)
+    train_data, eval_data = FakeDataset(50, data), FakeDataset(held_out) if held_out else None
+    return Trainer(cast(Any, engine), folder, cast(Any, train_data), cast(Any, eval_data), callbacks)
+
+
+class Recorder(Callback):
+    """Writes down every hook with the step at which it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        self.calls.append(f"begin {run.step}")
+
+    def on_step_end(self, run: TrainingRun, result: StepResult) -> None:
+        self.calls.append(f"step {run.step}")
+
+    def on_evaluate(self, run: TrainingRun, loss: float) -> None:
+        self.calls.append(f"evaluate {run.step}")
+
+    def on_metrics(self, run: TrainingRun) -> None:
+        self.calls.append(f"metrics {run.step}")
+
+    def on_save(self, run: TrainingRun, checkpoint: Path) -> None:
+        self.calls.append(f"save {run.step}")
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        self.calls.append(f"end {run.step}")
+
+
+def test_hooks_come_in_this_order(tmp_path: Path) -> None:
+    recorder = Recorder()
+    make_trainer(FakeEngine(make_recipe(max_steps=3, eval_every=2, save_every=2)), tmp_path, [recorder]).fit()
+    assert recorder.calls == [
+        *("begin 0", "evaluate 0", "metrics 0"),
+        *("step 1", "metrics 1"),
+        *("step 2", "evaluate 2", "metrics 2", "save 2"),
+        *("step 3", "evaluate 3", "metrics 3", "save 3", "end 3"),
+    ]
+
+
+def calls_at(engine: FakeEngine, what: str) -> list[int]:
+    return [int(call.split()[-1]) for call in engine.calls if call.startswith(what + " ")]
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "eval_every", "evaluations"),
+    [(7, 3, [0, 3, 6, 7]), (6, 3, [0, 3, 6]), (5, 9, [0, 5]), (5, 0, [])],
+)
+def test_evaluations_at_the_start_at_the_end_and_between(
+    tmp_path: Path, max_steps: int, eval_every: int, evaluations: list[int]
+) -> None:
+    engine = FakeEngine(make_recipe(max_steps=max_steps, eval_every=eval_every))
+    make_trainer(engine, tmp_path, []).fit()
+    assert calls_at(engine, "evaluate") == evaluations
+
+
+def test_no_evaluation_without_held_out_data(tmp_path: Path) -> None:
+    engine = FakeEngine(make_recipe())
+    make_trainer(engine, tmp_path, [], held_out=0).fit()
+    assert calls_at(engine, "evaluate") == []
+
+
+@pytest.mark.parametrize(("save_every", "checkpoints"), [(2, [2, 4, 6, 7]), (7, [7]), (0, [7])])
+def test_checkpoints_between_and_at_the_end(tmp_path: Path, save_every: int, checkpoints: list[int]) -> None:
+    engine = FakeEngine(make_recipe(save_every=save_every))
+    make_trainer(engine, tmp_path, []).fit()
+    assert calls_at(engine, "save") == checkpoints
+    assert calls_at(engine, "save_adapter") == [7]
+
+
+class Interrupt(Callback):
+    """Ends the process, as it were, after a step: before its metrics and its checkpoint."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+
+    def on_step_end(self, run: TrainingRun, result: StepResult) -> None:
+        if run.step == self._after:
+            raise KeyboardInterrupt
+
+
+def losses(folder: Path) -> dict[int, tuple[Any, Any]]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert len({row["step"] for row in rows}) == len(rows), "a step is there twice"
+    return {int(row["step"] or 0): (row.get("loss"), row.get("eval/loss")) for row in rows}
+
+
+def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    make_trainer(FakeEngine(make_recipe()), straight, [MetricsFile()]).fit()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(FakeEngine(make_recipe()), broken, [MetricsFile(), Interrupt(after=6)]).fit()
+    assert max(losses(broken)) == 5  # one step beyond the checkpoint that the run goes on from
+    engine = FakeEngine(make_recipe())
+    trainer = make_trainer(engine, broken, [MetricsFile()])
+    trainer.fit(broken / "checkpoint-4")
+    assert losses(broken) == losses(straight)
+    assert calls_at(engine, "evaluate") == [6, 7]
+    assert trainer.run.evaluations == [(0, 4.0), (3, 3.7), (6, 3.4), (7, 3.3)]
+
+
+def test_answers_of_before_survive_a_resume(tmp_path: Path) -> None:
+    recipe = make_recipe(max_steps=4, num_samples=2)
+    make_trainer(FakeEngine(recipe), tmp_path, [Samples(Console(quiet=True))]).fit()
+    engine, samples = FakeEngine(make_recipe(max_steps=6, num_samples=2)), Samples(Console(quiet=True))
+    make_trainer(engine, tmp_path, [samples]).fit(tmp_path / "checkpoint-4")
+    assert samples.state() == {"before": ["step 0: question 0", "step 0: question 1"]}
+    assert calls_at(engine, "generate") == [6]
+
+
+def test_a_finished_run_can_be_resumed_and_takes_no_step(tmp_path: Path) -> None:
+    make_trainer(FakeEngine(make_recipe()), tmp_path, [MetricsFile()]).fit()
+    before = losses(tmp_path)
+    engine = FakeEngine(make_recipe())
+    make_trainer(engine, tmp_path, [MetricsFile()]).fit(tmp_path / "checkpoint-7")
+    assert losses(tmp_path) == before
+    assert engine.calls == ["save_adapter at 7"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data", "what"),
+    [
+        (make_recipe(seed=1), "data", "run.seed 0, but now it is 1"),
+        (make_recipe(batch_size=8), "data", "train.batch_size 4, but now it is 8"),
+        (make_recipe(), "other", "'data', but now it is 'other'"),
+    ],
+)
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path, recipe: Recipe, data: str, what: str) -> None:
+    make_trainer(FakeEngine(make_recipe()), tmp_path, []).fit()
+    with pytest.raises(CheckpointError, match=what):
+        make_trainer(FakeEngine(recipe), tmp_path, [], data=data).fit(tmp_path / "checkpoint-4")
+
+
+def test_skipped_steps_are_counted_and_are_null_in_the_metrics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(FakeEngine(make_recipe(), skipped=(2, 3)), tmp_path, [MetricsFile()]).fit()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(8))
+    assert [row["loss"] is None for row in rows[1:]] == [False, True, True, False, False, False, False]
+    assert [row["skipped_steps"] for row in rows[1:]] == [0, 1, 2, 2, 2, 2, 2]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["step 2 was skipped", "step 3 was skipped"]
+
+
+def test_metrics_have_the_names_of_the_design(tmp_path: Path) -> None:
+    make_trainer(FakeEngine(make_recipe()), tmp_path, [MetricsFile()]).fit()
+    first, second, *_, last = read_metrics(tmp_path / "metrics.jsonl")
+    assert first.keys() == {"step", "eval/loss", "memory/peak(GiB)"}
+    common = {"step", "loss", "grad_norm", "lr", "throughput(tokens/s)", "memory/peak(GiB)", "skipped_steps"}
+    assert second.keys() == common
+    assert last.keys() == common | {"eval/loss"}
+    assert first["eval/loss"] == 4.0
+    assert second["memory/peak(GiB)"] is not None and 0.01 < second["memory/peak(GiB)"] < 100
