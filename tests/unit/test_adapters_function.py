@@ -189,7 +189,7 @@ def test_router_logits_are_fp32_products_whatever_the_dtype_of_the_input(dtype: 
     x_TD = torch.randn(9, 16, generator=generator).to(dtype).requires_grad_()
     weight_ED = torch.randn(4, 16, generator=generator).to(dtype).requires_grad_()
     grad_TE = torch.randn(9, 4, generator=generator)
-    logits_TE = RouterLogits.apply(x_TD, weight_ED)
+    _, logits_TE = RouterLogits.apply(x_TD, weight_ED)
     assert logits_TE.dtype is torch.float32
     reference_TE = x_TD.double() @ weight_ED.double().T
     torch.testing.assert_close(logits_TE.double(), reference_TE, rtol=1e-5, atol=1e-5)
