@@ -1,0 +1,191 @@
+"""Everything that is checked before the first expensive step, one bad input after the other."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dsmoelora.config import DataSource, Recipe
+from dsmoelora.errors import UserError
+from dsmoelora.plan import make_plan, print_plan
+from tests.helpers import tiny_llama
+
+ZERO_3: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+ROW = {"instruction": "Say it.", "input": "", "output": "It."}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, model: Path) -> Recipe:
+    """A recipe that works, with its files in `tmp_path`."""
+    recipe = Recipe()
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROW) + "\n")
+    recipe.run.dir, recipe.run.name = str(tmp_path / "runs"), "new"
+    recipe.model.path, recipe.model.dtype = str(model), "fp32"
+    recipe.data.train = [DataSource(str(tmp_path / "train.jsonl"))]
+    recipe.data.eval = [DataSource(str(tmp_path / "eval.jsonl"))]
+    recipe.adapter.num_experts, recipe.adapter.top_k, recipe.adapter.r = 4, 2, 2
+    recipe.adapter.target_modules = ["q_proj", "down_proj"]
+    recipe.train.batch_size, recipe.train.micro_batch_size = 8, 2
+    return recipe
+
+
+def test_the_plan_counts_what_will_be_trained(recipe: Recipe) -> None:
+    plan = make_plan(recipe, ZERO_3, world_size=2, resume="none")
+    rows = dict(plan.rows)
+    # Two layers; q_proj is 64 x 64, down_proj 128 -> 64; per expert: factors of rank 2 and one row of the router.
+    trainable = 2 * 4 * ((2 * (64 + 64) + 64) + (2 * (128 + 64) + 128))
+    assert rows["trainable"].startswith(f"{trainable:,} numbers")
+    assert rows["batch"] == "8 sequences a step = 2 a forward x 2 forwards x 2 ranks"
+    assert rows["adapted layers"] == "4: 2 x q_proj, 2 x down_proj"
+    assert rows["checkpoint"].startswith(f"{trainable * 4 * 3 / 1024:.1f} KiB each")
+    assert plan.notes == []
+
+
+def test_the_printed_plan_shows_every_row_and_note(recipe: Recipe) -> None:
+    recipe.data.eval, recipe.optim.warmup_steps = [], 1000
+    plan = make_plan(recipe, ZERO_3, world_size=1, resume="none")
+    file = io.StringIO()
+    print_plan(plan, Console(file=file, width=200))
+    text = file.getvalue()
+    assert all(what in text and how_much in text for what, how_much in plan.rows)
+    assert "note: data.eval names no file" in text
+    assert "note: optim.warmup_steps = 1000" in text
+
+
+def test_a_model_without_weights_can_be_planned_with(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    recipe.model.path = str(tmp_path / "bare")
+    assert "holds no weights" in make_plan(recipe, ZERO_3, world_size=1, resume="none").notes[0]
+
+
+def no_model_folder(recipe: Recipe, folder: Path) -> None:
+    recipe.model.path = str(folder / "nowhere")
+
+
+def no_model_name(recipe: Recipe, folder: Path) -> None:
+    recipe.model.path = ""
+
+
+def a_name_that_is_nowhere(recipe: Recipe, folder: Path) -> None:
+    recipe.model.path = "nobody/has-this-model"
+
+
+def a_file_as_model(recipe: Recipe, folder: Path) -> None:
+    recipe.model.path = str(folder / "train.jsonl")
+
+
+def no_config_json(recipe: Recipe, folder: Path) -> None:
+    (folder / "empty").mkdir()
+    recipe.model.path = str(folder / "empty")
+
+
+def no_tokenizer(recipe: Recipe, folder: Path) -> None:
+    (folder / "bare").mkdir()
+    shutil.copy(Path(recipe.model.path) / "config.json", folder / "bare")
+    recipe.model.path = str(folder / "bare")
+
+
+def no_language_model(recipe: Recipe, folder: Path) -> None:
+    shutil.copytree(recipe.model.path, folder / "images")
+    (folder / "images" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    recipe.model.path = str(folder / "images")
+
+
+def no_such_target(recipe: Recipe, folder: Path) -> None:
+    recipe.adapter.target_modules = ["q_proj", "w_proj"]
+
+
+def no_training_data(recipe: Recipe, folder: Path) -> None:
+    recipe.data.train = []
+
+
+def no_path_of_data(recipe: Recipe, folder: Path) -> None:
+    recipe.data.eval = [DataSource()]
+
+
+def missing_data(recipe: Recipe, folder: Path) -> None:
+    recipe.data.train = [DataSource(str(folder / "nowhere.jsonl"))]
+
+
+def empty_data(recipe: Recipe, folder: Path) -> None:
+    (folder / "eval.jsonl").write_text("")
+
+
+def a_row_without_answer(recipe: Recipe, folder: Path) -> None:
+    (folder / "train.jsonl").write_text(json.dumps({"instruction": "Say it."}) + "\n")
+
+
+def samples_without_prompts(recipe: Recipe, folder: Path) -> None:
+    recipe.data.eval, recipe.train.num_samples = [], 3
+
+
+def a_batch_that_does_not_divide(recipe: Recipe, folder: Path) -> None:
+    recipe.train.batch_size = 10
+
+
+def a_file_as_run_folder(recipe: Recipe, folder: Path) -> None:
+    recipe.run.dir = str(folder / "train.jsonl")
+
+
+def a_full_disk(recipe: Recipe, folder: Path) -> None:
+    recipe.train.keep_checkpoints = 10**12
+
+
+Spoil = Callable[[Recipe, Path], None]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (no_model_folder, ["model.path", "nowhere", "no such folder"]),
+        (no_model_name, ["model.path is ''", "Set model.path"]),
+        (a_name_that_is_nowhere, ["model.path is 'nobody/has-this-model'", "no such folder", "hub"]),
+        (a_file_as_model, ["model.path", "a folder"]),
+        (no_config_json, ["model.path", "without config.json"]),
+        (no_tokenizer, ["model.path", "tokenizer"]),
+        (no_language_model, ["model.path", "no causal language model"]),
+        (no_such_target, ["adapter.target_modules is 'w_proj'", "down_proj"]),
+        (no_training_data, ["data.train is []", "a list of files"]),
+        (no_path_of_data, ["data.eval[0].path is ''"]),
+        (missing_data, ["data.train", "nowhere.jsonl", "does not exist"]),
+        (empty_data, ["data.eval", "eval.jsonl", "no rows"]),
+        (a_row_without_answer, ["train.jsonl, row 1", "output"]),
+        (samples_without_prompts, ["train.num_samples is 3", "data.eval"]),
+        (a_batch_that_does_not_divide, ["train.batch_size is 10", "2 x 2 = 4", "Nearest: 8"]),
+        (a_file_as_run_folder, ["run.dir", "is a file"]),
+        (a_full_disk, ["train.keep_checkpoints", "free", "Make room"]),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(
+    recipe: Recipe, tmp_path: Path, spoil: Spoil, parts: list[str]
+) -> None:
+    spoil(recipe, tmp_path)
+    with pytest.raises(UserError) as caught:
+        make_plan(recipe, ZERO_3, world_size=2, resume="none")
+    for part in parts:
+        assert part in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_conflict_with_the_deepspeed_file_is_named(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"train_batch_size of the DeepSpeed file is 9, but it must be 8"):
+        make_plan(recipe, ZERO_3 | {"train_batch_size": 9}, world_size=1, resume="none")
+
+
+@pytest.mark.parametrize("world_size", [0, -1])
+def test_a_world_has_at_least_one_rank(recipe: Recipe, world_size: int) -> None:
+    with pytest.raises(UserError, match="--world-size"):
+        make_plan(recipe, ZERO_3, world_size=world_size, resume="none")
