@@ -15,6 +15,7 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _NOISE = (
     "Setting accelerator to CPU",
     "ZeRO with an untested optimizer",  # ours, and tested here
+    "OVERFLOW! Skipping step",  # the trainer says it with the step, the loss and the norm
 )
 
 

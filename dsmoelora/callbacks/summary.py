@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from pathlib import Path
@@ -61,5 +62,6 @@ def _held_out(evaluations: list[tuple[int, float]]) -> str:
     (first_step, before), (last_step, after) = evaluations[0], evaluations[-1]
     if first_step == last_step:
         return f"Held-out loss: {before:.4f} at step {first_step}"
+    both = f"Held-out loss: {before:.4f} (step {first_step}) -> {after:.4f} (step {last_step})"
     change = 100 * (after - before) / before
-    return f"Held-out loss: {before:.4f} (step {first_step}) -> {after:.4f} (step {last_step}), {change:+.1f}%"
+    return f"{both}, {change:+.1f}%" if math.isfinite(change) else both
