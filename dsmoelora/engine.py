@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ class StepResult:
         skipped: loss or gradient was not finite on some rank, so nothing moved on any
         num_tokens: tokens of the global batch without padding
         num_supervised: tokens of the global batch that count in the loss
+        preconditioning: what the Riemannian preconditioner reports, empty without one: `preconditioned_norm` of the
+            gradient after it, `condition` (largest condition number of a Gram matrix, estimated from below),
+            `eigh_fallbacks` (matrices that Cholesky could not take)
     """
 
     loss: float
@@ -49,6 +52,7 @@ class StepResult:
     skipped: bool
     num_tokens: int
     num_supervised: int
+    preconditioning: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -88,8 +92,7 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
         )
-        self.shards = zero.bind_shards(self._deepspeed, found)
-        self.optimizer.bind(self.shards)
+        self.optimizer.bind(zero.shard_groups(self._deepspeed, found))
         self.watch = AdapterWatch(self.optimizer)
 
     @classmethod
@@ -137,7 +140,19 @@ class Engine:
         self.skipped_steps += skipped
         num_supervised = micro_batches[0].num_supervised_global
         grad_norm = zero.global_grad_norm(self._deepspeed)
-        return StepResult(nll_sum / num_supervised, grad_norm, lr, skipped, int(num_tokens), num_supervised)
+        report = {} if skipped else self._preconditioning()
+        return StepResult(nll_sum / num_supervised, grad_norm, lr, skipped, int(num_tokens), num_supervised, report)
+
+    def _preconditioning(self) -> dict[str, float]:
+        reports = self.optimizer.reports
+        if not reports:
+            return {}
+        (square_norm,) = comm.all_reduce_sum([sum(float(report.square_norm) for report in reports)])
+        return {
+            "preconditioned_norm": square_norm**0.5,
+            "condition": max(float(report.condition) for report in reports),
+            "eigh_fallbacks": float(sum(report.num_fallbacks for report in reports)),
+        }
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> float:
         """Mean negative log likelihood per supervised token, in nats, over all ranks' micro-batches."""
@@ -233,7 +248,7 @@ class Engine:
     def _shard_states(self) -> list[ShardState]:
         return [
             ShardState(shard.runs, {"value": shard.tensor.detach().view(-1), **self.optimizer.state[shard.tensor]})
-            for shard in self.shards
+            for shard in self.optimizer.shards
         ]
 
     def _nll_sum(self, micro_batch: MicroBatch) -> Tensor:

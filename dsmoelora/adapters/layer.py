@@ -21,6 +21,7 @@ class Factor(Enum):
 
     A = "a"
     B = "b"
+    M = "m"
     ROUTER = "router"
 
 

@@ -2,13 +2,14 @@
 
 from dsmoelora.config import OptimConfig
 from dsmoelora.optim.optimizer import ShardOptimizer, build_optimizer
-from dsmoelora.optim.rows import Run, Shard, Trainable, trainables
+from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, trainables
 from dsmoelora.optim.schedule import build_schedule
 
 __all__ = [
     "OptimConfig",
     "Run",
     "Shard",
+    "ShardGroup",
     "ShardOptimizer",
     "Trainable",
     "build_optimizer",

@@ -17,7 +17,10 @@ from torch.optim.sgd import sgd
 
 from dsmoelora.adapters.layer import Factor
 from dsmoelora.config import OptimConfig
-from dsmoelora.optim.rows import Run, Shard, Trainable, trainables, whole
+from dsmoelora.optim.clip import RouterClip
+from dsmoelora.optim.packed import GroupStep, Part
+from dsmoelora.optim.preconditioner import Preconditioner, StepReport
+from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, trainables, whole
 
 
 def lr_multiplier(config: OptimConfig, factor: Factor) -> float:
@@ -33,7 +36,7 @@ class ShardOptimizer(torch.optim.Optimizer):
     """AdamW or SGD on shards.
 
     Before `bind`, `step()` does nothing (wrappers may call it once with zero gradients). `bind` makes the state of
-    every shard at once, so no rank ever has other keys than the next.
+    every shard at once, so no rank ever has other keys than the next. Moments live on the preconditioned gradient.
 
     Args:
         found: every trainable tensor and its parameter, from `trainables`
@@ -52,9 +55,11 @@ class ShardOptimizer(torch.optim.Optimizer):
         self.config = config
         self.trainables = [trainable for trainable, _ in found]
         self.shards: list[Shard] = []
+        self._preconditioners: list[Preconditioner] = []
         self.skip = False
         self.num_steps = 0
         self._spans: dict[Tensor, dict[float, list[slice]]] = {}
+        self._group_steps: dict[Tensor, GroupStep] = {}
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -63,13 +68,38 @@ class ShardOptimizer(torch.optim.Optimizer):
             return ("exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self.config.momentum else ()
 
-    def bind(self, shards: Iterable[Shard]) -> None:
-        """Learn which shards there are, and make their moments (flat, fp32, zero)."""
-        self.shards = list(shards)
+    def bind(self, groups: Iterable[ShardGroup]) -> None:
+        """Learn which shards there are, and make their moments (flat, fp32, zero).
+
+        Raises:
+            ValueError: master values are not fp32
+        """
+        for group in groups:
+            self.shards += group.shards
+            # ZeRO steps one process group at a time, with the gradients of that group alone at hand
+            self._group_steps[group.shards[0].tensor] = GroupStep(group, self._parts_of(group))
         for shard in self.shards:
+            if shard.tensor.dtype != torch.float32:
+                raise ValueError(f"master values are {shard.tensor.dtype}, but must be fp32: load the model in fp32")
             flat = shard.tensor.detach().view(-1)
             self._spans[shard.tensor] = self._spans_by_multiplier(shard.runs)
             self.state[shard.tensor] = {name: torch.zeros_like(flat) for name in self.state_names}
+
+    def _parts_of(self, group: ShardGroup) -> list[Part]:
+        """What happens to the gradients of a process group before the base optimizer sees them."""
+        parts: list[Part] = []
+        has_routers = any(trainable.factor is Factor.ROUTER for trainable in group.trainables)
+        if self.config.max_grad_norm_router and has_routers:
+            parts.append(RouterClip(group, self.config.max_grad_norm_router))
+        if self.config.preconditioner != "none":
+            self._preconditioners.append(Preconditioner(group, self.config))
+            parts.append(self._preconditioners[-1])
+        return parts
+
+    @property
+    def reports(self) -> list[StepReport]:
+        """Of the preconditioners in the last step, one for each process group."""
+        return [one.report for one in self._preconditioners if one.report is not None]
 
     def _spans_by_multiplier(self, runs: list[Run]) -> dict[float, list[slice]]:
         """Where the numbers of each learning-rate multiplier lie; neighbours are joined, padding is left out."""
@@ -94,7 +124,11 @@ class ShardOptimizer(torch.optim.Optimizer):
         if not self._spans or self.skip:
             return
         group = self.param_groups[0]
-        self.num_steps += 1
+        if group["params"][0] is self.shards[0].tensor:  # the first process group opens the step
+            self.num_steps += 1
+        for tensor in group["params"]:
+            if tensor in self._group_steps:
+                self._group_steps[tensor].apply()
         for tensor in group["params"]:
             self._update(tensor, group["lr"])
 
@@ -157,5 +191,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> ShardOptimizer:
     """
     found = trainables(model)
     optimizer = ShardOptimizer(found, config)
-    optimizer.bind(whole(trainable, parameter) for trainable, parameter in found)
+    shards = [whole(trainable, parameter) for trainable, parameter in found]
+    optimizer.bind([ShardGroup(optimizer.trainables, shards)])
     return optimizer

@@ -9,7 +9,8 @@ experts**, whatever the world size or the placement. Optimizer, ZeRO and checkpo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -67,6 +68,29 @@ class Shard:
 
     tensor: torch.Tensor
     runs: list[Run]
+
+
+@dataclass
+class ShardGroup:
+    """Everything of one process group that this rank holds, and the way to the other ranks.
+
+    Args:
+        trainables: the tensors that the group shares out, the same list on all its ranks
+        shards: what this rank holds of them
+        cut_rows: rows of factors that a shard boundary cuts on any rank, the same list on all ranks of the group
+        all_reduce: sums a flat tensor over the group in place; None for a group of one rank
+    """
+
+    trainables: list[Trainable]
+    shards: list[Shard]
+    cut_rows: list[tuple[Trainable, int]] = field(default_factory=list)
+    all_reduce: Callable[[torch.Tensor], None] | None = None
+
+
+def rows_cut_by(runs: Iterable[Run]) -> list[tuple[str, int]]:
+    """Name and number of each row that begins or ends outside its run."""
+    ends = [(run.of, end) for run in runs for end in (run.start, run.stop)]
+    return sorted({(of.name, end // of.row_size) for of, end in ends if end % of.row_size})
 
 
 def trainables(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:

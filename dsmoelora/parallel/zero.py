@@ -1,6 +1,7 @@
 """The only room that knows ZeRO's internals.
 
-Checked against deepspeed 0.19.8: `runtime/zero/stage3.py`, `runtime/zero/partition_parameters.py`, `runtime/engine.py`.
+Checked against deepspeed 0.19.8: `runtime/zero/stage3.py`, `runtime/zero/stage_1_and_2.py`,
+`runtime/zero/partition_parameters.py`, `runtime/engine.py`.
 Everything private that the project uses is used here, looked at before it is trusted, and refused on a version of
 DeepSpeed that nobody has read.
 """
@@ -8,18 +9,23 @@ DeepSpeed that nobody has read.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import deepspeed.comm as dist
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from dsmoelora.adapters.layer import Factor
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, bad_value, listing
-from dsmoelora.optim.rows import Run, Shard, Trainable
+from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by
+from dsmoelora.parallel import comm
 
 KNOWN_VERSIONS = ("0.19.8",)
 
@@ -88,6 +94,7 @@ def _filled_in(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.train.accumulation_steps(world_size),
         "gradient_clipping": float(recipe.optim.max_grad_norm),
         "bf16.enabled": recipe.model.dtype == "bf16",
+        "bf16.check_grad_overflow": True,
         "data_types.grad_accum_dtype": "fp32",
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
@@ -108,8 +115,8 @@ def _refuse_what_cannot_work(config: dict[str, Any]) -> None:
             allowed = listing(sorted(filled | _FREE_KEYS), limit=30)
             raise ConfigError(f"The DeepSpeed file has the key {key!r}; supported are: {allowed}. Drop it.")
     zero = config.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        raise bad_value("zero_optimization.stage of the DeepSpeed file", zero.get("stage"), "3", "Set it to 3.")
+    if zero.get("stage") not in (2, 3):
+        raise bad_value("zero_optimization.stage of the DeepSpeed file", zero.get("stage"), "2 or 3", "Set it to 3.")
     sharded_step = "the optimizer step works on one flat fp32 partition a rank"
     offload = zero.get("offload_optimizer") or {}
     refused = {
@@ -136,26 +143,48 @@ def _refuse_what_cannot_work(config: dict[str, Any]) -> None:
             raise ConfigError(f"bf16.{key} of the DeepSpeed file is not supported: masters are fp32. Drop it there.")
 
 
-def bind_shards(engine: deepspeed.DeepSpeedEngine, found: Iterable[tuple[Trainable, nn.Parameter]]) -> list[Shard]:
-    """What each number of this rank's flat fp32 partitions is: the row map of ZeRO-3.
-
-    Stage 3 cuts every parameter into `world size` pieces of equal length, pads the last ones, and strings this rank's
-    pieces together in one flat tensor per process group.
+def shard_groups(
+    engine: deepspeed.DeepSpeedEngine, found: Iterable[tuple[Trainable, nn.Parameter]]
+) -> list[ShardGroup]:
+    """What each number of this rank's flat fp32 partitions is, by process group, in ZeRO's order (collective).
 
     Args:
         engine: from `deepspeed.initialize`
         found: every trainable tensor and its parameter
-
-    Returns:
-        one shard per process group, in ZeRO's order
     """
-    zero = _stage_3(engine)
     known = {id(parameter): trainable for trainable, parameter in found}
-    shards = []
-    for parameters, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-        runs, offset = [], 0
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        partitions = list(_stage_3_partitions(optimizer, known))
+    else:
+        partitions = list(_stage_2_partitions(optimizer, known))
+    covered = [trainable.name for group, _, _ in partitions for trainable in group]
+    assert sorted(covered) == sorted(of.name for of in known.values()), "ZeRO does not optimise every trainable tensor"
+    process_groups = [process_group for _, _, process_group in partitions]
+    assert len(set(map(id, process_groups))) == len(partitions), (
+        "two sub-groups in one process group: a step is partial"
+    )
+    own_cuts = [cut for _, shard, _ in partitions for cut in rows_cut_by(shard.runs)]
+    all_cuts = comm.broadcast_object(comm.gather_objects(own_cuts))
+    cut = sorted({(name, row) for one in all_cuts for name, row in one})
+    groups = []
+    for trainables, shard, process_group in partitions:
+        by_name = {of.name: of for of in trainables if of.factor in (Factor.A, Factor.B)}
+        cut_rows = [(by_name[name], row) for name, row in cut if name in by_name]
+        groups.append(ShardGroup(trainables, [shard], cut_rows, _all_reduce_in(process_group)))
+    return groups
+
+
+_Partition = tuple[list[Trainable], Shard, Any]
+
+
+def _stage_3_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3, known: dict[int, Trainable]) -> Iterator[_Partition]:
+    """Stage 3 cuts every parameter into W pieces of equal length, pads the last, and strings a rank's own together."""
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        flat, process_group = optimizer.fp32_partitioned_groups_flat[index], optimizer.sub_group_process_groups[index]
+        trainables, runs, offset = [], [], 0
         for parameter in parameters:
-            trainable = known.pop(id(parameter))
+            trainable = known[id(parameter)]
             assert tuple(parameter.ds_shape) == trainable.shape, f"{trainable.name} has another shape under ZeRO"
             piece = parameter.partition_numel()
             start = min(piece * parameter.ds_zero_partition_rank, parameter.ds_numel)
@@ -163,22 +192,51 @@ def bind_shards(engine: deepspeed.DeepSpeedEngine, found: Iterable[tuple[Trainab
             if start < stop:
                 runs.append(Run(trainable, start, stop, offset))
             offset += piece
+            trainables.append(trainable)
         assert offset == flat.numel(), "ZeRO's flat partition is longer than its pieces"
-        shards.append(Shard(flat, runs))
-    assert not known, f"ZeRO does not optimise {listing(trainable.name for trainable in known.values())}"
-    num_groups = len({id(group) for group in zero.sub_group_process_groups})
-    assert len(shards) == num_groups, "more than one sub-group per process group: a step would miss gradients"
-    return shards
+        yield trainables, Shard(flat, runs), process_group
+
+
+def _stage_2_partitions(optimizer: DeepSpeedZeroOptimizer, known: dict[int, Trainable]) -> Iterator[_Partition]:
+    """Stage 2 strings all parameters together, with gaps where it aligns them, and cuts the whole into W pieces."""
+    for index, parameters in enumerate(optimizer.round_robin_bit16_groups):
+        flat, process_group = optimizer.single_partition_of_fp32_groups[index], optimizer.real_dp_process_group[index]
+        first = dist.get_rank(group=process_group) * flat.numel()
+        trainables, runs = [], []
+        for parameter, offset in zip(parameters, optimizer.round_robin_bit16_offsets[index], strict=True):
+            trainable = known[id(parameter)]
+            start, stop = max(first - offset, 0), min(first + flat.numel() - offset, parameter.numel())
+            if start < stop:
+                runs.append(Run(trainable, start, stop, offset + start - first))
+            trainables.append(trainable)
+        yield trainables, Shard(flat, runs), process_group
+
+
+def _all_reduce_in(process_group: Any) -> Callable[[Tensor], None] | None:
+    """Sum over a process group in place; the optimizer's tensors may lie on the CPU, NCCL's must not."""
+    if dist.get_world_size(group=process_group) == 1:
+        return None
+
+    def all_reduce(flat: Tensor) -> None:
+        on_device = flat.to(get_accelerator().current_device_name())
+        dist.all_reduce(on_device, group=process_group)
+        if on_device is not flat:
+            flat.copy_(on_device)
+
+    return all_reduce
 
 
 def push_master_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     """Make the model's parameters follow the fp32 masters after these were written to (collective)."""
-    zero = _stage_3(engine)
-    zero._partition_all_parameters()
-    for group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
-    if zero.persistent_parameters:
-        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.update_lp_params()
+        return
+    optimizer._partition_all_parameters()
+    for index in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(index)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -208,11 +266,6 @@ def global_grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     """Norm of the last step's raw gradient, before clipping, over all ranks."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
-
-
-def _stage_3(engine: deepspeed.DeepSpeedEngine) -> DeepSpeedZeroOptimizer_Stage3:
-    assert type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3, f"not ZeRO-3: {type(engine.optimizer).__name__}"
-    return engine.optimizer
 
 
 def zero_init(config: dict[str, Any], dtype: torch.dtype) -> deepspeed.zero.Init:

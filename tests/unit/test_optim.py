@@ -15,7 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import Factor
-from dsmoelora.optim import OptimConfig, Run, Shard, ShardOptimizer, build_optimizer, build_schedule, trainables
+from dsmoelora.optim import (
+    OptimConfig,
+    Run,
+    Shard,
+    ShardGroup,
+    ShardOptimizer,
+    build_optimizer,
+    build_schedule,
+    trainables,
+)
 from tests.helpers import tiny_llama
 
 NUM_STEPS = 20
@@ -160,7 +169,7 @@ def test_shards_give_the_numbers_of_whole_parameters(base_path: Path, name: str,
     for shards in ranks:
         optimizer = ShardOptimizer(trainables(model), config)
         optimizer.param_groups[0]["params"] = [shard.tensor for shard in shards]  # as ZeRO does
-        optimizer.bind(shards)
+        optimizer.bind([ShardGroup(optimizer.trainables, shards)])
         optimizers.append(optimizer)
     everyone = [shard for shards in ranks for shard in shards]
     for step in range(3):
