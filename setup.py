@@ -31,8 +31,7 @@ REQUIRES = [
     "protobuf>=6.31",  # transformers reads sentencepiece models through it
     "jsonargparse[signatures]>=4.53,<5",  # typed YAML recipes with command-line overrides, out of our dataclasses
     "numpy>=2",  # per-sample token counts; the order of samples
-    "packaging>=24",  # compares DeepSpeed's version with the ones that are known
-    "psutil>=6",  # host memory in metrics and plans
+    "pyyaml>=6",  # recipes as text: `--print_config`, messages with line numbers
     "rich>=14",  # progress bar and tables
     "tensorboard>=2.20",  # curves in a browser
 ]
@@ -47,6 +46,7 @@ DEMO = [
 DEV = [
     *DEMO,  # the tests prepare and run the demo
     "pytest>=9",  # the tests
+    "psutil>=6",  # the tests look for processes that should be gone
     "peft>=0.21,<0.22",  # the yardstick of the benchmarks, and an independent LoRA for tests
     "ruff>=0.17,<0.18",  # formatting and lint; formatting changes between minor versions
     "mypy>=2.4,<3",  # types
