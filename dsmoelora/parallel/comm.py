@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,21 +37,23 @@ def init() -> None:
     """Join the process group that the environment describes (see `ranks.adopt_launcher_environment`).
 
     Raises:
-        ConfigError: the rendezvous address is taken or cannot be reached
+        ConfigError: the address is taken or cannot be reached, or not all ranks came in time
     """
     if dist.is_initialized():
         return
     _use_own_device()
     _announce_build()
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as said:  # DeepSpeed prints about its operators
+        # DeepSpeed prints about its operators.
+        with contextlib.redirect_stdout(io.StringIO()) as said, _without_shared_buffers():
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         logger.info("%s", said.getvalue().strip())
-    except torch.distributed.DistNetworkError as error:
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(
             f"The ranks cannot meet at MASTER_ADDR:MASTER_PORT = {where}: {str(error).splitlines()[0]}. "
-            "Choose a free port (`deepspeed --master_port N`, `torchrun --master-port N`) and check the address."
+            "Choose a free port (`deepspeed --master_port N`, `torchrun --master-port N`), check the address, and see "
+            "whether every rank was started."
         ) from error
 
 
@@ -168,6 +170,21 @@ def _use_own_device() -> None:
     # Slurm may show each task its own device alone, which is then number 0 for every task.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator.set_device(0 if accelerator.device_count() == 1 else local_rank)
+
+
+@contextlib.contextmanager
+def _without_shared_buffers() -> Iterator[None]:
+    """Keep DeepSpeed's CPU operator from making its buffers in /dev/shm.
+
+    They serve all-reduces of inference alone, take 66 MiB a rank (more than all that a container has by default), and
+    stay behind after the process. The operator makes them when LOCAL_SIZE says that all ranks are on this machine.
+    """
+    local_size = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        yield
+    finally:
+        if local_size is not None:
+            os.environ["LOCAL_SIZE"] = local_size
 
 
 def _announce_build() -> None:

@@ -104,7 +104,13 @@ def test_the_adapter_answers_without_deepspeed(
 
 def start_ranks(*argv_of_rank: list[str]) -> list[subprocess.CompletedProcess[str]]:
     """Start launch/train.py once a rank, as a launcher would, and wait for all."""
-    shared = {"WORLD_SIZE": str(len(argv_of_rank)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    num_ranks = str(len(argv_of_rank))
+    shared = {
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_WORLD_SIZE": num_ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "launch" / "train.py"), f"--local_rank={rank}", *argv],
@@ -120,6 +126,7 @@ def start_ranks(*argv_of_rank: list[str]) -> list[subprocess.CompletedProcess[st
     finally:
         for process in processes:
             process.kill()
+    assert not list(Path("/dev/shm").glob(f"*_{shared['MASTER_PORT']}_*")), "a run leaves shared memory behind"
     return [
         subprocess.CompletedProcess(p.args, p.returncode, *said) for p, said in zip(processes, outputs, strict=True)
     ]
