@@ -1,0 +1,193 @@
+"""The sharded step against the single-device reference, for every way of cutting parameters that ZeRO may think of."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsmoelora.adapters import Factor
+from dsmoelora.optim import OptimConfig, Run, Shard, ShardGroup, ShardOptimizer
+from dsmoelora.optim.reference import precondition
+from dsmoelora.optim.rows import rows_cut_by
+from tests.riemannian_formula import relative_error
+from tests.riemannian_problems import Problem, random_problem
+from tests.shardings import Runs, one_buffer, per_parameter
+
+Rule = Literal["scaled", "tangent"]
+PADDING = 7.0
+
+
+def random_cuts(problem: Problem, world_size: int, rng: random.Random) -> list[Runs]:
+    """Every parameter cut anywhere, its pieces on random ranks; two shards a rank, with holes between the runs."""
+    ranks: list[Runs] = [[[], []] for _ in range(world_size)]
+    for each in problem.trainables:
+        size = math.prod(each.shape)
+        cuts = sorted({0, size, *rng.sample(range(1, size), min(size - 1, rng.randint(0, 9)))})
+        for start, stop in pairwise(cuts):
+            runs = ranks[rng.randrange(world_size)][rng.randrange(2)]
+            runs.append(Run(each, start, stop, (runs[-1].span.stop if runs else 0) + rng.choice([0, 0, 5])))
+    return ranks
+
+
+def shards_of(problem: Problem, runs_of_rank: Runs) -> list[Shard]:
+    """The shards of a rank with values and gradients; padding has values and no gradient, as under ZeRO."""
+    shards = []
+    for runs in runs_of_rank:
+        size = max((run.span.stop for run in runs), default=0) + 3
+        tensor, grad = torch.full((size,), PADDING), torch.zeros(size)
+        for run in runs:
+            tensor[run.span] = problem.values[run.of.name].flatten()[run.start : run.stop]
+            grad[run.span] = problem.grads[run.of.name].flatten()[run.start : run.stop]
+        tensor.grad = grad
+        shards.append(Shard(tensor, runs))
+    return shards
+
+
+class Ranks:
+    """Threads that sum tensors over one another."""
+
+    def __init__(self, world_size: int) -> None:
+        self._barrier = threading.Barrier(world_size, timeout=30)
+        self._tensors: list[Tensor] = []
+        self._sum = torch.empty(0)
+
+    def all_reduce(self, flat: Tensor) -> None:
+        self._tensors.append(flat)
+        if self._barrier.wait() == 0:
+            self._sum = torch.stack(self._tensors).sum(0)
+            self._tensors = []
+        self._barrier.wait()
+        flat.copy_(self._sum)
+
+    def run(self, steps: list[Callable[[], None]]) -> None:
+        """Each in a thread of its own."""
+        threads = [threading.Thread(target=step) for step in steps]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not self._barrier.broken, "a rank has failed"
+
+
+def sharded_optimizers(problem: Problem, config: OptimConfig, layout: list[Runs]) -> tuple[Ranks, list[ShardOptimizer]]:
+    """An optimizer for each rank, bound as `zero.shard_groups` would do it."""
+    factors = {each.name: each for each in problem.trainables if each.factor in (Factor.A, Factor.B)}
+    every_run = [run for runs_of_rank in layout for runs in runs_of_rank for run in runs]
+    cut_rows = [(factors[name], row) for name, row in rows_cut_by(every_run) if name in factors]
+    ranks, optimizers = Ranks(len(layout)), []
+    for runs_of_rank in layout:
+        optimizer = ShardOptimizer([(each, torch.nn.Parameter(torch.zeros(1))) for each in problem.trainables], config)
+        shards = shards_of(problem, runs_of_rank)
+        optimizer.param_groups[0]["params"] = [shard.tensor for shard in shards]  # as ZeRO does
+        optimizer.bind([ShardGroup(problem.trainables, shards, cut_rows, ranks.all_reduce)])
+        optimizers.append(optimizer)
+    return ranks, optimizers
+
+
+def reference_values(problem: Problem, config: OptimConfig) -> dict[str, Tensor]:
+    """After one step of SGD with the reference's gradients, in fp64."""
+    grads = {name: grad.double() for name, grad in problem.grads.items()}
+    values = {name: value.double() for name, value in problem.values.items()}
+    for parts in problem.layers():
+        a, b = parts[Factor.A].name, parts[Factor.B].name
+        m = parts[Factor.M].name if Factor.M in parts else ""
+        new = precondition(config, values[a], values[b], grads[a], grads[b], values.get(m), grads.get(m))
+        grads |= {name: grad for name, grad in zip((a, b, m), new, strict=True) if grad is not None}
+    return {name: value - config.lr * grads[name] for name, value in values.items()}
+
+
+def assert_a_step_equals_the_reference(problem: Problem, rule: Rule, layout: list[Runs]) -> None:
+    """How far every tensor comes is right within 1e-5, on whatever ranks its pieces are; padding stays."""
+    config = OptimConfig(name="sgd", lr=10.0, lr_router=None, preconditioner=rule, damping=0.1)  # a visible change
+    ranks, optimizers = sharded_optimizers(problem, config, layout)
+    ranks.run([optimizer.step for optimizer in optimizers])
+    found = {name: torch.full((value.numel(),), torch.nan) for name, value in problem.values.items()}
+    for optimizer in optimizers:
+        for shard in optimizer.shards:
+            unused = torch.ones(len(shard.tensor), dtype=torch.bool)
+            for run in shard.runs:
+                found[run.of.name][run.start : run.stop] = shard.tensor[run.span]
+                unused[run.span] = False
+            assert (shard.tensor[unused] == PADDING).all()
+    for name, expected in reference_values(problem, config).items():
+        start = problem.values[name]
+        assert relative_error(found[name].view_as(start) - start, expected - start) <= 1e-5, name
+
+
+@pytest.mark.parametrize("mixers", [False, True], ids=["", "mixers"])
+@pytest.mark.parametrize("rule", ["scaled", "tangent"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("cut", [per_parameter, one_buffer])
+def test_rows_cut_by_shards_are_exact(cut: Any, world_size: int, rule: Rule, mixers: bool) -> None:
+    """D = 100, O = 52, R = 3: boundaries of 3 ranks lie inside rows; of unequal layers nothing repeats regularly."""
+    problem = random_problem([(100, 52), (52, 100), (100, 52), (100, 52)], num_experts=4, rank=3, mixers=mixers)
+    assert_a_step_equals_the_reference(problem, rule, cut(problem.trainables, world_size))
+
+
+@pytest.mark.parametrize("rule", ["scaled", "tangent"])
+def test_more_ranks_than_rows(rule: Rule) -> None:
+    """Rows of 7 numbers in pieces of 2 or 3, and ranks at the end that hold nothing but padding."""
+    problem = random_problem([(9, 2), (8, 9)], num_experts=2, rank=7)
+    layout = per_parameter(problem.trainables, world_size=53)
+    pieces_of_rows = Counter(
+        (run.of.name, row)
+        for runs_of_rank in layout
+        for run in runs_of_rank[0]
+        for row in range(run.start // 7, (run.stop - 1) // 7 + 1)
+        if run.of.factor is not Factor.ROUTER
+    )
+    assert max(pieces_of_rows.values()) >= 4
+    assert not any(run.of.name.endswith("b") and run.of.layer == "layers.0.proj" for run in layout[-1][0])
+    assert_a_step_equals_the_reference(problem, rule, layout)
+    empty = one_buffer(problem.trainables, world_size=200)
+    assert not empty[-1][0]
+    assert_a_step_equals_the_reference(problem, rule, empty)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_cuts(seed: int) -> None:
+    rng = random.Random(seed)
+    rank, num_experts = rng.randint(1, 5), rng.randint(1, 4)
+    sizes = [(rng.randint(6, 40), rng.randint(6, 40)) for _ in range(rng.randint(1, 3))]
+    problem = random_problem(sizes, num_experts=num_experts, rank=rank, mixers=rng.random() < 0.3, seed=seed)
+    rule: Rule = rng.choice(["scaled", "tangent"])
+    assert_a_step_equals_the_reference(problem, rule, random_cuts(problem, rng.randint(1, 6), rng))
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that run inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def num_kernels(num_layers: int, num_experts: int, world_size: int) -> int:
+    """Of a whole step on the first rank."""
+    problem = random_problem([(12, 8), (8, 12)] * num_layers, num_experts=num_experts, rank=2)
+    layout = per_parameter(problem.trainables, world_size)[:1]
+    config = OptimConfig(preconditioner="tangent", lr_router=1e-3, max_grad_norm_router=0.1)
+    _, (optimizer,) = sharded_optimizers(problem, config, layout)
+    with Kernels() as kernels:
+        optimizer.step()
+    return kernels.count
+
+
+def test_the_number_of_kernels_does_not_grow_with_layers_or_experts() -> None:
+    for world_size in (1, 3):
+        assert num_kernels(2, 3, world_size) == num_kernels(11, 3, world_size)
+    assert num_kernels(2, 3, 1) == num_kernels(2, 24, 1)
