@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ class Engine:
         found = trainables(model)
         self.num_trainable = sum(math.prod(trainable.shape) for trainable, _ in found)
         self._context = batch_context(model)
+        self._can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.optimizer = ShardOptimizer(found, recipe.optim)
         self.schedule = build_schedule(self.optimizer, recipe.optim, recipe.train.max_steps)
         config = zero.merge_config(recipe, deepspeed_config, comm.world_size())
@@ -253,10 +255,16 @@ class Engine:
 
     def _nll_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar)."""
+        # Prompts have no targets, and logits are large: the output head starts where the first target is predicted.
+        first = micro_batch.first_supervised
+        num_logits = micro_batch.labels.shape[1] - first + 1
         batch = micro_batch.to(self.device)
         self._context.token_keys = token_keys(self.recipe.run.seed, batch.sequence_ids, batch.attention_mask)
-        logits_BSV = self._deepspeed(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        logits_TV, targets_T = logits_BSV[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if self._can_keep_logits:
+            inputs["logits_to_keep"] = num_logits
+        logits_BSV = self._deepspeed(**inputs).logits[:, -num_logits:-1]
+        logits_TV, targets_T = logits_BSV.flatten(0, 1), batch.labels[:, first:].flatten()
         return nn.functional.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORED_LABEL, reduction="sum")
 
     @contextmanager

@@ -40,6 +40,12 @@ class MicroBatch:
         """Targets of this micro-batch alone that enter the loss."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
+    @property
+    def first_supervised(self) -> int:
+        """The first place in which some sequence has a target that enters the loss; S - 1 where there is none."""
+        columns = (self.labels[:, 1:] != IGNORED).any(0).nonzero()
+        return int(columns[0]) + 1 if len(columns) else self.labels.shape[1] - 1
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same with its tensors on `device`."""
         return replace(

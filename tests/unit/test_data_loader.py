@@ -192,3 +192,13 @@ def test_micro_batch_moves_to_a_device(dataset: InstructionDataset) -> None:
     tensors = (moved.input_ids, moved.attention_mask, moved.labels, moved.sequence_ids)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.num_supervised_global == batch.num_supervised_global
+
+
+def test_the_first_supervised_place_is_that_of_any_sequence() -> None:
+    def batch_with(labels: list[list[int]]) -> MicroBatch:
+        tensor = torch.tensor(labels)
+        return MicroBatch(tensor, torch.ones_like(tensor), tensor, torch.arange(len(labels)), 1)
+
+    assert batch_with([[-100, -100, -100, 7], [-100, -100, 5, 5]]).first_supervised == 2
+    assert batch_with([[3, -100, -100, 7]]).first_supervised == 3  # the first token of all is never predicted
+    assert batch_with([[-100, -100, -100]]).first_supervised == 2
