@@ -189,9 +189,9 @@ class Engine:
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def save(self, root: Path, state: dict[str, Any], keep: int) -> Path:
-        """Write `root/checkpoint-{step}`: adapters, moments, schedule, counters and the caller's state.
+        """Write `root/checkpoint-{step}`: adapters, moments, counters and the caller's state.
 
-        Random numbers need no saving: they derive from (seed, step).
+        Random numbers and learning rate need no saving: they derive from the recipe and the step.
 
         Args:
             root: folder of the run
@@ -202,7 +202,6 @@ class Engine:
             "step": self.step,
             "skipped_steps": self.skipped_steps,
             "optimizer_steps": self.optimizer.num_steps,
-            "schedule": {"last_epoch": self.schedule.last_epoch},
         }
         return save_checkpoint(root, self.step, self._shard_states(), {"engine": own, "caller": state}, keep)
 
@@ -213,14 +212,9 @@ class Engine:
         zero.push_master_weights(self._deepspeed)
         self.step, self.skipped_steps = own["step"], own["skipped_steps"]
         self.optimizer.num_steps = own["optimizer_steps"]
-        self._seek_schedule(own["schedule"]["last_epoch"])
+        self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps, self.step)
         caller_state: dict[str, Any] = state["caller"]
         return caller_state
-
-    def _seek_schedule(self, position: int) -> None:
-        """Recompute the learning rate from the recipe at hand, so that a resumed run may change it."""
-        self.schedule.last_epoch = position - 1
-        self.schedule.step()
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter folder: weights in the model's dtype, configuration, tokenizer (rank 0 writes).

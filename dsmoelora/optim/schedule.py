@@ -13,16 +13,24 @@ from transformers import (
 from dsmoelora.config import OptimConfig
 
 
-def build_schedule(optimizer: Optimizer, config: OptimConfig, num_steps: int) -> LRScheduler:
-    """Linear warm-up from 0 over `warmup_steps`, then `schedule` down to `min_lr_ratio * lr` at `num_steps`."""
-    warmup = config.warmup_steps
-    if config.schedule == "constant":
-        return get_constant_schedule_with_warmup(optimizer, warmup)
+def build_schedule(optimizer: Optimizer, config: OptimConfig, num_steps: int, position: int = 0) -> LRScheduler:
+    """Linear warm-up from 0 over `warmup_steps`, then `schedule` down to `min_lr_ratio * lr` at `num_steps`.
+
+    Args:
+        optimizer: its param group's `lr` is set
+        config: of the optimizer
+        num_steps: optimizer steps of the whole run
+        position: optimizer steps taken already
+    """
+    warmup, last = config.warmup_steps, position - 1
+    end = config.lr * config.min_lr_ratio
+    num_steps = max(num_steps, warmup + 1)  # a run may end within its warm-up
+    if config.schedule == "constant" or end == config.lr:
+        return get_constant_schedule_with_warmup(optimizer, warmup, last_epoch=last)
     if config.schedule == "cosine":
         return get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, warmup, num_steps, min_lr_rate=config.min_lr_ratio
+            optimizer, warmup, num_steps, last_epoch=last, min_lr_rate=config.min_lr_ratio
         )
-    end = config.lr * config.min_lr_ratio
-    if end == config.lr:
-        return get_constant_schedule_with_warmup(optimizer, warmup)
-    return get_polynomial_decay_schedule_with_warmup(optimizer, warmup, num_steps, lr_end=end, power=1.0)
+    return get_polynomial_decay_schedule_with_warmup(
+        optimizer, warmup, num_steps, lr_end=end, power=1.0, last_epoch=last
+    )
