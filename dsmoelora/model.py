@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import ModelError
+from dsmoelora.heap import large_blocks_apart
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -36,17 +44,31 @@ def load_model(config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrai
     # transformers looks for a living object of this class to learn that ZeRO-3 is on
     zero_3_is_on = HfDeepSpeedConfig(deepspeed_config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path,
-            dtype=config.torch_dtype,
-            attn_implementation=config.attention,
-            trust_remote_code=config.trust_remote_code,
-        )
+        with large_blocks_apart():
+            model = AutoModelForCausalLM.from_pretrained(config.path, **_options(config))
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load("model", config, error) from error
     del zero_3_is_on
     model.config.use_cache = False
     return model
+
+
+def random_model(shape: PretrainedConfig, config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
+    """A model of a given shape with random weights, made layer by layer in ZeRO-3 partitions (collective)."""
+    zero_3_is_on = HfDeepSpeedConfig(deepspeed_config)
+    with large_blocks_apart():
+        model = AutoModelForCausalLM.from_config(shape, **_options(config))
+    del zero_3_is_on
+    model.config.use_cache = False
+    return model
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "dtype": config.torch_dtype,
+        "attn_implementation": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def load_model_config(config: ModelConfig) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
-import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -252,9 +251,9 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, partitioned or not."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def full_numel(parameter: Tensor) -> int:
+    """How many numbers a parameter has, partitioned or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def gradient_is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:
@@ -266,8 +265,3 @@ def global_grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     """Norm of the last step's raw gradient, before clipping, over all ranks."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
-
-
-def zero_init(config: dict[str, Any], dtype: torch.dtype) -> deepspeed.zero.Init:
-    """The context in which a model is built straight into its ZeRO-3 partitions."""
-    return deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)
