@@ -1,0 +1,138 @@
+"""What one rank of a test does with the engine, and how the ranks' shares are put together again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmoelora.config import Recipe
+from tests.plain_training import BATCH_SIZE, Training, micro_batches
+
+Pieces = dict[str, list[tuple[int, int, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training under ZeRO-3.
+
+    Args:
+        recipe: of one rank, see `plain_training.make_recipe`
+        accumulation: micro-batches of a rank per step
+        first_step, last_step: the steps [first, last) are taken, up to the recipe's last by default
+        zero: more keys of `zero_optimization`
+        partitioned: the weights are streamed into partitions; otherwise a whole model is handed to the engine
+        load_from: checkpoint to go on from
+        save_to: where a checkpoint is written after the last step
+    """
+
+    recipe: Recipe
+    accumulation: int = 1
+    first_step: int = 0
+    last_step: int | None = None
+    zero: dict[str, Any] = field(default_factory=dict)
+    partitioned: bool = True
+    load_from: Path | None = None
+    save_to: Path | None = None
+
+
+@dataclass
+class Share:
+    """What one rank brings home: `numbers` has for the values and every moment what this rank holds of each tensor."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    lrs: list[float]
+    final_loss: float
+    num_optimizer_steps: int
+    numbers: dict[str, Pieces]
+
+
+def build_engine(job: Job) -> Any:
+    """The engine of a job on this rank."""
+    from transformers import AutoModelForCausalLM
+
+    from dsmoelora.engine import Engine
+    from dsmoelora.model import load_tokenizer
+    from dsmoelora.parallel import comm
+
+    size = BATCH_SIZE // (comm.world_size() * job.accumulation)
+    train = replace(job.recipe.train, micro_batch_size=size)
+    recipe = replace(job.recipe, train=train)
+    # without this threshold ZeRO keeps parameters as small as ours whole, and nothing of interest happens
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000} | job.zero
+    if job.partitioned:
+        return Engine.build(recipe, {"zero_optimization": zero})
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=recipe.model.torch_dtype)
+    return Engine(recipe, {"zero_optimization": zero}, model, load_tokenizer(recipe.model))
+
+
+def batches_of(job: Job, step: int) -> Any:
+    """This rank's micro-batches."""
+    from dsmoelora.parallel import comm
+
+    return micro_batches(step, comm.rank(), comm.world_size(), job.accumulation)
+
+
+def train_on_rank(job: Job) -> Share:
+    """Run a job; called on every rank."""
+    engine = build_engine(job)
+    if job.load_from:
+        assert engine.load(job.load_from) == {"next": job.first_step}
+    last_step = job.last_step or job.recipe.train.max_steps
+    results = [engine.train_step(batches_of(job, step)) for step in range(job.first_step, last_step)]
+    assert not any(result.skipped for result in results)
+    assert engine.step == last_step
+    if job.save_to:
+        engine.save(job.save_to, {"next": last_step}, keep=1)
+    return Share(
+        [result.loss for result in results],
+        [result.grad_norm for result in results],
+        [result.lr for result in results],
+        engine.evaluate(batches_of(job, 0)),
+        engine.optimizer.num_steps,
+        numbers_of(engine),
+    )
+
+
+def numbers_of(engine: Any) -> dict[str, Pieces]:
+    """Values and moments that this rank holds, by tensor and element range."""
+    found: dict[str, Pieces] = {}
+    for shard in engine.optimizer.shards:
+        flats = {"value": shard.tensor.detach().view(-1), **engine.optimizer.state[shard.tensor]}
+        for kind, flat in flats.items():
+            for run in shard.runs:
+                pieces = found.setdefault(kind, {}).setdefault(run.of.name, [])
+                pieces.append((run.start, run.stop, flat[run.span].clone()))
+    return found
+
+
+def put_together(shares: list[dict[str, Pieces]], kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Whole tensors from the pieces of all ranks; every element must be there, and once."""
+    whole = {name: torch.full((math.prod(shape),), torch.nan) for name, shape in shapes.items()}
+    for share in shares:
+        for name, pieces in share.get(kind, {}).items():
+            for start, stop, numbers in pieces:
+                assert whole[name][start:stop].isnan().all(), f"two ranks hold {name} [{start}, {stop})"
+                whole[name][start:stop] = numbers
+    assert not any(tensor.isnan().any() for tensor in whole.values()), "elements that no rank holds"
+    return {name: tensor.view(shapes[name]) for name, tensor in whole.items()}
+
+
+def assert_parity(shares: list[Share], expected: Training, weight_tolerance: float) -> None:
+    """Losses within 1e-5 and weights within the tolerance, on all ranks."""
+    for share in shares:
+        torch.testing.assert_close(share.losses, expected.losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(share.grad_norms, expected.grad_norms, rtol=1e-4, atol=0)
+        torch.testing.assert_close(share.lrs, expected.lrs, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(share.final_loss, expected.final_loss, rtol=1e-5, atol=0)
+        assert share.num_optimizer_steps == len(expected.losses), "one step a global batch, not one a micro-batch"
+    shapes = {name: value.shape for name, value in expected.weights.items()}
+    weights = put_together([share.numbers for share in shares], "value", shapes)
+    for name, value in weights.items():
+        error = (value - expected.weights[name]).abs().max() / expected.weights[name].abs().max()
+        assert error <= weight_tolerance, f"{name} differs by {error:.1e} of its largest value"

@@ -1,0 +1,193 @@
+"""Training as anyone would write it in plain torch, on one process, with the whole global batch in one forward pass.
+
+The distributed tests compare the engine with this. Batches are random tokens that depend on the step alone; the dealing
+out over ranks and micro-batches is written here as well, so that nothing of the data package is relied on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dsmoelora import AdapterConfig, inject
+from dsmoelora.adapters import adapted_layers, batch_context
+from dsmoelora.adapters.dropout import token_keys
+from dsmoelora.config import ModelConfig, OptimConfig, Recipe, RunConfig, TrainConfig
+from dsmoelora.data import MicroBatch
+from tests.helpers import tiny_llama
+
+NUM_STEPS = 20
+BATCH_SIZE = 48  # divides by 1, 2, 3 and 4 ranks times 1, 2 and 4 micro-batches
+LENGTH = 6
+NUM_BATCHES = 2  # after which the tokens come again: with few of them it is easy to have none between two experts
+
+
+def make_base(folder: Path) -> Path:
+    """A Llama with odd sizes, so that 3 or 4 ranks cut parameters inside of rows.
+
+    Its norms are larger than usual, which puts the routers' logits further apart. (Still larger ones make the training
+    so sensitive that rounding alone moves the losses.)
+    """
+    sizes: dict[str, Any] = {"hidden_size": 34, "intermediate_size": 50, "num_attention_heads": 2, "head_dim": 16}
+    tiny_llama(folder, num_hidden_layers=1, num_key_value_heads=1, initializer_range=0.1, **sizes)
+    tensors = load_file(folder / "model.safetensors")
+    larger = {name: 2 * tensor for name, tensor in tensors.items() if name.endswith("layernorm.weight")}
+    save_file(tensors | larger, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+ADAMW = {"name": "adamw", "lr": 3e-3, "lr_router": 1e-3, "lr_b_ratio": 2.0, "weight_decay": 0.1, "max_grad_norm": 0.5}
+SGD = {"name": "sgd", "lr": 0.1, "lr_router": 0.03, "momentum": 0.9, "weight_decay": 1e-3, "max_grad_norm": 0.0}
+# The seeds put no token of these runs within 1e-4 of the border between two experts, where rounding would choose.
+METHODS: dict[str, dict[str, Any]] = {
+    "adamw": {"adapter": {"lora_dropout": 0.1}, "optim": ADAMW, "seed": 33},
+    "adamw-short": {"adapter": {"lora_dropout": 0.1}, "optim": ADAMW, "seed": 33, "max_steps": 8},
+    "sgd": {"adapter": {}, "optim": SGD, "seed": 119},
+    "all-experts": {  # K = E: no border at all
+        "adapter": {"num_experts": 3, "top_k": 3, "lora_dropout": 0.2},
+        "optim": SGD | {"lr_router": None, "momentum": 0.0, "lr": 0.3, "max_grad_norm": 0.7},
+    },
+    "one-expert": {"adapter": {"num_experts": 1, "top_k": 1}, "optim": ADAMW},
+}
+
+
+def make_recipe(
+    base: Path, *, adapter: dict[str, Any], optim: dict[str, Any], max_steps: int = NUM_STEPS, seed: int = 0
+) -> Recipe:
+    """A recipe in fp32 with experts on three layers of other shapes; batch sizes are those of one rank."""
+    adapter = {"r": 3, "num_experts": 5, "top_k": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], **adapter}
+    optim = {"warmup_steps": 3, "min_lr_ratio": 0.1, "schedule": "linear", **optim}
+    return Recipe(
+        run=RunConfig(seed=seed),
+        model=ModelConfig(path=str(base), dtype="fp32"),
+        adapter=AdapterConfig(**adapter),
+        optim=OptimConfig(**optim),
+        train=TrainConfig(max_steps=max_steps, batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE),
+    )
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and labels (48, 6) of a step: uneven lengths, some rows of which nothing is learned."""
+    generator = torch.Generator().manual_seed(step % NUM_BATCHES)
+    ids_BS = torch.randint(4, 44, (BATCH_SIZE, LENGTH), generator=generator)
+    lengths_B = torch.randint(2, LENGTH + 1, (BATCH_SIZE,), generator=generator)
+    mask_BS = (torch.arange(LENGTH) < lengths_B[:, None]).long()
+    learned_BS = (torch.rand(BATCH_SIZE, LENGTH, generator=generator) < 0.5) & mask_BS.bool()
+    learned_BS[6:9] = False  # a whole micro-batch without a target, where there are many
+    return ids_BS * mask_BS, mask_BS, torch.where(learned_BS, ids_BS, -100)
+
+
+def micro_batches(step: int, rank: int, world_size: int, accumulation: int) -> list[MicroBatch]:
+    """A rank's part of a global batch, cut into micro-batches that are as long as their longest row."""
+    ids_BS, mask_BS, labels_BS = global_batch(step)
+    num_supervised = int((labels_BS[:, 1:] != -100).sum())
+    sequence_ids_B = step * BATCH_SIZE + torch.arange(BATCH_SIZE)
+    size = BATCH_SIZE // (world_size * accumulation)
+    found = []
+    for number in range(accumulation):
+        rows = slice((number * world_size + rank) * size, (number * world_size + rank + 1) * size)
+        longest = int(mask_BS[rows].sum(-1).max())
+        ids, mask, labels = (tensor[rows, :longest] for tensor in (ids_BS, mask_BS, labels_BS))
+        found.append(MicroBatch(ids, mask, labels, sequence_ids_B[rows], num_supervised))
+    return found
+
+
+@dataclass
+class Training:
+    """What a training came to.
+
+    Args:
+        losses, grad_norms, lrs: of every step (norms of the raw gradient)
+        final_loss: mean over the tokens of the first global batch, after the last step, without dropout
+        weights: trainable tensors by name
+        smallest_gap: between the logits of the last chosen expert and the next, over all tokens of the run
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    lrs: list[float]
+    final_loss: float
+    weights: dict[str, Tensor]
+    smallest_gap: float
+
+
+def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Training:
+    """Follow a recipe in plain torch: one process, one forward pass a step, torch's optimizers and clipping."""
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=dtype)
+    inject(model, recipe.adapter)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = _torch_optimizer(trainable, recipe.optim)
+    gaps = _watch_gaps(model, recipe.adapter.top_k)
+    losses, grad_norms, lrs = [], [], []
+    for step in range(recipe.train.max_steps):
+        share = _share_of_lr(step, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["full_lr"]
+        optimizer.zero_grad()
+        loss = _mean_loss(model.train(), step, recipe.run.seed)
+        loss.backward()
+        max_norm = recipe.optim.max_grad_norm or torch.inf
+        grad_norms.append(float(torch.nn.utils.clip_grad_norm_(trainable.values(), max_norm)))
+        optimizer.step()
+        losses.append(loss.item())
+        lrs.append(share * recipe.optim.lr)
+    with torch.no_grad():
+        final_loss = _mean_loss(model.eval(), 0, recipe.run.seed).item()
+    weights = {name: parameter.detach() for name, parameter in trainable.items()}
+    return Training(losses, grad_norms, lrs, final_loss, weights, min(gaps, default=torch.inf))
+
+
+def _share_of_lr(step: int, recipe: Recipe) -> float:
+    warmup, end = recipe.optim.warmup_steps, recipe.optim.min_lr_ratio
+    if step < warmup:
+        return step / warmup
+    return 1 - (1 - end) * (step - warmup) / (recipe.train.max_steps - warmup)
+
+
+def _torch_optimizer(trainable: dict[str, torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    lr_router = config.lr if config.lr_router is None else config.lr_router
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in trainable.items() if name.endswith(end)], "lr": lr, "full_lr": lr}
+        for end, lr in [("experts.a", config.lr), ("experts.b", config.lr * config.lr_b_ratio), ("weight", lr_router)]
+    ]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def _mean_loss(model: Any, step: int, seed: int) -> Tensor:
+    ids_BS, mask_BS, labels_BS = global_batch(step)
+    sequence_ids_B = step * BATCH_SIZE + torch.arange(BATCH_SIZE)
+    batch_context(model).token_keys = token_keys(seed, sequence_ids_B, mask_BS)
+    log_probs_BSV = model(ids_BS, attention_mask=mask_BS).logits[:, :-1].log_softmax(-1)
+    targets_BS = labels_BS[:, 1:]
+    chosen_BS = log_probs_BSV.gather(-1, targets_BS.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -chosen_BS[targets_BS != -100].mean()
+
+
+def _watch_gaps(model: Any, top_k: int) -> list[float]:
+    """A list that gets the smallest gap between the K-th and the next logit of every call of every router."""
+    gaps: list[float] = []
+
+    masks: list[Tensor] = []
+
+    def look(router: Any, inputs: tuple[Tensor]) -> None:
+        real_T = masks[-1].flatten().bool()
+        with torch.no_grad():
+            logits_TE = (inputs[0] @ router.weight.T)[real_T].sort(-1, descending=True).values
+        gaps.append((logits_TE[:, top_k - 1] - logits_TE[:, top_k]).min().item())
+
+    def remember_mask(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs["attention_mask"])
+
+    model.register_forward_pre_hook(remember_mask, with_kwargs=True)
+    for _, layer in adapted_layers(model):
+        if layer.experts.a_shape[0] > top_k:
+            layer.router.register_forward_pre_hook(look)
+    return gaps
