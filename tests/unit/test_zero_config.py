@@ -1,0 +1,134 @@
+"""What the DeepSpeed file may say beside the recipe, and what happens where the two do not go together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsmoelora.config import AdapterConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dsmoelora.errors import ConfigError
+from dsmoelora.parallel import zero
+
+FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+def make_recipe(dtype: Any = "bf16") -> Recipe:
+    return Recipe(
+        model=ModelConfig(dtype=dtype),
+        adapter=AdapterConfig(),
+        optim=OptimConfig(max_grad_norm=0.5),
+        train=TrainConfig(batch_size=24, micro_batch_size=2),
+    )
+
+
+def with_zero(**settings: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3} | settings}
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 12), (3, 4), (12, 1)])
+def test_the_recipe_fills_in_batch_sizes_clipping_and_precision(world_size: int, accumulation: int) -> None:
+    config = zero.merge_config(make_recipe(), with_zero(), world_size)
+    assert config["train_batch_size"] == 24
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == accumulation
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"]["enabled"] is True
+    assert zero.merge_config(make_recipe("fp32"), with_zero(), world_size)["bf16"]["enabled"] is False
+
+
+def test_gradients_are_summed_in_fp32_and_one_step_sees_them_all() -> None:
+    config = zero.merge_config(make_recipe(), with_zero(), 1)
+    assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
+    assert config["zero_optimization"]["sub_group_size"] == 10**12
+
+
+def test_the_users_file_is_kept_and_not_written_to() -> None:
+    given = {"wall_clock_breakdown": True, "train_batch_size": "auto", "bf16": {"enabled": "auto"}}
+    given |= with_zero(reduce_bucket_size=1000, overlap_comm=True)
+    before = json.dumps(given)
+    config = zero.merge_config(make_recipe(), given, 1)
+    assert config["wall_clock_breakdown"] is True
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert config["train_batch_size"] == 24
+    assert json.dumps(given) == before
+
+
+def test_values_that_agree_with_the_recipe_are_fine() -> None:
+    given = {"train_batch_size": 24, "gradient_accumulation_steps": 4, "gradient_clipping": 0.5} | with_zero()
+    assert zero.merge_config(make_recipe(), given, 3)["gradient_accumulation_steps"] == 4
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_files_that_we_ship_go_with_any_recipe(file: Path) -> None:
+    given = json.loads(file.read_text())
+    for dtype in ("bf16", "fp32"):
+        assert zero.merge_config(make_recipe(dtype), given, 2)["train_batch_size"] == 24
+
+
+def test_we_ship_files() -> None:
+    assert {"zero3.json", "zero3_offload.json"} <= {file.name for file in FILES}
+
+
+CONFLICTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"train_batch_size": 32}, ("train_batch_size", "is 32", "24", "recipe")),
+    ({"train_micro_batch_size_per_gpu": 1}, ("train_micro_batch_size_per_gpu", "is 1", "2", "recipe")),
+    ({"gradient_accumulation_steps": 8}, ("gradient_accumulation_steps", "is 8", "4", "recipe")),
+    ({"gradient_clipping": 1.0}, ("gradient_clipping", "is 1.0", "0.5", "recipe")),
+    ({"bf16": {"enabled": False}}, ("bf16.enabled", "is False", "True", "recipe")),
+    ({"data_types": {"grad_accum_dtype": "bf16"}}, ("data_types.grad_accum_dtype", "'bf16'", "'fp32'")),
+    ({"communication_data_type": "bf16"}, ("communication_data_type", "'bf16'", "'fp32'")),
+    ({"zero_force_ds_cpu_optimizer": True}, ("zero_force_ds_cpu_optimizer", "is True", "False")),
+    (with_zero(sub_group_size=10**9), ("sub_group_size", "is 1000000000")),
+]
+SECTIONS_OF_THE_RECIPE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"optimizer": {"type": "AdamW"}}, ("'optimizer'", "set optim in the recipe")),
+    ({"scheduler": {"type": "WarmupLR"}}, ("'scheduler'", "set optim.schedule in the recipe")),
+    ({"fp16": {"enabled": True}}, ("'fp16'", "set model.dtype in the recipe")),
+]
+UNKNOWN: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"zero_optimisation": {}}, ("'zero_optimisation'", "zero_optimization")),
+    ({"torch_autocast": {"enabled": True}}, ("'torch_autocast'", "Drop it")),
+    ({"activation_checkpointing": {}}, ("'activation_checkpointing'", "Drop it")),
+]
+REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    (with_zero(zero_hpz_partition_size=2), ("zero_hpz_partition_size", "hpZ")),
+    (with_zero(mics_shard_size=2), ("mics_shard_size", "MiCS")),
+    (with_zero(zero_quantized_weights=True), ("zero_quantized_weights", "ZeRO++")),
+    (with_zero(zero_quantized_nontrainable_weights=True), ("zero_quantized_nontrainable_weights", "ZeRO++")),
+    (with_zero(zero_quantized_gradients=True), ("zero_quantized_gradients", "ZeRO++")),
+    (with_zero(zenflow={"topk_ratio": 0.1}), ("zenflow", "ZenFlow")),
+    (with_zero(offload_optimizer={"device": "cpu", "super_offload": True}), ("super_offload",)),
+    (with_zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), ("offload_optimizer.ratio",)),
+    (with_zero(offload_optimizer={"device": "nvme"}), ("offload_optimizer.device", "NVMe")),
+    ({"bf16": {"bf16_master_weights_and_grads": True}}, ("bf16_master_weights_and_grads", "fp32")),
+    ({"bf16": {"bf16_optimizer_states": True}}, ("bf16_optimizer_states", "fp32")),
+    (with_zero(stage=0), ("zero_optimization.stage", "is 0")),
+    ({"zero_optimization": {}}, ("zero_optimization.stage", "is None")),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [*CONFLICTS, *SECTIONS_OF_THE_RECIPE, *UNKNOWN, *REFUSED],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
+)
+def test_what_does_not_go_together_is_named(given: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        zero.merge_config(make_recipe(), with_zero() | given, 3)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size is 24.*2 x 5 = 10.*Nearest: 20"):
+        zero.merge_config(make_recipe(), with_zero(), 5)
+
+
+def test_an_unknown_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero.check_version()
+    monkeypatch.setattr("deepspeed.__version__", "0.20.1+local")
+    with pytest.raises(ConfigError, match=r"0\.20\.1.*one of 0\.19\.8.*pip install"):
+        zero.check_version()
