@@ -91,6 +91,8 @@ OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device":
         pytest.param(2, 1, {"zero": {"stage3_param_persistence_threshold": 100_000}}, id="small-parameters-kept-whole"),
         pytest.param(2, 2, {"zero": {"overlap_comm": True, "contiguous_gradients": False}}, id="overlapped"),
         pytest.param(3, 1, {"zero": {"reduce_scatter": False}}, id="all-reduced"),
+        pytest.param(3, 2, {"zero": {"stage": 2}, "partitioned": False}, id="stage-2"),
+        pytest.param(2, 2, {"zero": {"stage": 2}}, id="stage-2-built"),
     ],
 )
 def test_ways_of_zero_change_nothing(
