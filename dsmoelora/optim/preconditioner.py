@@ -131,7 +131,8 @@ class Preconditioner:
         cross = buffer["cross"] if self._needs_cross else None
         factors = row_factors(self._config, gram_a, gram_b, cross, mixers)
         self._multiply(buffer, factors)
-        square_norm = torch.stack([part.grad.square().sum() for part in self._parts]).sum()
+        norms = torch.stack([torch.linalg.vector_norm(part.grad) for part in self._parts])
+        square_norm = norms.square().sum()
         self.report = StepReport(factors.condition, factors.num_fallbacks, square_norm)
 
     def pack(self, buffer: PackedBuffer) -> None:

@@ -94,14 +94,17 @@ def rows_cut_by(runs: Iterable[Run]) -> list[tuple[str, int]]:
 
 
 def trainables(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
-    """Every trainable tensor of an adapted model and the parameter that holds it, in the order of the model."""
+    """Every trainable tensor of an adapted model and the parameter that holds it.
+
+    Ordered by role and shape, then as in the model: what ZeRO cuts in one way lies side by side in its partitions.
+    """
     found = []
     for layer_name, layer in adapted_layers(model):
         for name, parameter in layer.named_parameters():
             if parameter.requires_grad:
                 factor, shape = layer.role_of(name)
                 found.append((Trainable(f"{layer_name}.{name}", layer_name, factor, shape), parameter))
-    return found
+    return sorted(found, key=lambda one: (one[0].factor.value, one[0].shape))
 
 
 def whole(trainable: Trainable, parameter: torch.Tensor) -> Shard:

@@ -1,0 +1,132 @@
+"""Seconds of a preconditioned optimizer step on one shard, beside PEFT's loop over pairs and torch's fused AdamW.
+
+    python benchmarks/optimizer_step.py
+
+One thread, one run; everything in turn, round by round, medians of ratios. `D = O`; the shard holds all layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from peft.optimizers.riemannian import _RiemannianPreconditioner
+from torch import Tensor, nn
+
+from dsmoelora.adapters import Factor
+from dsmoelora.config import OptimConfig
+from dsmoelora.optim import Run, Shard, ShardGroup, ShardOptimizer, Trainable
+
+Work = Callable[[], object]
+
+
+def one_shard(num_layers: int, num_experts: int, size: int, rank: int, device: torch.device) -> Shard:
+    """A flat shard of random factors, with a random gradient."""
+    runs, offset = [], 0
+    for factor in (Factor.A, Factor.B):  # roles side by side, as `trainables` orders them
+        for layer in range(num_layers):
+            of = Trainable(f"{layer}.{factor.value}", str(layer), factor, (num_experts, size, rank))
+            numel = num_experts * size * rank
+            runs.append(Run(of, 0, numel, offset))
+            offset += numel
+    flat = torch.randn(offset, device=device) / 50
+    flat.grad = torch.randn(offset, device=device) / 50
+    return Shard(flat, runs)
+
+
+def bound_optimizer(shard: Shard, preconditioner: str) -> ShardOptimizer:
+    """Our optimizer on the shard, as the engine binds it under ZeRO."""
+    config = OptimConfig(preconditioner=preconditioner)  # type: ignore[arg-type]
+    optimizer = ShardOptimizer([(run.of, nn.Parameter(torch.empty(0))) for run in shard.runs], config)
+    optimizer.param_groups[0]["params"] = [shard.tensor]
+    optimizer.bind([ShardGroup([run.of for run in shard.runs], [shard])])
+    return optimizer
+
+
+def peft_pairs(shard: Shard) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """The same factors as PEFT holds them: A (R, D) and B (O, R) of every expert, with gradients."""
+    whole = {run.of.name: run for run in shard.runs}
+
+    def parts(run: Run) -> list[tuple[Tensor, Tensor]]:
+        value, grad = shard.tensor[run.span].view(run.of.shape), shard.tensor.grad
+        assert grad is not None
+        return list(zip(value, grad[run.span].view(run.of.shape), strict=True))
+
+    pairs = []
+    for run in shard.runs:
+        if run.of.factor is Factor.A:
+            for (a, grad_a), (b, grad_b) in zip(parts(run), parts(whole[f"{run.of.layer}.b"]), strict=True):
+                lora_a, lora_b = nn.Parameter(a.T.contiguous()), nn.Parameter(b.clone())
+                lora_a.grad, lora_b.grad = grad_a.T.contiguous(), grad_b.clone()
+                pairs.append((lora_a, lora_b))
+    return pairs
+
+
+def seconds(work: Work) -> float:
+    """Of one call, the accelerator's queue drained."""
+    get_accelerator().synchronize()
+    start = time.perf_counter()
+    work()
+    get_accelerator().synchronize()
+    return time.perf_counter() - start
+
+
+def compare(num_layers: int, num_experts: int, size: int, rank: int, rounds: int) -> None:
+    """Print the medians of one configuration."""
+    device = torch.device(get_accelerator().current_device_name())
+    torch.manual_seed(0)
+    shard = one_shard(num_layers, num_experts, size, rank, device)
+    numbers = shard.tensor.numel()
+    scaled, tangent, plain = (bound_optimizer(shard, name) for name in ("scaled", "tangent", "none"))
+    adamw = torch.optim.AdamW([shard.tensor], fused=True)
+    peft = _RiemannianPreconditioner(peft_pairs(shard), reg=1e-2)
+    work: dict[str, Work] = {
+        "scaled alone": scaled._group_steps[shard.tensor].apply,
+        "tangent alone": tangent._group_steps[shard.tensor].apply,
+        "PEFT's loop": peft.step,
+        "step none": plain.step,
+        "step scaled": scaled.step,
+        "step tangent": tangent.step,
+        "torch AdamW": adamw.step,
+    }
+    gradient = shard.tensor.grad
+    assert gradient is not None
+    start = gradient.clone()
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for one_round in range(rounds + 2):
+        for name, run in work.items():
+            gradient.copy_(start)  # preconditioning again and again would overflow
+            taken = seconds(run)
+            if one_round >= 2:
+                times[name].append(taken)
+
+    def ratio(top: str, bottom: str) -> float:
+        return statistics.median(t / b for t, b in zip(times[top], times[bottom], strict=True))
+
+    print(f"\nD = O = {size}, R = {rank}, E = {num_experts}, {num_layers} layers: {numbers / 1e6:.1f}M numbers")
+    for name, taken in times.items():
+        print(f"  {name:14s} {1e3 * statistics.median(taken):8.1f} ms")
+    print(f"  PEFT's loop / scaled alone: {ratio(chr(80) + 'EFT' + chr(39) + 's loop', 'scaled alone'):.1f}")
+    for name in ("step none", "step scaled", "step tangent"):
+        print(f"  {name} / torch's fused AdamW: {ratio(name, 'torch AdamW'):.1f}")
+    # a Gram and a product with an R x R matrix: 2 R flops a number each; one reading for the Gram, then gradient in
+    # and out for the product; AdamW reads value, gradient and two moments and writes three of them
+    print(f"  {4 * rank} flops and 12 bytes a number for `scaled`, 28 bytes for AdamW")
+
+
+def main() -> None:
+    """Two sizes: experts of a 7B model, and those of the demo."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    compare(num_layers=32, num_experts=8, size=4096, rank=16, rounds=args.rounds)
+    compare(num_layers=120, num_experts=20, size=576, rank=4, rounds=args.rounds)
+
+
+if __name__ == "__main__":
+    main()
