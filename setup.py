@@ -26,6 +26,7 @@ REQUIRES = [
     "transformers>=5.20,<6",  # models, tokenizers, chat templates, learning-rate schedules
     "accelerate>=1.15,<2",  # transformers loads weights into ZeRO-3 partitions with its help
     "datasets>=5.2,<6",  # reads JSON and JSONL, keeps tokenised samples on disk
+    "filelock>=3.20",  # one process of a machine tokenises, the others wait
     "safetensors>=0.8,<1",  # adapters and checkpoints: no pickle
     "sentencepiece>=0.2.1",  # tokenizers that come as a bare `.model` file
     "protobuf>=6.31",  # transformers reads sentencepiece models through it

@@ -54,8 +54,7 @@ def find_checkpoint(recipe: Recipe, resume: str) -> Path | None:
     if resume == "none":
         return None
     if resume == "auto":
-        folder = run_folder(recipe)
-        return newest_whole_checkpoint(folder) if folder.exists() else None
+        return newest_whole_checkpoint(run_folder(recipe))
     return Path(resume)
 
 

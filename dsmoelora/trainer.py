@@ -123,6 +123,7 @@ class Trainer:
             "lr": result.lr,
             "throughput(tokens/s)": result.num_tokens / seconds,
             "skipped_steps": self._engine.skipped_steps,
+            **result.preconditioning,
         }
 
     def _evaluation_is_due(self) -> bool:
