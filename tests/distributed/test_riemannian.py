@@ -156,6 +156,7 @@ ON_HOST = {"device": "cpu"}
     [
         pytest.param(3, 4, "tangent", {"zero": {"offload_optimizer": ON_HOST}}, id="optimizer-offloaded"),
         pytest.param(2, 1, "scaled", {"zero": {"stage": 2, "offload_optimizer": ON_HOST}}, id="stage-2-offloaded"),
+        pytest.param(3, 4, "tangent", {"zero": {"stage": 2, "round_robin_gradients": True}}, id="round-robin"),
         pytest.param(3, 1, "tangent-clipped", {"partitioned": False}, id="model-not-partitioned"),
         pytest.param(2, 4, "scaled-clipped", {"partitioned": False, "zero": {"stage": 2}}, id="stage-2-own-model"),
     ],
