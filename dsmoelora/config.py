@@ -292,3 +292,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.adapter.seed = self.run.seed
+        _require(
+            self.optim.max_grad_norm_router is None or self.adapter.num_experts > 1,
+            "optim.max_grad_norm_router",
+            self.optim.max_grad_norm_router,
+            "null where adapter.num_experts is 1, for there are no routers",
+            "Drop it.",
+        )
