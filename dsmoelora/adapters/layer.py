@@ -13,7 +13,7 @@ from dsmoelora.adapters.dropout import keyed_dropout
 from dsmoelora.adapters.function import RoutedExperts
 from dsmoelora.adapters.router import SingleExpertRouter, SoftmaxTopKRouter
 from dsmoelora.config import AdapterConfig
-from dsmoelora.seeds import derive_seed, generator
+from dsmoelora.seeds import derive_seed, empty_start, generator
 
 
 class Factor(Enum):
@@ -57,7 +57,7 @@ class ExpertBank(nn.Module):
         self.scale = config.scale
         self.gate_power = config.gate_power
         self.power_reaches_input = config.gate_power_scope == "factors_and_input"
-        start = torch.empty(self.a_shape)
+        start = empty_start(self.a_shape)
         for expert, start_DR in enumerate(start):
             # kaiming_uniform_(a=sqrt(5)) of an (R, D) matrix, as PEFT starts its A
             bound = in_features**-0.5

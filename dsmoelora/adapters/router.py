@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.function import RouterLogits
-from dsmoelora.seeds import generator
+from dsmoelora.seeds import empty_start, generator
 
 
 class SoftmaxTopKRouter(nn.Module):
@@ -34,7 +34,7 @@ class SoftmaxTopKRouter(nn.Module):
         self.shape = (num_experts, in_features)
         self.top_k = top_k
         bound = in_features**-0.5
-        start = torch.empty(self.shape).uniform_(-bound, bound, generator=generator(*seed_parts))
+        start = empty_start(self.shape).uniform_(-bound, bound, generator=generator(*seed_parts))
         self.weight = nn.Parameter(start.to(like.dtype).to(like.device))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

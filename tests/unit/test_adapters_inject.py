@@ -176,8 +176,20 @@ def test_starting_values_come_from_seed_layer_and_expert_alone() -> None:
     assert len(firsts.unique()) == len(firsts), "every layer, expert and seed starts elsewhere"
 
 
+def test_starting_values_do_not_depend_on_the_defaults_of_torch() -> None:
+    expected = starting_values(adapt(make_model(), trained=False))
+    model = make_model()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = starting_values(adapt(model, trained=False))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
 def test_starting_values_are_kaiming_uniform_and_zero() -> None:
-    layer = next(layer for _, layer in adapted_layers(adapt(make_model(), False, r=64)))
+    layer: Any = next(layer for _, layer in adapted_layers(adapt(make_model(), False, r=64)))
     bound = 32**-0.5  # uniform on +-1/sqrt(D), whose standard deviation is the bound / sqrt(3)
     for value in (layer.experts.a, layer.router.weight):
         assert value.abs().max() <= bound
