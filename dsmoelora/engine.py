@@ -83,7 +83,7 @@ class Engine:
         self.step = self.skipped_steps = 0
         self.adapted_layers = inject(model, recipe.adapter)
         if recipe.train.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         found = trainables(model)
         self.num_trainable = sum(math.prod(trainable.shape) for trainable, _ in found)
         self._context = batch_context(model)
@@ -238,8 +238,8 @@ class Engine:
     def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], prints: dict[str, Any]) -> None:
         base = self.recipe.model.path
         base = str(Path(base).resolve()) if Path(base).exists() else base
-        write_adapter(folder, self.recipe.adapter, self.adapted_layers, tensors, base, prints)
-        self.tokenizer.save_pretrained(folder)
+        adapter = self.recipe.adapter
+        write_adapter(folder, adapter, self.adapted_layers, tensors, base, prints, self.tokenizer.save_pretrained)
 
     def _shard_states(self) -> list[ShardState]:
         return [

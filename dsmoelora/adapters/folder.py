@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     base_model: str,
     base_fingerprint: Mapping[str, Any],
+    write_more: Callable[[Path], object] = lambda _: None,
 ) -> None:
     """Write an adapter folder; an older one of that name is replaced when the new one is whole.
 
@@ -61,6 +62,7 @@ def write_adapter(
         tensors: whole tensors by qualified name
         base_model: path or name of the base model
         base_fingerprint: `fingerprint` of each of `fingerprinted_layers`
+        write_more: writes what else belongs into the folder, such as the tokenizer
 
     Raises:
         CheckpointError: a tensor is empty or not finite; nothing is written
@@ -85,9 +87,13 @@ def write_adapter(
     partial.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS_FILE)
     (partial / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    write_more(partial)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.replace(replaced)
     partial.replace(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -137,9 +143,9 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     known = {field.name for field in fields(AdapterConfig)}
     config = AdapterConfig(**{key: value for key, value in description.items() if key in known})
     config.target_modules = layers
+    tensors = _read_weights(folder / WEIGHTS_FILE)
     inject(model, config)
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors = _read_weights(folder / WEIGHTS_FILE)
     shapes, wanted_shapes = _shapes(tensors), _shapes(wanted)
     if shapes != wanted_shapes:
         odd = listing(sorted({name for name, _ in shapes.items() ^ wanted_shapes.items()}))

@@ -246,7 +246,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
     plain = adapt(make_model(), lora_dropout=0.2)
     recomputing = copy.deepcopy(plain)
-    recomputing.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recomputing.activation_checkpointing_enable({"use_reentrant": False})
     expected = gradients(plain)
     for name, grad in gradients(recomputing).items():
         assert torch.equal(grad, expected[name]), name
