@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import peft
 import torch
 from deepspeed.accelerator import get_accelerator
+from timing import seconds
 from torch import Tensor, nn
 
 from dsmoelora import AdapterConfig, inject
@@ -61,15 +61,6 @@ def training_step(model: nn.Module, x_TD: Tensor, grad_TO: Tensor) -> Step:
     return step
 
 
-def timed(step: Step) -> float:
-    """Seconds of one call, the accelerator's queue drained."""
-    get_accelerator().synchronize()
-    start = time.perf_counter()
-    step()
-    get_accelerator().synchronize()
-    return time.perf_counter() - start
-
-
 def compare(num_experts: int, rank: int, top_k: int, args: argparse.Namespace) -> None:
     """Print the medians of one configuration."""
     device = torch.device(get_accelerator().current_device_name())
@@ -91,7 +82,7 @@ def compare(num_experts: int, rank: int, top_k: int, args: argparse.Namespace) -
     for step in steps.values():
         for _ in range(3):
             step()
-    rounds = [{name: timed(step) for name, step in steps.items()} for _ in range(args.rounds)]
+    rounds = [{name: seconds(step) for name, step in steps.items()} for _ in range(args.rounds)]
 
     def ratio(top: str, bottom: str) -> float:
         return statistics.median(one[top] / one[bottom] for one in rounds)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from peft.optimizers.riemannian import _RiemannianPreconditioner
+from timing import seconds
 from torch import Tensor, nn
 
 from dsmoelora.adapters import Factor
@@ -64,15 +64,6 @@ def peft_pairs(shard: Shard) -> list[tuple[nn.Parameter, nn.Parameter]]:
                 lora_a.grad, lora_b.grad = grad_a.T.contiguous(), grad_b.clone()
                 pairs.append((lora_a, lora_b))
     return pairs
-
-
-def seconds(work: Work) -> float:
-    """Of one call, the accelerator's queue drained."""
-    get_accelerator().synchronize()
-    start = time.perf_counter()
-    work()
-    get_accelerator().synchronize()
-    return time.perf_counter() - start
 
 
 def compare(num_layers: int, num_experts: int, size: int, rank: int, rounds: int) -> None:
