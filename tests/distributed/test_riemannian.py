@@ -320,14 +320,17 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_nothing_on_any(
     recipe = plainly("tangent", max_steps=4).recipe
     recipe = replace(recipe, optim=replace(recipe.optim, warmup_steps=0))
     recipe = in_bf16(recipe) if dtype == "bf16" else recipe
-    for mishap in worker_pool(3).run(train_with_a_bad_gradient, Job(recipe, 2, zero={"stage": stage}), factor):
+    mishaps = worker_pool(3).run(train_with_a_bad_gradient, Job(recipe, 2, zero={"stage": stage}), factor)
+    for mishap in mishaps:
         assert mishap.skipped == [False, True, False]
         assert mishap.counters == (3, 1, 2), "steps, skipped steps, and steps of the optimizer"
         assert [bool(report) for report in mishap.reports] == [True, False, True]
-        before, after_good, after_bad, after_next = mishap.numbers
+        _, after_good, after_bad, after_next = mishap.numbers
         assert all(difference == 0 for difference in differences(after_good, after_bad).values())
-        assert all(difference > 0 for difference in differences(before, after_good).values())
         assert all(0 < difference < torch.inf for difference in differences(after_bad, after_next).values())
+    # with b = 0 only b moves in the first step, and under stage 2 a rank may hold nothing of b
+    moved = [differences(mishap.numbers[0], mishap.numbers[1]) for mishap in mishaps]
+    assert all(max(one[kind] for one in moved) > 0 for kind in moved[0])
 
 
 HALF, WHOLE = 3, 6
