@@ -163,9 +163,13 @@ def _device() -> torch.device:
 
 
 def _use_own_device() -> None:
-    """Bind this process to its accelerator, before anything allocates on device 0."""
+    """Bind this process to its accelerator, before anything allocates on device 0, or to its share of the cores."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
+        # deepspeed's launcher leaves every rank a thread for each core of the machine, and they would all wait for all
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         return
     # Slurm may show each task its own device alone, which is then number 0 for every task.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
