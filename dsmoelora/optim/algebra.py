@@ -3,8 +3,8 @@
     gram(x, y)    sum over rows of x_row^T y_row, per expert      -> (slots, R, R)
     rmul(x, p)    each row of x times its expert's matrix         -> rows
 
-Both work on blocks of rows small enough for a cache, in batched products; R is far too small for one matrix product
-over all rows to be fast.
+Both walk over a tile in chunks of experts that fit a core's cache (on an accelerator, in chunks that fill it), one
+batched product a chunk.
 """
 
 from __future__ import annotations
@@ -14,22 +14,12 @@ from torch import Tensor
 
 from dsmoelora.optim.tiles import Tile
 
-# Numbers worked on at once: what fits a core's cache, or what keeps a GPU busy.
-_CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 17, 1 << 26
-_MAX_BLOCK_ROWS, _MIN_BLOCK_ROWS = 256, 32
+_CPU_CHUNK, _ACCELERATOR_CHUNK = 1 << 16, 1 << 26
 
 
 def chunk_size(tensor: Tensor) -> int:
     """Numbers worked on at once on the device of `tensor`."""
     return _CPU_CHUNK if tensor.device.type == "cpu" else _ACCELERATOR_CHUNK
-
-
-def block_rows(num_rows: int) -> int:
-    """Rows of a block: the largest divisor of `num_rows` that fits, or a fixed size that leaves a remainder."""
-    for size in range(min(num_rows, _MAX_BLOCK_ROWS), _MIN_BLOCK_ROWS - 1, -1):
-        if num_rows % size == 0:
-            return size
-    return min(num_rows, _MAX_BLOCK_ROWS)
 
 
 def add_gram(out: Tensor, tile: Tile, x: Tensor, y: Tensor) -> None:
@@ -40,19 +30,14 @@ def add_gram(out: Tensor, tile: Tile, x: Tensor, y: Tensor) -> None:
         tile: which rows
         x, y: flat shards
     """
-    size = block_rows(tile.num_rows)
-    whole = tile.num_rows // size * size
-    x_view, y_view = tile.view(x), tile.view(y)
-    for layers, slots in tile.chunks(chunk_size(x)):
-        for rows, length in ((slice(0, whole), size), (slice(whole, None), tile.num_rows - whole)):
-            if length:
-                x_BLR = x_view[layers, :, rows].reshape(-1, length, tile.rank)
-                y_BLR = x_BLR if x is y else y_view[layers, :, rows].reshape(-1, length, tile.rank)
-                products = torch.bmm(x_BLR.mT, y_BLR).view(len(slots), -1, tile.rank, tile.rank)
-                out.index_add_(0, slots, products.sum(1))
+    products = []
+    for x_rows, y_rows in zip(tile.chunks(x, chunk_size(x)), tile.chunks(y, chunk_size(x)), strict=True):
+        x_BXR, y_BXR = _batch(x_rows), _batch(y_rows)
+        products.append(torch.bmm(x_BXR.mT, y_BXR))
+    out.index_add_(0, tile.slots, torch.cat(products))
 
 
-def rmul_(grad: Tensor, tile: Tile, times: Tensor, factor: Tensor, minus: Tensor | None) -> None:
+def rmul_(grad: Tensor, tile: Tile, times: Tensor, factor: Tensor, minus: Tensor | None) -> Tensor:
     """`grad <- grad times - factor minus` for every row of the tile, in place.
 
     Args:
@@ -60,11 +45,26 @@ def rmul_(grad: Tensor, tile: Tile, times: Tensor, factor: Tensor, minus: Tensor
         tile: which rows
         times: (slots, R, R)
         minus: (slots, R, R), or None for zero
+
+    Returns:
+        the sum of the squares of what was written (scalar)
     """
-    grad_view, factor_view = tile.view(grad), tile.view(factor)
-    for layers, slots in tile.chunks(chunk_size(grad)):
-        rows = grad_view[layers]
-        result = torch.bmm(rows.reshape(-1, tile.num_rows, tile.rank), times[slots])
-        if minus is not None:
-            result.baddbmm_(factor_view[layers].reshape(-1, tile.num_rows, tile.rank), minus[slots], alpha=-1)
-        rows.copy_(result.view_as(rows))
+    size = chunk_size(grad)
+    rows = list(tile.chunks(grad, size))
+    lengths = [len(chunk) * chunk.shape[1] for chunk in rows]
+    times_of_chunk = times[tile.slots].split(lengths)
+    minus_of_chunk = None if minus is None else minus[tile.slots].split(lengths)
+    factors = None if minus is None else list(tile.chunks(factor, size))
+    squares = []
+    for index, chunk in enumerate(rows):
+        result = torch.bmm(_batch(chunk), times_of_chunk[index])
+        if minus_of_chunk is not None and factors is not None:
+            result.baddbmm_(_batch(factors[index]), minus_of_chunk[index], alpha=-1)
+        chunk.copy_(result.view_as(chunk))
+        squares.append(torch.linalg.vector_norm(result))
+    return torch.stack(squares).square().sum()
+
+
+def _batch(rows: Tensor) -> Tensor:
+    """(layers, experts, rows, R) -> (layers * experts, rows, R), copied only where layers do not lie side by side."""
+    return rows.reshape(-1, *rows.shape[2:])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsmoelora.adapters.layer import Factor
 from dsmoelora.optim.packed import PackedBuffer
-from dsmoelora.optim.rows import ShardGroup
+from dsmoelora.optim.rows import ShardGroup, joined_spans
 
 
 class RouterClip:
@@ -21,13 +21,15 @@ class RouterClip:
     def __init__(self, group: ShardGroup, max_norm: float) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {"router_square": (1,)}
         self._max_norm = max_norm
-        self._runs = [
-            (shard.tensor, run.span) for shard in group.shards for run in shard.runs if run.of.factor is Factor.ROUTER
+        self._spans = [
+            (shard.tensor, span)
+            for shard in group.shards
+            for span in joined_spans(run for run in shard.runs if run.of.factor is Factor.ROUTER)
         ]
 
     def _grads(self) -> list[Tensor]:
         grads = []
-        for tensor, span in self._runs:
+        for tensor, span in self._spans:
             assert tensor.grad is not None, "every trainable tensor takes part in every step"
             grads.append(tensor.grad.view(-1)[span])
         return grads

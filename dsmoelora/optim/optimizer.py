@@ -20,7 +20,7 @@ from dsmoelora.config import OptimConfig
 from dsmoelora.optim.clip import RouterClip
 from dsmoelora.optim.packed import GroupStep, Part
 from dsmoelora.optim.preconditioner import Preconditioner, StepReport
-from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, trainables, whole
+from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, joined_spans, trainables, whole
 
 
 def lr_multiplier(config: OptimConfig, factor: Factor) -> float:
@@ -103,14 +103,10 @@ class ShardOptimizer(torch.optim.Optimizer):
 
     def _spans_by_multiplier(self, runs: list[Run]) -> dict[float, list[slice]]:
         """Where the numbers of each learning-rate multiplier lie; neighbours are joined, padding is left out."""
-        spans: dict[float, list[slice]] = {}
+        by_multiplier: dict[float, list[Run]] = {}
         for run in runs:
-            same = spans.setdefault(lr_multiplier(self.config, run.of.factor), [])
-            if same and same[-1].stop == run.span.start:
-                same[-1] = slice(same[-1].start, run.span.stop)
-            else:
-                same.append(run.span)
-        return spans
+            by_multiplier.setdefault(lr_multiplier(self.config, run.of.factor), []).append(run)
+        return {multiplier: joined_spans(some) for multiplier, some in by_multiplier.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -17,7 +17,7 @@ from dsmoelora.config import OptimConfig
 from dsmoelora.optim.algebra import add_gram, rmul_
 from dsmoelora.optim.packed import PackedBuffer
 from dsmoelora.optim.riemannian import Mixers, RowFactors, row_factors
-from dsmoelora.optim.rows import Run, Shard, ShardGroup
+from dsmoelora.optim.rows import Run, Shard, ShardGroup, joined_spans
 from dsmoelora.optim.tiles import Tile, tiles
 
 
@@ -58,6 +58,7 @@ class _Part:
     tiles: list[Tile]
     cut: _Places
     mixers: _Places
+    routers: list[slice]
 
     @property
     def value(self) -> Tensor:
@@ -121,7 +122,8 @@ class Preconditioner:
                 first = self._first_slot[run.of.layer, Factor.A] * run.of.row_size**2
                 mixers.append((run.offset, first + run.start, run.stop - run.start))
         own_tiles = tiles(shard.runs, self._first_slot, device)
-        return _Part(shard, own_tiles, _places(cut, device), _places(mixers, device))
+        routers = joined_spans(run for run in shard.runs if run.of.factor is Factor.ROUTER)
+        return _Part(shard, own_tiles, _places(cut, device), _places(mixers, device), routers)
 
     def finish(self, buffer: PackedBuffer) -> None:
         """Precondition the gradients at hand with what all ranks packed."""
@@ -130,9 +132,7 @@ class Preconditioner:
         mixers = Mixers(buffer["m"], buffer["grad_m"]) if self._has_mixers else None
         cross = buffer["cross"] if self._needs_cross else None
         factors = row_factors(self._config, gram_a, gram_b, cross, mixers)
-        self._multiply(buffer, factors)
-        norms = torch.stack([torch.linalg.vector_norm(part.grad) for part in self._parts])
-        square_norm = norms.square().sum()
+        square_norm = self._multiply(buffer, factors)
         self.report = StepReport(factors.condition, factors.num_fallbacks, square_norm)
 
     def pack(self, buffer: PackedBuffer) -> None:
@@ -157,17 +157,21 @@ class Preconditioner:
             products = of_a * values.unsqueeze(-1) * grads.unsqueeze(-2)
             buffer["cross"].index_add_(0, self._cut_slots % self._num_pairs, products)
 
-    def _multiply(self, buffer: PackedBuffer, factors: RowFactors) -> None:
+    def _multiply(self, buffer: PackedBuffer, factors: RowFactors) -> Tensor:
+        """Put the new gradients in place; returns the sum of their squares, routers included (scalar)."""
         values, grads = buffer["cut_values"], buffer["cut_grads"]
         new_cut = torch.bmm(grads.unsqueeze(1), factors.times[self._cut_slots])
         if factors.minus is not None:
             new_cut.baddbmm_(values.unsqueeze(1), factors.minus[self._cut_slots], alpha=-1)
+        squares = []
         for part in self._parts:
-            for tile in part.tiles:
-                rmul_(part.grad, tile, factors.times, part.value, factors.minus)
+            squares += [rmul_(part.grad, tile, factors.times, part.value, factors.minus) for tile in part.tiles]
             part.cut.unpack(new_cut, part.grad)
             if factors.grad_m is not None:
                 part.mixers.unpack(factors.grad_m, part.grad)
+            rest: list[Tensor | slice] = [part.cut.in_shard, part.mixers.in_shard, *part.routers]
+            squares.append(torch.stack(torch._foreach_norm([part.grad[where] for where in rest])).square().sum())
+        return torch.stack(squares).sum()
 
 
 def _pair_up(group: ShardGroup) -> tuple[dict[tuple[str, Factor], int], int]:

@@ -87,6 +87,17 @@ class ShardGroup:
     all_reduce: Callable[[torch.Tensor], None] | None = None
 
 
+def joined_spans(runs: Iterable[Run]) -> list[slice]:
+    """Where runs lie in their shard, neighbours joined."""
+    spans: list[slice] = []
+    for run in runs:
+        if spans and spans[-1].stop == run.span.start:
+            spans[-1] = slice(spans[-1].start, run.span.stop)
+        else:
+            spans.append(run.span)
+    return spans
+
+
 def rows_cut_by(runs: Iterable[Run]) -> list[tuple[str, int]]:
     """Name and number of each row that begins or ends outside its run."""
     ends = [(run.of, end) for run in runs for end in (run.start, run.stop)]

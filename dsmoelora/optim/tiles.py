@@ -28,7 +28,7 @@ class Tile:
         num_experts: neighbouring experts of one layer, each with `num_rows` rows
         num_rows: rows of each expert
         rank: R
-        slots: (layers, experts) int64, the number of each expert's factor
+        slots: (layers * experts,) int64, the number of each expert's factor
     """
 
     factor: Factor
@@ -39,20 +39,22 @@ class Tile:
     rank: int
     slots: Tensor
 
-    def view(self, flat: Tensor) -> Tensor:
-        """(layers, experts, rows, R) of a flat shard."""
-        shape = (len(self.slots), self.num_experts, self.num_rows, self.rank)
-        return flat.as_strided(
-            shape, (self.distance, self.num_rows * self.rank, self.rank, 1), flat.storage_offset() + self.offset
-        )
+    def chunks(self, flat: Tensor, max_numbers: int) -> Iterator[Tensor]:
+        """Views (layers, experts, rows, R) of a flat shard, in the order of the slots.
 
-    def chunks(self, max_numbers: int) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of layers of about `max_numbers` numbers (one layer at least), and their slots (layers * experts,)."""
-        per_layer = self.num_experts * self.num_rows * self.rank
-        step = max(1, max_numbers // per_layer)
-        for start in range(0, len(self.slots), step):
-            layers = slice(start, min(start + step, len(self.slots)))
-            yield layers, self.slots[layers].reshape(-1)
+        Args:
+            flat: the shard
+            max_numbers: numbers of a view at most: several layers, or some experts of one layer (one at least)
+        """
+        per_expert = self.num_rows * self.rank
+        shape = (len(self.slots) // self.num_experts, self.num_experts, self.num_rows, self.rank)
+        strides = (self.distance, per_expert, self.rank, 1)
+        view = flat.as_strided(shape, strides, flat.storage_offset() + self.offset)
+        if self.num_experts * per_expert <= max_numbers:
+            yield from view.split(max_numbers // (self.num_experts * per_expert))
+        else:
+            for layer in view.split(1):
+                yield from layer.split(max(1, max_numbers // per_expert), dim=1)
 
 
 @dataclass(frozen=True)
@@ -119,5 +121,5 @@ def _progressions(places: list[tuple[int, int]]) -> Iterator[list[tuple[int, int
 def _tile(piece: _Piece, places: list[tuple[int, int]], device: torch.device) -> Tile:
     distance = places[1][0] - places[0][0] if len(places) > 1 else 0
     first = torch.tensor([slot for _, slot in places], device=device)
-    slots = first[:, None] + torch.arange(piece.num_experts, device=device)
+    slots = (first[:, None] + torch.arange(piece.num_experts, device=device)).flatten()
     return Tile(piece.factor, places[0][0], distance, piece.num_experts, piece.num_rows, piece.rank, slots)
