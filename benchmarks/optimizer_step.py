@@ -8,31 +8,41 @@ One thread, one run; everything in turn, round by round, medians of ratios. `D =
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from peft.optimizers.riemannian import _RiemannianPreconditioner
 from timing import seconds
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from dsmoelora.adapters import Factor
-from dsmoelora.config import OptimConfig
-from dsmoelora.optim import Run, Shard, ShardGroup, ShardOptimizer, Trainable
+from dsmoelora.adapters import Factor, inject
+from dsmoelora.config import AdapterConfig, OptimConfig
+from dsmoelora.optim import Run, Shard, ShardGroup, ShardOptimizer, Trainable, trainables
 
 Work = Callable[[], object]
 
 
-def one_shard(num_layers: int, num_experts: int, size: int, rank: int, device: torch.device) -> Shard:
-    """A flat shard of random factors, with a random gradient."""
+def factors(num_layers: int, num_experts: int, size: int, rank: int) -> list[Trainable]:
+    """The factors of equal layers, roles side by side, as `trainables` orders them."""
+    return [
+        Trainable(f"{layer}.{factor.value}", str(layer), factor, (num_experts, size, rank))
+        for factor in (Factor.A, Factor.B)
+        for layer in range(num_layers)
+    ]
+
+
+def one_shard(tensors: list[Trainable], device: torch.device) -> Shard:
+    """A flat shard of random tensors, with a random gradient."""
     runs, offset = [], 0
-    for factor in (Factor.A, Factor.B):  # roles side by side, as `trainables` orders them
-        for layer in range(num_layers):
-            of = Trainable(f"{layer}.{factor.value}", str(layer), factor, (num_experts, size, rank))
-            numel = num_experts * size * rank
-            runs.append(Run(of, 0, numel, offset))
-            offset += numel
+    for of in tensors:
+        numel = math.prod(of.shape)
+        runs.append(Run(of, 0, numel, offset))
+        offset += numel
     flat = torch.randn(offset, device=device) / 50
     flat.grad = torch.randn(offset, device=device) / 50
     return Shard(flat, runs)
@@ -70,7 +80,7 @@ def compare(num_layers: int, num_experts: int, size: int, rank: int, rounds: int
     """Print the medians of one configuration."""
     device = torch.device(get_accelerator().current_device_name())
     torch.manual_seed(0)
-    shard = one_shard(num_layers, num_experts, size, rank, device)
+    shard = one_shard(factors(num_layers, num_experts, size, rank), device)
     numbers = shard.tensor.numel()
     scaled, tangent, plain = (bound_optimizer(shard, name) for name in ("scaled", "tangent", "none"))
     adamw = torch.optim.AdamW([shard.tensor], fused=True)
@@ -109,14 +119,36 @@ def compare(num_layers: int, num_experts: int, size: int, rank: int, rounds: int
     print(f"  {4 * rank} flops and 12 bytes a number for `scaled`, 28 bytes for AdamW")
 
 
+def share_of_demo_step(model_path: Path) -> None:
+    """Print what the preconditioner takes of a training step of the demo, one rank doing all of it."""
+    device = torch.device(get_accelerator().current_device_name())
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).to(device)
+    inject(model, AdapterConfig())
+    ids = torch.randint(1000, (16, 67), device=device)  # the demo's batch and mean length
+    shard = one_shard([of for of, _ in trainables(model)], device)
+    optimizer = bound_optimizer(shard, "scaled")
+    apply = optimizer._group_steps[shard.tensor].apply
+    training = statistics.median(seconds(lambda: model(input_ids=ids, labels=ids).loss.backward()) for _ in range(3))
+    preconditioning = statistics.median(seconds(apply) for _ in range(3))
+    print(
+        f"\ndemo, one rank: forward + backward {training:.2f} s, `scaled` {1e3 * preconditioning:.0f} ms: "
+        f"{100 * preconditioning / (training + preconditioning):.1f}% of both"
+    )
+
+
 def main() -> None:
     """Two sizes: experts of a 7B model, and those of the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--demo-model", type=Path, default=Path("models/smollm2-135m"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     compare(num_layers=32, num_experts=8, size=4096, rank=16, rounds=args.rounds)
     compare(num_layers=120, num_experts=20, size=576, rank=4, rounds=args.rounds)
+    if args.demo_model.exists():
+        share_of_demo_step(args.demo_model)
+    else:
+        print(f"\nno {args.demo_model}, so no share of a training step: launch/prepare_demo.py makes it")
 
 
 if __name__ == "__main__":

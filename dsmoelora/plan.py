@@ -102,9 +102,9 @@ def _check_batches(plan: Plan, recipe: Recipe, world_size: int) -> None:
     split = f"{train.micro_batch_size} a forward x {accumulation} forwards x {world_size} ranks"
     plan.add("batch", f"{train.batch_size} sequences a step = {split}")
     warmup = f", {recipe.optim.warmup_steps} of them warm-up" if recipe.optim.warmup_steps else ""
-    plan.add(
-        "steps", f"{train.max_steps}{warmup}; {recipe.optim.name}, lr {recipe.optim.lr:g}, {recipe.optim.schedule}"
-    )
+    plan.add("steps", f"{train.max_steps}{warmup}")
+    plan.add("optimizer", f"{recipe.optim.name}, lr {recipe.optim.lr:g}, {recipe.optim.schedule}")
+    plan.add("preconditioner", recipe.optim.preconditioner)
     if recipe.optim.warmup_steps >= train.max_steps:
         plan.notes.append(
             f"optim.warmup_steps = {recipe.optim.warmup_steps} reaches to the end of train.max_steps = "

@@ -72,12 +72,14 @@ class ShardOptimizer(torch.optim.Optimizer):
         """Learn which shards there are, and make their moments (flat, fp32, zero).
 
         Raises:
-            ValueError: master values are not fp32
+            ValueError: master values are not fp32, or there is nothing to precondition
         """
         for group in groups:
             self.shards += group.shards
             # ZeRO steps one process group at a time, with the gradients of that group alone at hand
             self._group_steps[group.shards[0].tensor] = GroupStep(group, self._parts_of(group))
+        if self.config.preconditioner != "none" and not self._preconditioners:
+            raise ValueError("there is no pair (a, b) to precondition in any process group")
         for shard in self.shards:
             if shard.tensor.dtype != torch.float32:
                 raise ValueError(f"master values are {shard.tensor.dtype}, but must be fp32: load the model in fp32")
@@ -91,7 +93,8 @@ class ShardOptimizer(torch.optim.Optimizer):
         has_routers = any(trainable.factor is Factor.ROUTER for trainable in group.trainables)
         if self.config.max_grad_norm_router and has_routers:
             parts.append(RouterClip(group, self.config.max_grad_norm_router))
-        if self.config.preconditioner != "none":
+        has_factors = any(trainable.factor is not Factor.ROUTER for trainable in group.trainables)
+        if self.config.preconditioner != "none" and has_factors:
             self._preconditioners.append(Preconditioner(group, self.config))
             parts.append(self._preconditioners[-1])
         return parts

@@ -186,8 +186,6 @@ def _pair_up(group: ShardGroup) -> tuple[dict[tuple[str, Factor], int], int]:
         if factor is Factor.A:
             first_slot[layer, factor] = num_pairs
             num_pairs += shapes[layer, factor][0]
-    if not first_slot:
-        raise ValueError("there is no pair (a, b) to precondition")
     return first_slot | {(layer, Factor.B): num_pairs + slot for (layer, _), slot in first_slot.items()}, num_pairs
 
 
