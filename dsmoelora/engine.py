@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsmoelora.adapters import adapted_layers, batch_context, inject
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, write_adapter
-from dsmoelora.checkpoint.training_state import ShardState, load_checkpoint, save_checkpoint
+from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.model import load_model, load_tokenizer
@@ -204,6 +204,10 @@ class Engine:
             "optimizer_steps": self.optimizer.num_steps,
         }
         return save_checkpoint(root, self.step, self._shard_states(), {"engine": own, "caller": state}, keep)
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the numbers in a checkpoint: adapters and moments in fp32, nothing of the base."""
+        return checkpoint_bytes(self._shard_states())
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on from a checkpoint, whatever the number of ranks it was written with; returns the caller's state."""

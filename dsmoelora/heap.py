@@ -16,8 +16,8 @@ def large_blocks_apart() -> Iterator[None]:
     """Inside the block, every tensor above 1 MiB has pages of its own, which go back to the system when it is freed.
 
     glibc raises that limit by itself as large tensors come and go. Then the pieces that ZeRO-3 keeps and the whole
-    layers that it gathers for a moment share one heap, whose holes a rank pays for: 0.7 GiB more at the peak for a
-    model of 2 GiB on 4 ranks. Afterwards the limit is as high as it may be, for training allocates the same sizes in
+    layers that it gathers for a moment share one heap, whose holes a rank pays for (`benchmarks/load_memory.py` prints
+    the peak). Afterwards the limit is as high as it may be, for training allocates the same sizes in
     every step and would fault every page in anew. Without glibc, nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

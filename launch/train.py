@@ -89,7 +89,11 @@ def train(command: Command, console: Console) -> None:
     comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
     console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
     engine = Engine.build(recipe, command.deepspeed)
-    console.print(f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers")
+    mebibytes = engine.checkpoint_bytes() / 2**20
+    console.print(
+        f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers; "
+        f"a checkpoint of them takes {mebibytes:.1f} MiB"
+    )
     Trainer(engine, folder, train_data, eval_data, default_callbacks(console)).fit(checkpoint)
 
 
