@@ -135,7 +135,7 @@ class Engine:
         nll_sum, num_tokens = comm.all_reduce_sum(sums.tolist())
         self.optimizer.skip = not math.isfinite(nll_sum)
         self._deepspeed.step()
-        skipped = self.optimizer.skip or not zero.gradient_is_finite(self._deepspeed)
+        skipped = self.optimizer.skip or not zero.step_was_applied(self._deepspeed)
         self.optimizer.skip = False
         self.schedule.step()
         self.step += 1

@@ -256,7 +256,7 @@ def full_numel(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def gradient_is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:
+def step_was_applied(engine: deepspeed.DeepSpeedEngine) -> bool:
     """Whether the last step went through; ZeRO drops a step whose gradient norm is not finite on any rank."""
     return bool(engine.was_step_applied())
 
