@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import datasets
 import numpy as np
 import tokenizers
 import transformers
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.config import DataSource
+from dsmoelora.data.cache import cache_file
 from dsmoelora.data.chat import chat_template_of, tokenise_chats
 from dsmoelora.data.formats import Conversation, Message, check_path, read_conversations
 from dsmoelora.errors import DataError
@@ -91,7 +90,9 @@ def load_instructions(
     if "" in paths:
         raise DataError(f"{key}[{paths.index('')}].path is empty, but it must name a file, e.g. data/train.jsonl.")
     fingerprint = _fingerprint(paths, tokenizer, max_length)
-    with _cache_file(fingerprint, paths) as file:
+    # The rows name their files, so equal content under another path is another file of the cache.
+    versions = [CACHE_VERSION, datasets.__version__, tokenizers.__version__, transformers.__version__]
+    with cache_file([fingerprint, paths, versions], ".arrow") as file:
         rows = _from_cache(file) or _tokenise(paths, tokenizer, max_length, file)
     dataset = InstructionDataset(rows, fingerprint)
     if not len(dataset):
@@ -120,25 +121,6 @@ def _content_digest(path: str) -> bytes:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}). Check who may read it.") from None
-
-
-@contextmanager
-def _cache_file(fingerprint: str, paths: list[str]) -> Iterator[Path]:
-    """The file of this fingerprint and these paths (which its rows name), held by this process alone."""
-    versions = [str(CACHE_VERSION), datasets.__version__, tokenizers.__version__, transformers.__version__]
-    name = hashlib.sha256(json.dumps([fingerprint, paths, versions]).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dsmoelora"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{name}.lock")
-        lock.acquire()
-    except OSError as error:
-        remedy = "Set the environment variable HF_DATASETS_CACHE to a folder that can be written."
-        raise DataError(f"The cache folder {folder} cannot be written ({error.strerror}). {remedy}") from None
-    try:
-        yield folder / f"{name}.arrow"
-    finally:
-        lock.release()
 
 
 def _from_cache(file: Path) -> datasets.Dataset | None:
