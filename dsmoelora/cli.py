@@ -33,6 +33,7 @@ from dsmoelora.recipe_file import (
     did_you_mean,
     in_words,
     key_types,
+    list_item,
     read_text,
     recipe_yaml,
     section_class,
@@ -217,7 +218,21 @@ def _recipe_first(argv: list[str]) -> list[str]:
         for place, word in enumerate(argv)
         if not word.startswith("--config=") and word != "--config" and (place == 0 or argv[place - 1] != "--config")
     ]
-    return files + rest + (["--config"] if argv[-1:] == ["--config"] else [])
+    return files + _whole_lists(rest) + (["--config"] if argv[-1:] == ["--config"] else [])
+
+
+def _whole_lists(argv: list[str]) -> list[str]:
+    """The arguments with an emptying one before each that sets a list of mappings.
+
+    jsonargparse would fill the mappings of a list with what the recipe's list of the same length says: a new path
+    would keep the old one's weight.
+    """
+    lists = {f"--{key}" for key, annotation in key_types().items() if dataclasses.is_dataclass(list_item(annotation))}
+    words: list[str] = []
+    for word in argv:
+        flag = word.split("=")[0]
+        words += ([f"{flag}=[]"] if flag in lists else []) + [word]
+    return words
 
 
 def _non_negative(flag: str, value: int) -> int:

@@ -6,6 +6,7 @@ A recipe is one YAML file with the sections of `Recipe`; any key can be overridd
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -194,13 +195,16 @@ class OptimConfig:
 
 @dataclass
 class DataSource:
-    """One data file.
+    """One set of rows.
 
     Args:
         path: JSON or JSONL file
+        weight: share of the training samples that come from here, relative to the other sets' weights; `null` for
+            all sets joins them, each row once an epoch
     """
 
     path: str = ""
+    weight: float | None = None
 
 
 @dataclass
@@ -208,8 +212,8 @@ class DataConfig:
     """What is learned from.
 
     Args:
-        train: training files, joined in this order
-        eval: held-out files, joined in this order
+        train: training sets, joined or mixed by their weights
+        eval: held-out sets, joined
         max_length: tokens of a sample; what is longer is cut at the end
     """
 
@@ -219,6 +223,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more", "Common values: 512 to 4096.")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        weights = [source.weight for source in self.train]
+        for place, weight in enumerate(weights):
+            key = f"data.train[{place}].weight"
+            ok = weight is None or 0 < weight < math.inf
+            _require(ok, key, weight, "above 0", "Take the set out if it is to have no part.")
+            ok = (weight is None) == (weights[0] is None)
+            _require(ok, key, weight, "given for all sets or for none", "Shares are relative, e.g. 3 and 1.")
+        for place, source in enumerate(self.eval):
+            key = f"data.eval[{place}].weight"
+            _require(source.weight is None, key, source.weight, "left out: every held-out row counts once", "Drop it.")
 
 
 @dataclass

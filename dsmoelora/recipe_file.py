@@ -57,7 +57,7 @@ def check_recipe_file(path: Path) -> None:
 
 def _check_node(path: Path, node: yaml.Node, annotation: Any, key: str) -> None:
     """Walk a recipe's tree beside the dataclasses."""
-    item = _list_item(annotation)
+    item = list_item(annotation)
     if item is not None and isinstance(node, yaml.SequenceNode):
         for place, child in enumerate(node.value):
             _check_node(path, child, item, f"{key}[{place}]")
@@ -127,7 +127,7 @@ def key_types() -> dict[str, Any]:
     }
 
 
-def _list_item(annotation: Any) -> Any:
+def list_item(annotation: Any) -> Any:
     """`list[X]` -> X, also out of a union; None for anything else."""
     for option in typing.get_args(annotation) if _is_union(annotation) else (annotation,):
         if typing.get_origin(option) is list:

@@ -18,6 +18,7 @@ from dsmoelora.config import DataSource
 from dsmoelora.data.cache import cache_file
 from dsmoelora.data.chat import chat_template_of, tokenise_chats
 from dsmoelora.data.formats import Conversation, Message, check_path, read_conversations
+from dsmoelora.data.mixing import Mixture
 from dsmoelora.errors import DataError
 
 IGNORED = -100  # the label of what is not supervised, as in torch's cross entropy
@@ -25,19 +26,28 @@ CACHE_VERSION = 1  # raise it when the same files would be tokenised in another 
 
 
 class InstructionDataset:
-    """Tokenised conversations by index.
+    """Tokenised conversations by index, those of the first set first.
+
+    Args:
+        sets: tokenised rows of each set; the ones without anything to learn are left out
+        weights: of the sets in training; None joins them
+        fingerprint: of all that decides about rows and tokens
 
     Attributes:
         num_tokens: (len,) tokens of each sample
         num_supervised: (len,) targets of each sample that enter the loss; the first token is never one
         num_truncated: samples that were cut at max_length and still have something to learn
         num_dropped: samples left out because nothing to learn was left of them
-        fingerprint: changes with the files, the tokenizer, its chat template and max_length
+        mixture: which samples make up an epoch
+        fingerprint: changes with the files, their weights, the tokenizer, its chat template and max_length
     """
 
-    def __init__(self, rows: datasets.Dataset, fingerprint: str) -> None:
+    def __init__(self, sets: Sequence[datasets.Dataset], weights: Sequence[float] | None, fingerprint: str) -> None:
+        rows = datasets.concatenate_datasets(list(sets))
         num_supervised = np.asarray(rows.with_format("numpy")["num_supervised"][:], dtype=np.int64)
         kept = np.flatnonzero(num_supervised)
+        ends = np.searchsorted(kept, np.cumsum([len(rows) for rows in sets]))
+        self.mixture = Mixture(np.diff(ends, prepend=0).tolist(), weights)
         self._rows = rows.select(kept)
         self._tokens = self._rows.select_columns(["input_ids", "supervised"])
         self.num_supervised = num_supervised[kept]
@@ -89,29 +99,47 @@ def load_instructions(
     paths = [source.path for source in sources]
     if "" in paths:
         raise DataError(f"{key}[{paths.index('')}].path is empty, but it must name a file, e.g. data/train.jsonl.")
-    fingerprint = _fingerprint(paths, tokenizer, max_length)
-    # The rows name their files, so equal content under another path is another file of the cache.
-    versions = [CACHE_VERSION, datasets.__version__, tokenizers.__version__, transformers.__version__]
-    with cache_file([fingerprint, paths, versions], ".arrow") as file:
-        rows = _from_cache(file) or _tokenise(paths, tokenizer, max_length, file)
-    dataset = InstructionDataset(rows, fingerprint)
-    if not len(dataset):
-        raise DataError(
-            f"{key}: none of the {len(rows)} samples has a token to learn within data.max_length = {max_length}. "
-            "Raise data.max_length or shorten the prompts."
-        )
+    digests = [_source_digest(path, tokenizer, max_length) for path in paths]
+    sets = [_tokenised(*part, tokenizer, max_length) for part in zip(paths, digests, strict=True)]
+    weights = [weight for source in sources if (weight := source.weight) is not None] or None
+    fingerprint = hashlib.sha256(json.dumps([digests, weights]).encode()).hexdigest()
+    dataset = InstructionDataset(sets, weights, fingerprint)
+    _check_sizes(dataset, sources, key, max_length)
     return dataset
 
 
-def _fingerprint(paths: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+def _check_sizes(dataset: InstructionDataset, sources: Sequence[DataSource], key: str, max_length: int) -> None:
+    """Every set has something to learn, and every weight gives it at least one place of an epoch."""
+    mixture = dataset.mixture
+    for place, (source, size, quota) in enumerate(zip(sources, mixture.sizes, mixture.quotas, strict=True)):
+        if not size:
+            raise DataError(
+                f"{key}[{place}]: none of the samples of {source.path} has a token to learn within data.max_length = "
+                f"{max_length}. Raise data.max_length or shorten the prompts."
+            )
+        if not quota:
+            raise DataError(
+                f"{key}[{place}].weight is {source.weight}, but it must be large enough for one of the "
+                f"{mixture.num_places} samples of an epoch. Raise it, or take {source.path} out."
+            )
+
+
+def _source_digest(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """Of everything that decides about the tokens of one set."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     for state in ("truncation", "padding"):  # left over from the last call, without influence on ours
         backend.pop(state, None)
     parts = [chat_template_of(tokenizer), tokenizer.special_tokens_map, backend, max_length]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for path in paths:
-        digest.update(_content_digest(path))
+    digest.update(_content_digest(path))
     return digest.hexdigest()
+
+
+def _tokenised(path: str, digest: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+    # The rows name their files, so equal content under another path is another file of the cache.
+    versions = [CACHE_VERSION, datasets.__version__, tokenizers.__version__, transformers.__version__]
+    with cache_file([digest, path, versions], ".arrow") as file:
+        return _from_cache(file) or _tokenise(path, tokenizer, max_length, file)
 
 
 def _content_digest(path: str) -> bytes:
@@ -127,8 +155,8 @@ def _from_cache(file: Path) -> datasets.Dataset | None:
     return datasets.Dataset.from_file(str(file)) if file.exists() else None
 
 
-def _tokenise(paths: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, file: Path) -> datasets.Dataset:
-    conversations = [conversation for path in paths for conversation in read_conversations(path)]
+def _tokenise(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int, file: Path) -> datasets.Dataset:
+    conversations = list(read_conversations(path))
     columns = {name: [getattr(c, name) for c in conversations] for name in ("messages", "path", "row")}
 
     def tokenise_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

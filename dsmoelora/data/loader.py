@@ -1,6 +1,6 @@
 """Which samples an optimizer step sees, and how they are dealt out to ranks and micro-batches.
 
-The samples form one endless stream: the permutation of epoch 0, of epoch 1, and so on, each from (seed, epoch) alone.
+The samples form one endless stream: epoch 0, epoch 1, and so on, each from (seed, epoch) alone (see `mixing.py`).
 Global batch n is the places [n * batch_size, (n + 1) * batch_size) of it. So what a step learns from depends on the
 seed and its number alone, not on ranks, accumulation or where a run was resumed.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dsmoelora.data.dataset import IGNORED, InstructionDataset
+from dsmoelora.data.mixing import Mixture
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ def train_steps(
         start_step: where to begin; costs the same wherever that is
     """
     assert batch_size % (micro_batch_size * world_size) == 0, (batch_size, micro_batch_size, world_size)
-    stream = _SampleStream(len(dataset), seed)
+    stream = _SampleStream(dataset.mixture, seed)
     step = start_step
     while True:
         first = step * batch_size
@@ -122,10 +123,10 @@ def eval_micro_batches(
 
 
 class _SampleStream:
-    """The endless stream of permutations; keeps the one it used last."""
+    """The endless stream of epochs; keeps the one it used last."""
 
-    def __init__(self, num_samples: int, seed: int) -> None:
-        self._num_samples = num_samples
+    def __init__(self, mixture: Mixture, seed: int) -> None:
+        self._mixture = mixture
         self._seed = seed
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -134,17 +135,16 @@ class _SampleStream:
         """(count,) sample indices at the places [first, first + count)."""
         parts = []
         while count:
-            epoch, begin = divmod(first, self._num_samples)
-            part = self._permutation(epoch)[begin : begin + count]
+            epoch, begin = divmod(first, self._mixture.num_places)
+            part = self._of_epoch(epoch)[begin : begin + count]
             parts.append(part)
             first += len(part)
             count -= len(part)
         return np.concatenate(parts)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _of_epoch(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
-            generator = np.random.default_rng([self._seed % 2**64, epoch])
-            self._epoch, self._order = epoch, generator.permutation(self._num_samples)
+            self._epoch, self._order = epoch, self._mixture.epoch(self._seed, epoch)
         return self._order
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsmoelora.cli import DEFAULT_DEEPSPEED, parse_command, run_guarded
-from dsmoelora.config import Recipe
+from dsmoelora.config import DataSource, Recipe
 from dsmoelora.errors import ConfigError
 from dsmoelora.recipe_file import recipe_yaml
 
@@ -46,6 +46,33 @@ def test_a_recipe_becomes_dataclasses(tmp_path: Path) -> None:
     assert [source.path for source in recipe.data.train] == ["a.jsonl", "b.jsonl"]
     assert recipe.adapter.target_modules == "all-linear"
     assert recipe.train.max_steps == Recipe().train.max_steps
+
+
+@pytest.mark.parametrize("num_sets", [1, 2, 3])
+def test_an_override_replaces_a_whole_list(tmp_path: Path, num_sets: int) -> None:
+    # Nothing of the recipe's two sets stays behind, least of all a weight.
+    recipe = RECIPE.replace("{path: a.jsonl}, {path: b.jsonl}", "{path: a, weight: 3}, {path: b, weight: 1}")
+    new = ", ".join(f"{{path: new{i}}}" for i in range(num_sets))
+    for override in (["--data.train", f"[{new}]"], [f"--data.train=[{new}]"]):
+        sources = parse_recipe(tmp_path, recipe, *override).data.train
+        assert sources == [DataSource(f"new{i}") for i in range(num_sets)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("[{path: a, weight: 0}]", "data.train[0].weight is 0.0, but it must be above 0"),
+        ("[{path: a, weight: .inf}]", "data.train[0].weight is inf, but it must be above 0"),
+        ("[{path: a, weight: 1}, {path: b}]", "data.train[1].weight is None, but it must be given for all sets or"),
+    ],
+)
+def test_wrong_weights_are_named(tmp_path: Path, override: str, message: str) -> None:
+    assert message in message_of(["--config", write(tmp_path, RECIPE), "--data.train", override])
+
+
+def test_held_out_sets_have_no_weight(tmp_path: Path) -> None:
+    argv = ["--config", write(tmp_path, RECIPE), "--data.eval", "[{path: a, weight: 2}]"]
+    assert "data.eval[0].weight is 2.0" in message_of(argv)
 
 
 def test_the_adapter_starts_from_the_runs_seed(tmp_path: Path) -> None:

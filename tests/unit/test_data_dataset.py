@@ -71,7 +71,7 @@ def test_truncation_cuts_the_end_and_drops_what_has_nothing_left(
 
 def test_nothing_left_at_all(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     source = write(tmp_path / "a.jsonl", row(9, 1), row(9, 2))
-    with pytest.raises(DataError, match=r"data\.train: none of the 2 samples .* data\.max_length = 10"):
+    with pytest.raises(DataError, match=r"data\.train\[0\]: none .* .*a\.jsonl .* data\.max_length = 10"):
         load([source], tokenizer, 10)
 
 
@@ -179,3 +179,36 @@ def test_counts_agree_with_the_labels(tmp_path: Path, tokenizer: PreTrainedToken
     labels = [np.array(dataset.sample(i)[1]) for i in range(len(dataset))]
     assert [int((sample[1:] != -100).sum()) for sample in labels] == dataset.num_supervised.tolist()
     assert [len(sample) for sample in labels] == dataset.num_tokens.tolist()
+
+
+def weighted(tmp_path: Path, *weights: float | None) -> list[DataSource]:
+    sources = [write(tmp_path / f"{i}.jsonl", *[row(1 + i, 1 + j) for j in range(6)]) for i in range(len(weights))]
+    return [DataSource(source.path, weight) for source, weight in zip(sources, weights, strict=True)]
+
+
+def test_weights_decide_how_often_a_set_is_drawn_from(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    dataset = load(weighted(tmp_path, 3, 1), tokenizer)
+    files = [dataset.origin(i).split(",")[0][-7:] for i in dataset.mixture.epoch(0, 0)]
+    assert (files.count("0.jsonl"), files.count("1.jsonl")) == (9, 3)
+
+
+def test_weights_are_part_of_the_fingerprint(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    mixes: list[tuple[float | None, float | None]] = [(None, None), (3, 1), (1, 3)]
+    assert len({load(weighted(tmp_path, *mix), tokenizer).fingerprint for mix in mixes}) == 3
+
+
+def test_a_weight_too_small_for_one_sample(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"data\.train\[1\]\.weight is 1e-06.*one of the 12 samples.*1\.jsonl"):
+        load(weighted(tmp_path, 1, 1e-6), tokenizer)
+
+
+def test_another_set_does_not_tokenise_the_first_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = weighted(tmp_path, None, None)
+    load([one], tokenizer)
+    paths = []
+    original = dataset_module._tokenise
+    monkeypatch.setattr(dataset_module, "_tokenise", lambda path, *rest: paths.append(path) or original(path, *rest))
+    load([one, other], tokenizer)
+    assert paths == [other.path]

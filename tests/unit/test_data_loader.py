@@ -15,6 +15,20 @@ PAD = 0
 NUM_ROWS = 23  # shares no factor with the batch sizes below: epochs end in the middle of a batch
 
 
+@pytest.fixture(scope="module", params=[None, (3.0, 1.0)], ids=["joined", "weighted"])
+def any_dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> InstructionDataset:
+    """One set, or two that are mixed by weights."""
+    folder = tmp_path_factory.mktemp("loader")
+    sources = []
+    for name, weight in zip("ab", request.param or (None,), strict=False):
+        rows = [{"instruction": name * (1 + i * 7 % 13), "output": "a" * (1 + i * 5 % 11)} for i in range(NUM_ROWS)]
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        sources.append(DataSource(str(folder / f"{name}.jsonl"), weight))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        return load_instructions(sources, "data.train", tiny_tokenizer(folder), 100)
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> InstructionDataset:
     folder = tmp_path_factory.mktemp("loader")
@@ -82,9 +96,11 @@ def test_rows_are_the_samples(dataset: InstructionDataset) -> None:
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
 def test_global_batch_does_not_depend_on_ranks_or_accumulation(
-    dataset: InstructionDataset, world_size: int, micro: int
+    any_dataset: InstructionDataset, world_size: int, micro: int
 ) -> None:
-    for one, other in zip(steps(dataset, 7), steps(dataset, 7, micro=micro, world_size=world_size), strict=True):
+    for one, other in zip(
+        steps(any_dataset, 7), steps(any_dataset, 7, micro=micro, world_size=world_size), strict=True
+    ):
         assert rows_of(one) == rows_of(other)
         counts = {batch.num_supervised_global for batch in one + other}
         assert counts == {sum(batch.num_supervised_local for batch in one)}
@@ -109,16 +125,18 @@ def test_every_sample_once_per_epoch(dataset: InstructionDataset, batch_size: in
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 6, 9])
-def test_seeking_equals_running_through(dataset: InstructionDataset, start: int) -> None:
+def test_seeking_equals_running_through(any_dataset: InstructionDataset, start: int) -> None:
     for one, other in zip(
-        steps(dataset, 10, world_size=2)[start:], steps(dataset, 10 - start, world_size=2, start=start), strict=True
+        steps(any_dataset, 10, world_size=2)[start:],
+        steps(any_dataset, 10 - start, world_size=2, start=start),
+        strict=True,
     ):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
             assert torch.equal(a.sequence_ids, b.sequence_ids) and a.num_supervised_global == b.num_supervised_global
 
 
-def test_seeking_far_reads_one_step_only(dataset: InstructionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeking_far_reads_one_step_only(any_dataset: InstructionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     original = InstructionDataset.sample
 
@@ -127,7 +145,7 @@ def test_seeking_far_reads_one_step_only(dataset: InstructionDataset, monkeypatc
         return original(self, index)
 
     monkeypatch.setattr(InstructionDataset, "sample", counted)
-    (step,) = steps(dataset, 1, start=10**9)
+    (step,) = steps(any_dataset, 1, start=10**9)
     assert sorted(rows_of(step)) == list(range(8 * 10**9, 8 * 10**9 + 8))
     assert len(reads) == 8
 
