@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from dsmoelora.errors import bad_value
+from dsmoelora.router_options import RouterName, settle_router
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -79,14 +80,19 @@ class AdapterConfig:
         use_rslora: scale by `alpha / sqrt(R)` instead (Kalajdzievski 2023)
         target_modules: suffixes of module names, or `all-linear` (every linear layer but the output head)
         num_experts: E, the experts of one layer
-        top_k: K, the experts that a token uses
+        top_k: K, the experts that a token uses, for routers that select a fixed number (softmax_topk, noisy_topk,
+            sigmoid_bias, prompt); `null` means half of the experts
         gate_power: power of the gate in the gradients of the factors: 1 is the chain rule, 1/2 the rescaling of
             Sun et al.'s released code, 0 their theory. Other than 1, the optimizer does not see the gradient of the
             loss, and `grad_norm` is not its norm
         gate_power_scope: `factors` keeps the input's gradient exact for every `gate_power`; `factors_and_input`
             sends the rescaled gradient down to the input too, as Sun et al.'s released code does (parity checks only)
         expert: kind of expert
-        router: kind of router
+        router: kind of router: the `top_k` best experts (`softmax_topk`), all of them (`softmax`), the best after noise
+            (`noisy_topk`), the fewest that reach `top_p` (`top_p`), those above a learned threshold (`threshold`), the
+            best after a bias that balances them (`sigmoid_bias`), or the best for the whole prompt (`prompt`)
+        top_p: of router `top_p`: probability that the chosen experts reach together; `null` means 0.8
+        bias_rate: of router `sigmoid_bias`: how far a bias moves in a step; `null` means 0.001
         init: initialisation of the factors (kaiming `a`, zero `b`)
         seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
     """
@@ -97,23 +103,19 @@ class AdapterConfig:
     use_rslora: bool = False
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     num_experts: int = 20
-    top_k: int = 10
+    top_k: int | None = None
     gate_power: float = 1.0
     gate_power_scope: Literal["factors", "factors_and_input"] = "factors"
     expert: Literal["lora"] = "lora"
-    router: Literal["softmax_topk"] = "softmax_topk"
+    router: RouterName = "softmax_topk"
+    top_p: float | None = None
+    bias_rate: float | None = None
     init: Literal["kaiming"] = "kaiming"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive("adapter", self, "r", "num_experts", "top_k")
-        _require(
-            self.top_k <= self.num_experts,
-            "adapter.top_k",
-            self.top_k,
-            f"at most adapter.num_experts = {self.num_experts}",
-            "Lower adapter.top_k or raise adapter.num_experts.",
-        )
+        _require_positive("adapter", self, "r", "num_experts")
+        settle_router(self)
         _require(
             0.0 <= self.lora_dropout < 1.0,
             "adapter.lora_dropout",

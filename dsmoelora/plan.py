@@ -212,7 +212,10 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         kind = name.rpartition(".")[2]
         kinds[kind] = kinds.get(kind, 0) + 1
     plan.add("adapted layers", f"{len(layers)}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
-    plan.add("experts", f"{config.num_experts} of rank {config.r} a layer, {config.top_k} for a token")
+    for_a_token = "" if config.top_k is None else f", {config.top_k} for a token"
+    plan.add("experts", f"{config.num_experts} of rank {config.r} a layer{for_a_token}")
+    if config.num_experts > 1:
+        plan.add("router", config.router)
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
 
 

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a pure function of (seed, sequence, position, layer, feature).
+"""Dropout and noise that are pure functions of (seed, sequence, position, layer, feature).
 
 torch's generators give a token another mask whenever the batch is split over ranks or micro-batches in another way, so
 losses would depend on the world size. Here a token carries a key; the mask is a hash of the token's key, the layer's
@@ -38,6 +38,15 @@ def token_keys(seed: int, sequence_ids_B: Tensor, attention_mask_BS: Tensor) -> 
     return _as_int32(_mix(sequence_B.unsqueeze(-1) ^ _mix(place_BS)))
 
 
+def _hash(keys_T: Tensor, layer_key: int, num_columns: int) -> Tensor:
+    """(T, num_columns) int32, uniform in its high bits: a hash of the token's key, the layer's key and the column."""
+    columns = torch.arange(num_columns, device=keys_T.device, dtype=torch.int64)
+    columns = _as_int32(_mix(_mix(columns) ^ (layer_key & _MASK_32)))
+    hashed = (keys_T.unsqueeze(-1) ^ columns) * 0x7FEB352D  # int32 arithmetic wraps around, as a hash wants
+    hashed = (hashed ^ (hashed >> 15)) * 0x3C6EF372
+    return (hashed ^ (hashed >> 13)) * 0x2C1B3C6D  # the high bits are used, so no last shift is wanted
+
+
 def keyed_dropout(x_TD: Tensor, keys_T: Tensor, layer_key: int, probability: float) -> Tensor:
     """Zero each number with `probability` and scale the rest by `1 / (1 - probability)`.
 
@@ -47,10 +56,18 @@ def keyed_dropout(x_TD: Tensor, keys_T: Tensor, layer_key: int, probability: flo
         layer_key: any integer that tells layers apart
         probability: in [0, 1)
     """
-    features_D = torch.arange(x_TD.shape[-1], device=x_TD.device, dtype=torch.int64)
-    features_D = _as_int32(_mix(_mix(features_D) ^ (layer_key & _MASK_32)))
-    hash_TD = (keys_T.unsqueeze(-1) ^ features_D) * 0x7FEB352D  # int32 arithmetic wraps around, as a hash wants
-    hash_TD = (hash_TD ^ (hash_TD >> 15)) * 0x3C6EF372
-    hash_TD = (hash_TD ^ (hash_TD >> 13)) * 0x2C1B3C6D  # its high bits decide, so no last shift is wanted
-    keep_TD = hash_TD >= int(probability * 2**32) - 2**31
+    keep_TD = _hash(keys_T, layer_key, x_TD.shape[-1]) >= int(probability * 2**32) - 2**31
     return x_TD * keep_TD * (1.0 / (1.0 - probability))
+
+
+def keyed_normal(keys_T: Tensor, layer_key: int, num_columns: int) -> Tensor:
+    """(T, num_columns) fp32 standard normal numbers, as pure a function of the keys as the mask of the dropout.
+
+    Args:
+        keys_T: (T,) int32 from `token_keys`
+        layer_key: any integer that tells layers apart
+        num_columns: numbers of a token
+    """
+    high_bits = _hash(keys_T, layer_key, num_columns) >> 9  # 23 of them: fp32 holds the odd numbers below exactly
+    uniform = (2 * high_bits + 1).float() * 2.0**-23  # in (-1, 1), never 0 or an end
+    return torch.erfinv(uniform) * 2**0.5

@@ -6,6 +6,8 @@ experts side by side).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -99,7 +101,7 @@ class RoutedExperts(torch.autograd.Function):
         return grad_TO if need_base else None, grad_x, grad_gate, None, grad_a, grad_b, None, None, None
 
 
-def _product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:
+def product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:
     """`x W` with an fp32 result and without an fp32 copy of `x`, which would cost more than the product itself.
 
     Low-precision products accumulate in fp32 and round once at the end. Where the device cannot leave that rounding
@@ -133,18 +135,26 @@ class RouterLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-        """`x_TD` and the logits (T, E) fp32; see `_product_fp32` for how."""
-        ctx.save_for_backward(x_TD, weight_ED)
-        return x_TD.view_as(x_TD), _product_fp32(x_TD, weight_ED.t())
+    def forward(ctx: FunctionCtx, x_TD: Tensor, *weights_ED: Tensor) -> tuple[Tensor, Tensor]:
+        """`x_TD`, and the logits (T, F) fp32 of all weights side by side; see `product_fp32` for how."""
+        ctx.save_for_backward(x_TD, *weights_ED)
+        return x_TD.view_as(x_TD), product_fp32(x_TD, _below_one_another(weights_ED).t())
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_TD: Tensor, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x and of the weight in their dtypes, from the whole fp32 gradient of the logits."""
-        x_TD, weight_ED = ctx.saved_tensors  # type: ignore[attr-defined]
-        need_x, need_weight = ctx.needs_input_grad  # type: ignore[attr-defined]
-        parts_TF = _exact_parts(grad_TE, x_TD.dtype)
-        num_parts = parts_TF.shape[-1] // weight_ED.shape[0]
-        grad_x = torch.addmm(grad_TD, parts_TF, weight_ED.repeat(num_parts, 1)) if need_x else None
-        grad_weight = (parts_TF.t() @ x_TD).view(num_parts, *weight_ED.shape).sum(0) if need_weight else None
-        return grad_x, grad_weight
+    def backward(ctx: FunctionCtx, grad_TD: Tensor, grad_TF: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the weights in their dtypes, from the whole fp32 gradient of the logits."""
+        x_TD, *weights_ED = ctx.saved_tensors  # type: ignore[attr-defined]
+        need_x, *need_weights = ctx.needs_input_grad  # type: ignore[attr-defined]
+        weight_FD = _below_one_another(weights_ED)
+        parts_TP = _exact_parts(grad_TF, x_TD.dtype)
+        num_parts = parts_TP.shape[-1] // weight_FD.shape[0]
+        grad_x = torch.addmm(grad_TD, parts_TP, weight_FD.repeat(num_parts, 1)) if need_x else None
+        if not any(need_weights):
+            return grad_x, *(None for _ in weights_ED)
+        grad_FD = (parts_TP.t() @ x_TD).view(num_parts, *weight_FD.shape).sum(0)
+        grads = grad_FD.split([weight.shape[0] for weight in weights_ED])
+        return grad_x, *(grad if needed else None for grad, needed in zip(grads, need_weights, strict=True))
+
+
+def _below_one_another(weights_ED: Sequence[Tensor]) -> Tensor:
+    return weights_ED[0] if len(weights_ED) == 1 else torch.cat(tuple(weights_ED))

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from dsmoelora.adapters.layer import BatchContext, RoutedLinear, adapted_layers
+from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
+from dsmoelora.adapters.routers import watch_prompts
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError, bad_value, listing
 
@@ -39,6 +41,8 @@ def inject(model: nn.Module, config: AdapterConfig) -> list[str]:
         wrapped = RoutedLinear(base, config, name, context)
         wrapped.train(base.training)
         setattr(parent, name.rpartition(".")[2], wrapped)
+    if config.router == "prompt":
+        watch_prompts(model, context)
     return names
 
 

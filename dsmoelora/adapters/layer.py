@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
+from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.dropout import keyed_dropout
 from dsmoelora.adapters.function import RoutedExperts
-from dsmoelora.adapters.router import SingleExpertRouter, SoftmaxTopKRouter
+from dsmoelora.adapters.routers import RouterPlace, build_router
 from dsmoelora.config import AdapterConfig
 from dsmoelora.seeds import derive_seed, empty_start, generator
 
@@ -23,18 +23,6 @@ class Factor(Enum):
     B = "b"
     M = "m"
     ROUTER = "router"
-
-
-@dataclass
-class BatchContext:
-    """What the layers of one model know about the micro-batch at hand; one object is shared by all of them.
-
-    Args:
-        token_keys: (B, S) int32 from `dropout.token_keys`; None falls back to torch's own dropout, whose mask
-            depends on how a batch is split
-    """
-
-    token_keys: Tensor | None = None
 
 
 class ExpertBank(nn.Module):
@@ -95,10 +83,8 @@ class RoutedLinear(nn.Module):
         self.dropout = config.lora_dropout
         self.dropout_key = derive_seed("dropout", name)
         like = base.weight
-        self.router: nn.Module = SingleExpertRouter()
-        if config.num_experts > 1:
-            seed_parts = (config.seed, name, "router")
-            self.router = SoftmaxTopKRouter(base.in_features, config.num_experts, config.top_k, like, seed_parts)
+        place = RouterPlace(name, base.in_features, config.num_experts, like, config.seed, context)
+        self.router = build_router(place, config)
         self.experts = ExpertBank(base.in_features, base.out_features, config, name, like)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,8 +100,8 @@ class RoutedLinear(nn.Module):
             return Factor.A, self.experts.a_shape
         if parameter_name == "experts.b":
             return Factor.B, self.experts.b_shape
-        assert isinstance(self.router, SoftmaxTopKRouter) and parameter_name == "router.weight"
-        return Factor.ROUTER, self.router.shape
+        shapes: dict[str, tuple[int, ...]] = self.router.shapes  # type: ignore[assignment]  # no tensor, no module
+        return Factor.ROUTER, shapes[parameter_name.removeprefix("router.")]
 
     def _drop(self, x_TD: Tensor) -> Tensor:
         if not self.training or self.dropout == 0.0:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoelora import AdapterConfig
-from dsmoelora.adapters.dropout import keyed_dropout, token_keys
-from dsmoelora.adapters.layer import BatchContext, RoutedLinear
+from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.dropout import keyed_dropout, keyed_normal, token_keys
+from dsmoelora.adapters.layer import RoutedLinear
 
 NUM_FEATURES = 256
 
@@ -130,3 +131,28 @@ def test_a_layer_drops_the_input_of_the_experts_and_of_nothing_else() -> None:
     torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-4)
     layer.eval()
     assert not torch.allclose(layer(x)[0], expected, atol=1e-2), "evaluation drops nothing"
+
+
+def noise(first_sequence: int = 0, layer_key: int = 7, num_sequences: int = 128, length: int = 64) -> Tensor:
+    """(T, 20) noise of a batch of full sequences."""
+    mask_BS = torch.ones(num_sequences, length, dtype=torch.int64)
+    keys_T = token_keys(0, torch.arange(first_sequence, first_sequence + num_sequences), mask_BS).flatten()
+    return keyed_normal(keys_T, layer_key, 20)
+
+
+def test_noise_is_standard_normal() -> None:
+    noise_TE = noise().double()
+    sigma = noise_TE.numel() ** -0.5
+    for moment, (expected, spread) in enumerate([(0, 1), (1, 2**0.5), (0, 15**0.5), (3, 96**0.5)], start=1):
+        assert abs(noise_TE.pow(moment).mean() - expected) < 5 * spread * sigma, f"moment {moment}"
+    assert noise_TE.isfinite().all()
+    assert noise_TE.mean(0).abs().max() < 5 * len(noise_TE) ** -0.5, "every expert's"
+    correlation_EE = torch.corrcoef(noise_TE.T) - torch.eye(20)
+    assert correlation_EE.abs().max() < 5 * len(noise_TE) ** -0.5, "experts are independent"
+
+
+def test_noise_belongs_to_sequence_position_and_layer() -> None:
+    whole = noise(num_sequences=8)
+    assert torch.equal(noise(first_sequence=5, num_sequences=3), whole[5 * 64 :]), "however the batch is split"
+    for other in (noise(first_sequence=8, num_sequences=8), noise(layer_key=8, num_sequences=8)):
+        assert abs(torch.corrcoef(torch.stack((whole.flatten(), other.flatten())))[0, 1]) < 5 * whole.numel() ** -0.5

@@ -1,0 +1,39 @@
+"""Routers: which experts a token uses, and how much of each.
+
+A router maps tokens (T, D) to gates (T, E) in fp32 and a bool mask of the selected experts. Unselected experts have a
+gate of exactly 0 and get no gradient. The tokens come back with them, to be used in place of those that went in (see
+`RouterLogits`). `shapes` has the shape of each of its parameters, which ZeRO-3 empties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dsmoelora.adapters.routers.bias import SigmoidBiasRouter
+from dsmoelora.adapters.routers.linear import LinearRouter, NoisyRouter, SingleExpertRouter, ThresholdRouter
+from dsmoelora.adapters.routers.parts import RouterPlace
+from dsmoelora.adapters.routers.prompt import PromptRouter, watch_prompts
+from dsmoelora.adapters.routers.rules import all_rule, top_k_rule, top_p_rule
+from dsmoelora.config import AdapterConfig
+from dsmoelora.router_options import RouterName
+
+__all__ = ["BUILDERS", "RouterPlace", "build_router", "watch_prompts"]
+
+# The options that a router reads are there: see `router_options`.
+BUILDERS: dict[RouterName, Callable[[RouterPlace, Any], nn.Module]] = {
+    "softmax_topk": lambda place, config: LinearRouter(place, top_k_rule(config.top_k)),
+    "softmax": lambda place, config: LinearRouter(place, all_rule),
+    "noisy_topk": lambda place, config: NoisyRouter(place, top_k_rule(config.top_k)),
+    "top_p": lambda place, config: LinearRouter(place, top_p_rule(config.top_p)),
+    "threshold": lambda place, config: ThresholdRouter(place),
+    "sigmoid_bias": lambda place, config: SigmoidBiasRouter(place, config.top_k, config.bias_rate),
+    "prompt": lambda place, config: PromptRouter(place, top_k_rule(config.top_k)),
+}
+
+
+def build_router(place: RouterPlace, config: AdapterConfig) -> nn.Module:
+    """The router of one layer."""
+    return SingleExpertRouter() if place.num_experts == 1 else BUILDERS[config.router](place, config)

@@ -1,0 +1,115 @@
+"""Routers whose logits are linear in the token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsmoelora.adapters.dropout import keyed_normal
+from dsmoelora.adapters.function import RouterLogits
+from dsmoelora.adapters.routers.parts import RouterPlace
+from dsmoelora.adapters.routers.rules import Rule
+from dsmoelora.seeds import derive_seed
+
+
+class LinearRouter(nn.Module):
+    """Logits `x W^T` and a rule that makes gates of them.
+
+    Args:
+        place: where it stands
+        rule: from logits to gates
+    """
+
+    def __init__(self, place: RouterPlace, rule: Rule) -> None:
+        super().__init__()
+        self.shapes: dict[str, tuple[int, ...]] = {"weight": place.shape}
+        self.weight = place.uniform_start()
+        self._rule = rule
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
+        x_TD, logits_TE = RouterLogits.apply(x_TD, self.weight)
+        return x_TD, *self._rule(logits_TE)
+
+
+class NoisyRouter(nn.Module):
+    """Logits with learned noise in training, `x W^T + eps softplus(x V^T)`, `eps` standard normal, and a rule.
+
+    Noisy top-k gating of Shazeer et al. 2017 (arXiv 1701.06538, eq. 4). The noise is a pure function of
+    (seed, step, sequence, position, layer, expert). V starts at 0.
+
+    Args:
+        place: where it stands
+        rule: from logits to gates
+    """
+
+    def __init__(self, place: RouterPlace, rule: Rule) -> None:
+        super().__init__()
+        self.shapes: dict[str, tuple[int, ...]] = {"weight": place.shape, "noise_weight": place.shape}
+        self.weight = place.uniform_start()
+        self.noise_weight = place.zero_start(*place.shape)
+        self._noise_key = derive_seed("router noise", place.layer)
+        self._rule, self._context = rule, place.context
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
+        if not self.training:
+            x_TD, logits_TE = RouterLogits.apply(x_TD, self.weight)
+        else:
+            x_TD, both_TF = RouterLogits.apply(x_TD, self.weight, self.noise_weight)
+            logits_TE, spread_TE = both_TF.chunk(2, dim=-1)
+            logits_TE = logits_TE + self._noise_like(logits_TE) * nn.functional.softplus(spread_TE)
+        return x_TD, *self._rule(logits_TE)
+
+    def _noise_like(self, logits_TE: Tensor) -> Tensor:
+        if self._context.token_keys is None:
+            return torch.randn_like(logits_TE)
+        return keyed_normal(self._context.token_keys.reshape(-1), self._noise_key, logits_TE.shape[-1])
+
+
+class ThresholdRouter(nn.Module):
+    """The experts whose probability is above a learned threshold, weighted by what they have above it.
+
+        p = softmax(x W^T)    tau = sigmoid(x v^T + c) / E    gate_e = (p_e - tau)+ / sum_f (p_f - tau)+
+
+    AdaMoLE, Liu & Luo 2024 (arXiv 2405.00361). The largest probability is at least 1 / E, so some expert is
+    always above the threshold. v and c start at 0, which is half of the highest threshold.
+
+    Args:
+        place: where it stands
+    """
+
+    def __init__(self, place: RouterPlace) -> None:
+        super().__init__()
+        self.shapes: dict[str, tuple[int, ...]] = {
+            "weight": place.shape,
+            "threshold_weight": (1, place.in_features),
+            "threshold_bias": (1,),
+        }
+        self.weight = place.uniform_start()
+        self.threshold_weight = place.zero_start(1, place.in_features)
+        self.threshold_bias = place.zero_start(1)
+        self._num_experts = place.num_experts
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
+        x_TD, both_TF = RouterLogits.apply(x_TD, self.weight, self.threshold_weight)
+        logits_TE, raw_T1 = both_TF.split([self._num_experts, 1], dim=-1)
+        threshold_T1 = (raw_T1 + self.threshold_bias.float()).sigmoid() / self._num_experts
+        above_TE = (logits_TE.softmax(-1) - threshold_T1).relu()
+        # All zero only where all probabilities are equal and the sigmoid rounds to 1: then no expert is used.
+        gate_TE = above_TE / above_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return x_TD, gate_TE, above_TE > 0
+
+
+class SingleExpertRouter(nn.Module):
+    """The router of a layer with one expert: gate 1 for every token, nothing to learn (plain LoRA)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x_TD`, ones (T, 1) fp32 and True (T, 1)."""
+        gate_TE = x_TD.new_ones(x_TD.shape[0], 1, dtype=torch.float32)
+        return x_TD, gate_TE, gate_TE.bool()

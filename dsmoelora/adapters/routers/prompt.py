@@ -1,0 +1,156 @@
+"""The router of MiLoRA: experts are chosen once for a prompt and serve all its tokens and the whole answer.
+
+Zhang et al. 2024 (arXiv 2410.18035). The router sees the mean of the prompt's states. In training the prompt is what
+comes before the first supervised token; in a call without labels it is the whole input; while `generate` runs, or
+where the call goes on from a key-value cache, the last prompt's gates hold.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.function import product_fp32
+from dsmoelora.adapters.routers.parts import RouterPlace
+from dsmoelora.adapters.routers.rules import Rule
+from dsmoelora.errors import ModelError
+
+_IGNORED = -100
+
+
+def prompt_tokens(attention_mask_BS: Tensor, labels_BS: Tensor | None) -> Tensor:
+    """(B, S) bool: the real tokens before the first supervised one, and at least the first real token.
+
+    Args:
+        attention_mask_BS: 1 for real tokens
+        labels_BS: -100 where not supervised; None where nothing is: all real tokens are the prompt
+    """
+    real_BS = attention_mask_BS.bool()
+    if labels_BS is None:
+        return real_BS
+    before_BS = (labels_BS != _IGNORED).cumsum(-1) == 0
+    return real_BS & (before_BS | (real_BS.cumsum(-1) == 1))
+
+
+class PromptLogits(torch.autograd.Function):
+    """`logits_BE = mean over the prompt of x, times W^T`, in fp32, and `x` itself (see `RouterLogits`)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor, prompt_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """`x_TD` (T = B S) and the logits (B, E) fp32."""
+        num_B1 = prompt_BS.sum(-1, keepdim=True).clamp(min=1).float()
+        pooled_BD = product_fp32(x_TD.t(), _of_sequence(prompt_BS, x_TD)).t() / num_B1
+        ctx.save_for_backward(pooled_BD, weight_ED, prompt_BS)
+        return x_TD.view_as(x_TD), pooled_BD @ weight_ED.float().t()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_TD: Tensor, grad_BE: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gradients of x and of the weight in their dtypes."""
+        pooled_BD, weight_ED, prompt_BS = ctx.saved_tensors  # type: ignore[attr-defined]
+        need_x, need_weight, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad_x = grad_weight = None
+        if need_x:
+            num_B1 = prompt_BS.sum(-1, keepdim=True).clamp(min=1).float()
+            grad_pooled_BD = (grad_BE @ weight_ED.float() / num_B1).to(grad_TD.dtype)
+            grad_x = torch.addmm(grad_TD, _of_sequence(prompt_BS, grad_TD), grad_pooled_BD)
+        if need_weight:
+            grad_weight = (grad_BE.t() @ pooled_BD).to(weight_ED.dtype)
+        return grad_x, grad_weight, None
+
+
+def _of_sequence(mask_BS: Tensor, like: Tensor) -> Tensor:
+    """(T, B): 1 where a token is in the mask, in the column of its sequence."""
+    eye_BB = torch.eye(mask_BS.shape[0], dtype=like.dtype, device=like.device)
+    return (mask_BS.unsqueeze(-1) * eye_BB.unsqueeze(1)).flatten(0, 1)
+
+
+class PromptRouter(nn.Module):
+    """One choice of experts for a sequence, from the mean state of its prompt.
+
+    Args:
+        place: where it stands
+        rule: from logits to gates
+    """
+
+    def __init__(self, place: RouterPlace, rule: Rule) -> None:
+        super().__init__()
+        self.shapes: dict[str, tuple[int, ...]] = {"weight": place.shape}
+        self.weight = place.uniform_start()
+        self._layer, self._context, self._rule = place.layer, place.context, rule
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool, the same for a sequence."""
+        memory = self._context.prompts
+        if self._context.prompt_BS is None and memory.goes_on:
+            gate_BE, selected_BE = memory.gates[self._layer]
+        else:
+            x_TD, logits_BE = PromptLogits.apply(x_TD, self.weight, self._prompt(x_TD))
+            gate_BE, selected_BE = self._rule(logits_BE)
+            if not self.training:
+                memory.gates[self._layer] = gate_BE.detach(), selected_BE
+        num_tokens = len(x_TD) // len(gate_BE)
+        return x_TD, _for_all_tokens(gate_BE, num_tokens), _for_all_tokens(selected_BE, num_tokens)
+
+    def _prompt(self, x_TD: Tensor) -> Tensor:
+        prompt_BS = self._context.prompt_BS
+        if prompt_BS is None:
+            prompt_BS = self._context.prompts.prompt_BS
+        if prompt_BS is None or prompt_BS.numel() != len(x_TD):
+            raise ModelError(
+                f"{self._layer} has the router `prompt`, but does not know which of its {len(x_TD)} tokens are the "
+                "prompt. Call the model that was adapted as a whole, not a part of it."
+            )
+        return prompt_BS
+
+
+def _for_all_tokens(value_BE: Tensor, num_tokens: int) -> Tensor:
+    return value_BE.unsqueeze(1).expand(-1, num_tokens, -1).flatten(0, 1)
+
+
+def watch_prompts(model: nn.Module, context: BatchContext) -> None:
+    """Let routers know, whenever the model is called, which tokens are the prompt or that they go on from one.
+
+    Args:
+        model: a causal language model of transformers
+        context: of its adapted layers
+    """
+    memory = context.prompts
+    is_generating = False
+
+    def before_call(_: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        cache = inputs.get("past_key_values")
+        has_past = cache is not None and cache.get_seq_length() > 0
+        memory.goes_on = bool(memory.gates) and (has_past or is_generating)
+        if memory.goes_on:
+            return
+        memory.gates.clear()
+        tokens = args[0] if args else inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        assert tokens is not None, "a language model is called with tokens or embeddings"
+        mask_BS = inputs.get("attention_mask")
+        if mask_BS is None or mask_BS.dim() != 2:
+            mask_BS = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        memory.prompt_BS = prompt_tokens(mask_BS, inputs.get("labels"))
+
+    model.register_forward_pre_hook(before_call, with_kwargs=True)
+    generate = getattr(model, "generate", None)
+    if generate is None:
+        return
+
+    @functools.wraps(generate)
+    def generate_from_one_prompt(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_generating
+        memory.gates.clear()
+        is_generating = True
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            is_generating = False
+            memory.gates.clear()
+
+    model.generate = generate_from_one_prompt  # type: ignore[assignment]  # on this model alone

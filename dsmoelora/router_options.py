@@ -1,0 +1,97 @@
+"""Every router by name: which options it has, and what it cannot be combined with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+from dsmoelora.errors import bad_value, listing
+
+RouterName = Literal["softmax_topk", "softmax", "noisy_topk", "top_p", "threshold", "sigmoid_bias", "prompt"]
+
+
+class RouterSettings(Protocol):
+    """The part of `AdapterConfig` that routers read."""
+
+    num_experts: int
+    router: RouterName
+    top_k: int | None
+    top_p: float | None
+    bias_rate: float | None
+
+
+@dataclass(frozen=True)
+class RouterKind:
+    """What the recipe must know of a router; its arithmetic is in `adapters/routers/`.
+
+    Args:
+        options: keys of the section `adapter` that are its own
+        no_balance: why `losses.balance` does not go with it; empty where it does
+    """
+
+    options: tuple[str, ...] = ()
+    no_balance: str = ""
+
+
+ROUTERS: dict[RouterName, RouterKind] = {
+    "softmax_topk": RouterKind(("top_k",)),
+    "softmax": RouterKind(no_balance="every token uses every expert, so their shares of tokens are always equal"),
+    "noisy_topk": RouterKind(("top_k",)),
+    "top_p": RouterKind(("top_p",)),
+    "threshold": RouterKind(),
+    "sigmoid_bias": RouterKind(("top_k", "bias_rate"), no_balance="its selection bias balances the experts already"),
+    "prompt": RouterKind(("top_k",)),
+}
+_NAMES = get_args(RouterName)
+_WHY_NOT_ONE = "only softmax_topk (plain LoRA) where adapter.num_experts is 1, for one expert needs no router"
+# Where the router has the option, `null` means this.
+_DEFAULTS = {"top_p": 0.8, "bias_rate": 1e-3}
+
+
+def settle_router(config: RouterSettings) -> None:
+    """Check the router's options in an `AdapterConfig`, and fill in those that were left open.
+
+    Raises:
+        ConfigError: an option is out of range, belongs to another router, or the router cannot work
+    """
+    if config.num_experts == 1 and config.router != "softmax_topk":
+        raise bad_value("adapter.router", config.router, _WHY_NOT_ONE, "Drop it, or raise adapter.num_experts.")
+    own = ROUTERS[config.router].options
+    for option in ("top_k", "top_p", "bias_rate"):
+        value = getattr(config, option)
+        if option in own and value is None:
+            default = max(1, config.num_experts // 2) if option == "top_k" else _DEFAULTS[option]
+            setattr(config, option, default)
+        elif option not in own and value is not None:
+            those_with = listing(name for name in _NAMES if option in ROUTERS[name].options)
+            raise bad_value(
+                f"adapter.{option}",
+                value,
+                f"null with adapter.router = {config.router}, which does not use it",
+                f"Drop it, or take a router that does: {those_with}.",
+            )
+    _check_ranges(config)
+
+
+def _check_ranges(config: RouterSettings) -> None:
+    if config.top_k is not None and config.top_k < 1:
+        raise bad_value("adapter.top_k", config.top_k, "1 or more", "Set adapter.top_k to a positive number.")
+    if config.top_k is not None and config.top_k > config.num_experts:
+        raise bad_value(
+            "adapter.top_k",
+            config.top_k,
+            f"at most adapter.num_experts = {config.num_experts}",
+            "Lower adapter.top_k or raise adapter.num_experts.",
+        )
+    if config.top_p is not None and not 0.0 < config.top_p < 1.0:
+        remedy = "Try 0.8; for all experts take adapter.router = softmax."
+        raise bad_value("adapter.top_p", config.top_p, "above 0 and below 1", remedy)
+    if config.bias_rate is not None and config.bias_rate <= 0:
+        raise bad_value("adapter.bias_rate", config.bias_rate, "above 0", "The usual value is 0.001.")
+    if config.router == "sigmoid_bias" and config.top_k == config.num_experts:
+        raise bad_value(
+            "adapter.top_k",
+            config.top_k,
+            f"below adapter.num_experts = {config.num_experts}, for the bias of router sigmoid_bias only selects",
+            "Lower adapter.top_k, or take adapter.router = softmax_topk.",
+        )
