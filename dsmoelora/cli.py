@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dsmoelora.config import Recipe
-from dsmoelora.errors import ConfigError, UserError, bad_value
+from dsmoelora.errors import ConfigError, LostRankError, UserError, bad_value
 from dsmoelora.parallel.ranks import env_rank
 from dsmoelora.recipe_file import (
     DERIVED,
@@ -119,11 +119,15 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 
 
 def run_guarded(body: Callable[[], None]) -> int:
-    """Run a program and return its exit code; a `UserError` is said once, by rank 0, without a traceback."""
+    """Run a program and return its exit code; a `UserError` is said once, without a traceback.
+
+    Rank 0 says it, or where a rank is gone the lowest of those that remain.
+    """
     try:
         body()
     except UserError as error:
-        if env_rank() == 0:
+        speaks = error.is_speaker if isinstance(error, LostRankError) else env_rank() == 0
+        if speaks:
             sys.stdout.flush()
             Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(str(error)))
         return 1

@@ -255,6 +255,8 @@ class TrainConfig:
         activation_checkpointing: recompute activations in the backward pass
         num_samples: held-out prompts that are answered before and after training
         sample_max_new_tokens: tokens of such an answer at most
+        hang_timeout_s: seconds without any progress (a forward pass, a part of a file) after which every rank prints
+            its stacks and the job ends
     """
 
     max_steps: int = 100
@@ -266,6 +268,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     num_samples: int = 0
     sample_max_new_tokens: int = 64
+    hang_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -276,6 +279,7 @@ class TrainConfig:
             "micro_batch_size",
             "keep_checkpoints",
             "sample_max_new_tokens",
+            "hang_timeout_s",
         )
         for name in ("eval_every", "save_every", "num_samples"):
             value = getattr(self, name)

@@ -22,6 +22,7 @@ from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, write_a
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
+from dsmoelora.heartbeat import Heartbeat, Phase
 from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
@@ -64,6 +65,7 @@ class Engine:
         deepspeed_config: content of the DeepSpeed file, see `zero.merge_config`
         model: causal language model of transformers, not adapted yet, best built under ZeRO-3
         tokenizer: of the model
+        heartbeat: gets a beat for every forward pass and every part of a file; None for one that nobody looks at
 
     Attributes:
         step: optimizer steps taken, skipped ones included
@@ -78,8 +80,11 @@ class Engine:
         deepspeed_config: dict[str, Any],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.recipe, self.tokenizer, self.model = recipe, tokenizer, model
+        self._heartbeat = heartbeat or Heartbeat()
+        model.register_forward_pre_hook(lambda *_: self._heartbeat.beat())
         self.step = self.skipped_steps = 0
         self.adapted_layers = inject(model, recipe.adapter)
         if recipe.train.activation_checkpointing:
@@ -96,18 +101,23 @@ class Engine:
         )
         self.optimizer.bind(zero.shard_groups(self._deepspeed, found))
         self.watch = AdapterWatch(self.optimizer)
+        comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
 
     @classmethod
-    def build(cls, recipe: Recipe, deepspeed_config: dict[str, Any]) -> Engine:
+    def build(cls, recipe: Recipe, deepspeed_config: dict[str, Any], heartbeat: Heartbeat | None = None) -> Engine:
         """Load tokenizer and weights (streamed into ZeRO-3 partitions), adapt, initialise.
 
         Raises:
             UserError: the recipe, the DeepSpeed file or the model cannot work together
         """
+        heartbeat = heartbeat or Heartbeat()
+        heartbeat.enter(Phase.BUILD, 0)
         zero.check_version()
         config = zero.merge_config(recipe, deepspeed_config, comm.world_size())
         tokenizer = comm.together(lambda: load_tokenizer(recipe.model))
-        return cls(recipe, deepspeed_config, load_model(recipe.model, config), tokenizer)
+        model = load_model(recipe.model, config)
+        heartbeat.beat()
+        return cls(recipe, deepspeed_config, model, tokenizer, heartbeat)
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +130,7 @@ class Engine:
         The loss is the mean over all supervised tokens of the global batch, whatever the split over ranks and
         micro-batches: each micro-batch contributes `W * sum(nll) / N_global`, and ZeRO averages over the W ranks.
         """
+        self._heartbeat.enter(Phase.TRAIN, self.step)
         torch.manual_seed(derive_seed("step", self.recipe.run.seed, self.step, comm.rank()))
         self._deepspeed.train()
         lr = float(self.schedule.get_last_lr()[0])
@@ -158,6 +169,7 @@ class Engine:
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> float:
         """Mean negative log likelihood per supervised token, in nats, over all ranks' micro-batches."""
+        self._heartbeat.enter(Phase.EVALUATE, self.step)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._inference():
             for micro_batch in micro_batches:
@@ -166,6 +178,7 @@ class Engine:
 
     def generate(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[str]:
         """Greedy answers of the assistant to conversations that end in a user's turn; the same on all ranks."""
+        self._heartbeat.enter(Phase.GENERATE, self.step)
         prompts = [
             self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
             for conversation in conversations
@@ -198,12 +211,14 @@ class Engine:
             state: JSON-able, the same on all ranks, given back by `load`
             keep: how many of the newest checkpoints stay
         """
+        self._heartbeat.enter(Phase.SAVE, self.step)
         own = {
             "step": self.step,
             "skipped_steps": self.skipped_steps,
             "optimizer_steps": self.optimizer.num_steps,
         }
-        return save_checkpoint(root, self.step, self._shard_states(), {"engine": own, "caller": state}, keep)
+        kept = {"engine": own, "caller": state}
+        return save_checkpoint(root, self.step, self._shard_states(), kept, keep, self._heartbeat.beat)
 
     def checkpoint_bytes(self) -> int:
         """Bytes of the numbers in a checkpoint: adapters and moments in fp32, nothing of the base."""
@@ -211,6 +226,7 @@ class Engine:
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on from a checkpoint, whatever the number of ranks it was written with; returns the caller's state."""
+        self._heartbeat.enter(Phase.LOAD, self.step)
         state = load_checkpoint(folder, self._shard_states())
         own = state["engine"]
         zero.push_master_weights(self._deepspeed)
@@ -226,6 +242,7 @@ class Engine:
         Raises:
             CheckpointError: a tensor is empty or not finite; on all ranks, and nothing is written
         """
+        self._heartbeat.enter(Phase.SAVE, self.step)
         tensors: dict[str, Tensor] = {}
         for trainable, parameter in trainables(self.model):
             with zero.gathered([parameter]):

@@ -29,6 +29,18 @@ class CheckpointError(UserError):
     """A checkpoint or adapter folder is missing, damaged, or belongs to something else."""
 
 
+class LostRankError(UserError):
+    """A rank is gone, so the others cannot go on.
+
+    Attributes:
+        is_speaker: whether this rank is the one that says it; rank 0 may be the one that is gone
+    """
+
+    def __init__(self, message: str, is_speaker: bool) -> None:
+        super().__init__(message)
+        self.is_speaker = is_speaker
+
+
 def bad_value(key: str, value: object, allowed: str, remedy: str) -> ConfigError:
     """The one form of a configuration message: key, value, what is allowed, remedy."""
     return ConfigError(f"{key} is {value!r}, but it must be {allowed}. {remedy}")

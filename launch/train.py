@@ -77,24 +77,26 @@ def train(command: Command, console: Console) -> None:
     from dsmoelora.parallel import comm, zero
     from dsmoelora.run_folder import find_checkpoint, run_folder, write_description
     from dsmoelora.trainer import Trainer, default_callbacks
+    from dsmoelora.watchdog import watched
 
     recipe, folder = command.recipe, run_folder(command.recipe)
     comm.init()
-    checkpoint = find_checkpoint(recipe, command.resume)
-    console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
-    train_data, eval_data = comm.together(lambda: load_data(recipe))
-    num_held_out = 0 if eval_data is None else len(eval_data)
-    console.print(f"{len(train_data):,} training samples{_losses(train_data)}, {num_held_out:,} held out")
-    config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
-    comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
-    console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
-    engine = Engine.build(recipe, command.deepspeed)
-    mebibytes = engine.checkpoint_bytes() / 2**20
-    console.print(
-        f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers; "
-        f"a checkpoint of them takes {mebibytes:.1f} MiB"
-    )
-    Trainer(engine, folder, train_data, eval_data, default_callbacks(console)).fit(checkpoint)
+    with watched(folder, recipe.train.hang_timeout_s) as heartbeat:
+        checkpoint = find_checkpoint(recipe, command.resume)
+        console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
+        train_data, eval_data = comm.together(lambda: load_data(recipe))
+        num_held_out = 0 if eval_data is None else len(eval_data)
+        console.print(f"{len(train_data):,} training samples{_losses(train_data)}, {num_held_out:,} held out")
+        config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
+        comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
+        console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
+        engine = Engine.build(recipe, command.deepspeed, heartbeat)
+        mebibytes = engine.checkpoint_bytes() / 2**20
+        console.print(
+            f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers; "
+            f"a checkpoint of them takes {mebibytes:.1f} MiB"
+        )
+        Trainer(engine, folder, train_data, eval_data, default_callbacks(console)).fit(checkpoint)
 
 
 def load_data(recipe: Recipe) -> tuple[InstructionDataset, InstructionDataset | None]:

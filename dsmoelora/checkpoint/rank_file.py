@@ -6,7 +6,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,9 @@ def payload_bytes(layouts: list[ShardLayout]) -> int:
     )
 
 
-def write_rank_file(path: Path, shards: list[ShardState], kept: list[ShardLayout]) -> tuple[int, str] | None:
+def write_rank_file(
+    path: Path, shards: list[ShardState], kept: list[ShardLayout], on_progress: Callable[[], None] = lambda: None
+) -> tuple[int, str] | None:
     """Write the `kept` runs of a rank's shards as one safetensors file, and wait until it lies on the disk.
 
     The bytes go from the tensors to the file and into the checksum in one pass, chunk by chunk: no second copy of
@@ -83,6 +85,7 @@ def write_rank_file(path: Path, shards: list[ShardState], kept: list[ShardLayout
         path: the file
         shards: what the rank holds
         kept: for each shard the runs to write; in the file they lie as `layout.packed` says
+        on_progress: called after every chunk
 
     Returns:
         Size of the file in bytes and its SHA-256; None when there is nothing to write.
@@ -105,6 +108,7 @@ def write_rank_file(path: Path, shards: list[ShardState], kept: list[ShardLayout
                     file.write(chunk)
                     digest.update(chunk)
                     num_bytes += len(chunk)
+                    on_progress()
         flush_to_disk(file)
     return num_bytes, digest.hexdigest()
 

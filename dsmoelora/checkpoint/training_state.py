@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,14 @@ def checkpoint_bytes(shards: list[ShardState]) -> int:
     return sum(payload_bytes(layouts) for layouts in without_duplicates(_gather_layouts(shards)))
 
 
-def save_checkpoint(root: Path, step: int, shards: list[ShardState], state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    root: Path,
+    step: int,
+    shards: list[ShardState],
+    state: dict[str, Any],
+    keep: int,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Path:
     """Write `root/checkpoint-{step}`, then remove all but the newest `keep` (collective).
 
     Ranges that several ranks hold are written by the lowest of them. When anything fails on any rank, all ranks raise,
@@ -56,6 +64,7 @@ def save_checkpoint(root: Path, step: int, shards: list[ShardState], state: dict
         shards: what this rank holds
         state: JSON-able and the same on all ranks; floats come back bit-equal, tuples as lists
         keep: 1 or more
+        on_progress: called for every chunk that is written
 
     Returns:
         The checkpoint's folder.
@@ -75,7 +84,7 @@ def save_checkpoint(root: Path, step: int, shards: list[ShardState], state: dict
         _logger.info("Saving checkpoint-%d: %.1f MiB from %d ranks.", step, num_bytes / 2**20, len(kept))
     comm.together(lambda: _on_rank_0(folders.begin, root, step))
     try:
-        own = comm.together(lambda: _write_own_file(root, step, shards, kept[comm.rank()]))
+        own = comm.together(lambda: _write_own_file(root, step, shards, kept[comm.rank()], on_progress))
         files = comm.gather_objects(own)
         comm.together(lambda: _on_rank_0(_finish, root, step, state, files, kept))
     except BaseException:
@@ -165,10 +174,12 @@ def _check_own(shards: list[ShardState], state: dict[str, Any]) -> None:
     check_state(state)
 
 
-def _write_own_file(root: Path, step: int, shards: list[ShardState], kept: list[ShardLayout]) -> dict[str, Any] | None:
+def _write_own_file(
+    root: Path, step: int, shards: list[ShardState], kept: list[ShardLayout], on_progress: Callable[[], None]
+) -> dict[str, Any] | None:
     path = folders.partial_folder(root, step) / rank_file_name(comm.rank())
     with disk_errors(path, root, _DISK_REMEDY):
-        written = write_rank_file(path, shards, kept)
+        written = write_rank_file(path, shards, kept, on_progress)
     # The runs are known to rank 0 already.
     return None if written is None else {"name": path.name, "bytes": written[0], "sha256": written[1]}
 

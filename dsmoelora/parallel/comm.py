@@ -7,12 +7,14 @@ takes CPU tensors, NCCL device tensors only.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ import deepspeed.comm as dist
 import torch
 import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from dsmoelora.errors import ConfigError, UserError
 from dsmoelora.parallel.ranks import env_rank, env_world_size
@@ -31,6 +34,18 @@ Result = TypeVar("Result")
 # DeepSpeed compiles this operator at its first start on a CPU; a build takes about a minute.
 _CPU_OPERATOR = "deepspeed_shm_comm"
 _STALE_LOCK_S = 300.0
+_TIMEOUT_MARGIN_S = _SHUTDOWN_TIMEOUT_S = 60.0
+_LOST_CONTACT = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "application timeout",
+    "remote process exited",
+    "nccl communicator was aborted",
+    "heartbeat monitor timed out",
+)
 
 
 def init() -> None:
@@ -58,9 +73,35 @@ def init() -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group; without it gloo's threads abort the interpreter on its way out."""
+    """Leave the process group; without it gloo's threads abort the interpreter on its way out.
+
+    Where a rank is gone this may wait for it: after a minute the process ends anyway, with code 1.
+    """
     if dist.is_initialized():
+        faulthandler.dump_traceback_later(_SHUTDOWN_TIMEOUT_S, exit=True)
         dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def set_timeout(hang_timeout_s: float) -> None:
+    """Give every process group of now the time that a watchdog allows, and a minute more, so that it speaks first.
+
+    Left alone, DeepSpeed's group fails after 10 minutes and NCCL's others too, however long rank 0 may still have to
+    tokenise or save.
+    """
+    if not dist.is_initialized():
+        return
+    timeout = timedelta(seconds=hang_timeout_s + _TIMEOUT_MARGIN_S)
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because a peer is gone or did not answer, by the words of gloo and NCCL."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _LOST_CONTACT)
 
 
 def rank() -> int:

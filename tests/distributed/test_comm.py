@@ -9,6 +9,7 @@ import pytest
 from dsmoelora.errors import UserError
 from dsmoelora.parallel import comm
 from tests.conftest import PoolFactory
+from tests.helpers_distributed import run_distributed
 
 
 def exchange() -> dict[str, Any]:
@@ -94,3 +95,28 @@ def test_a_single_process_needs_no_process_group() -> None:
     assert comm.together(lambda: "done") == "done"
     with pytest.raises(KeyError):
         comm.together(lambda: {}["missing"])
+
+
+def wait_for_a_late_rank() -> tuple[bool, float]:
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    group = dist.new_group([0, 1])
+    comm._TIMEOUT_MARGIN_S = 0.0
+    comm.set_timeout(1.5)
+    if comm.rank() == 1:
+        time.sleep(6)
+        return True, 0.0
+    begin = time.monotonic()
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        return comm.is_lost_contact(error), time.monotonic() - begin
+    return False, 0.0
+
+
+def test_every_group_gets_the_timeout_of_the_watchdog() -> None:
+    (is_lost, seconds), _ = run_distributed(wait_for_a_late_rank, 2)
+    assert is_lost and 1 < seconds < 5

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import shutil
 import subprocess
 import sys
@@ -17,39 +14,15 @@ from dsmoelora.callbacks import read_metrics
 from dsmoelora.cli import parse_command
 from launch import generate, train
 from tests.conftest import PoolFactory
-from tests.helpers import tiny_llama
-from tests.helpers_distributed import free_port
+from tests.launched import Ranks, make_workshop
 
-ROOT = Path(__file__).parents[2]
 COMPARED = ("step", "loss", "grad_norm", "lr", "eval/loss")
-
-RECIPE = """
-run: {{name: tiny, dir: {folder}/runs, seed: 3}}
-model: {{path: {folder}/model, dtype: fp32}}
-adapter: {{num_experts: 4, top_k: 2, r: 2, lora_dropout: 0.1, target_modules: all-linear}}
-optim: {{lr: 1e-2, warmup_steps: 1}}
-data: {{train: [{{path: {folder}/train.jsonl}}], eval: [{{path: {folder}/eval.jsonl}}], max_length: 64}}
-train: {{max_steps: 6, batch_size: 4, micro_batch_size: 1, eval_every: 4, save_every: 3, num_samples: 2,
-         sample_max_new_tokens: 4}}
-"""
-
-
-def write_rows(path: Path, count: int, rng: random.Random) -> None:
-    letters = [rng.sample("abcdef", rng.randint(2, 5)) for _ in range(count)]
-    rows = [{"instruction": "Reverse.", "input": "".join(word), "output": "".join(word[::-1])} for word in letters]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model, data and recipe.yaml."""
-    folder = tmp_path_factory.mktemp("workshop")
-    tiny_llama(folder / "model", hidden_size=32, intermediate_size=64)
-    rng = random.Random(0)
-    write_rows(folder / "train.jsonl", 30, rng)
-    write_rows(folder / "eval.jsonl", 5, rng)
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
-    return folder
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def run_command(*argv: str) -> None:
@@ -66,7 +39,7 @@ def trained(workshop: Path, worker_pool: PoolFactory) -> Path:
 
 def test_a_run_leaves_everything_behind(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
-    expected = {"recipe.yaml", "deepspeed.json", "metrics.jsonl", "tensorboard", "adapter"}
+    expected = {"recipe.yaml", "deepspeed.json", "metrics.jsonl", "tensorboard", "adapter", "heartbeat"}
     assert names == expected | {"checkpoint-3", "checkpoint-6"}
     rows = read_metrics(trained / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(7))
@@ -102,34 +75,12 @@ def test_the_adapter_answers_without_deepspeed(
     assert lines[0] == "> abc" and "> fed" in lines
 
 
-def start_ranks(*argv_of_rank: list[str]) -> list[subprocess.CompletedProcess[str]]:
-    """Start launch/train.py once a rank, as a launcher would, and wait for all."""
-    num_ranks = str(len(argv_of_rank))
-    shared = {
-        "WORLD_SIZE": num_ranks,
-        "LOCAL_WORLD_SIZE": num_ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "launch" / "train.py"), f"--local_rank={rank}", *argv],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, argv in enumerate(argv_of_rank)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not list(Path("/dev/shm").glob(f"*_{shared['MASTER_PORT']}_*")), "a run leaves shared memory behind"
-    return [
-        subprocess.CompletedProcess(p.args, p.returncode, *said) for p, said in zip(processes, outputs, strict=True)
-    ]
+def start_ranks(*argv_of_rank: list[str]) -> list[subprocess.CompletedProcess]:
+    """Run launch/train.py once a rank, as a launcher would, and wait for all."""
+    with Ranks(*argv_of_rank) as ranks:
+        said = ranks.finish()
+        assert not list(Path("/dev/shm").glob(f"*_{ranks.port}_*")), "a run leaves shared memory behind"
+        return said
 
 
 def test_all_ranks_end_when_the_run_would_overwrite_another(workshop: Path, trained: Path) -> None:

@@ -1,0 +1,166 @@
+"""Signs of life, who is found silent, and what a watchdog does to its process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsmoelora.heartbeat import Heartbeat, Phase, Sign, clear_signs, read_sign, sign_file, silent_ranks, write_sign
+from dsmoelora.parallel import comm
+from dsmoelora.watchdog import HANG_EXIT_CODE, Watchdog
+
+
+def sign(rank: int, phase: Phase = Phase.TRAIN, alive: float = 1000.0, reason: str = "") -> Sign:
+    return Sign(rank, 7, phase, alive - 1, alive, reason, f"node{rank}", 100 + rank)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    clear_signs(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("reason", ["", "short", "x" * 5000, "語" * 5000, 'a "quoted"\nline'])
+def test_a_sign_comes_back_and_its_file_never_grows(folder: Path, reason: str) -> None:
+    write_sign(folder, sign(3, Phase.FAILED, reason="a longer one before"))
+    write_sign(folder, sign(3, Phase.FAILED, reason=reason))
+    found = read_sign(folder, 3)
+    assert found is not None and reason.startswith(found.reason) and bool(found.reason) == bool(reason)
+    assert found == sign(3, Phase.FAILED, reason=found.reason)
+    assert sign_file(folder, 3).stat().st_size == 512
+
+
+def test_signs_of_an_earlier_start_are_removed(folder: Path) -> None:
+    write_sign(folder, sign(5))
+    clear_signs(folder)
+    assert read_sign(folder, 5) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"phase": "nap"}', b'{"phase": "train"}', b"\xff"])
+def test_what_cannot_be_read_is_no_sign(folder: Path, content: bytes) -> None:
+    sign_file(folder, 0).write_bytes(content)
+    assert read_sign(folder, 0) is None
+
+
+def test_ranks_without_a_new_sign_are_found(folder: Path) -> None:
+    """Rank 0 lives on, rank 1 does not, rank 2 never gave a sign, rank 3 has ended."""
+    for each in (sign(0), sign(1), sign(3, Phase.DONE)):
+        write_sign(folder, each)
+    living = threading.Timer(0.2, write_sign, (folder, sign(0, alive=1001.0)))
+    living.start()
+    assert silent_ranks(folder, range(4), patience_s=1.0) == {1: sign(1), 2: None}
+    living.join()
+
+
+def test_nobody_waits_when_all_live(folder: Path) -> None:
+    write_sign(folder, sign(0))
+    threading.Timer(0.1, write_sign, (folder, sign(0, alive=1001.0))).start()
+    begin = time.monotonic()
+    assert silent_ranks(folder, [0], patience_s=60.0) == {}
+    assert time.monotonic() - begin < 10
+
+
+def explain(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, bool]:
+    monkeypatch.setattr("dsmoelora.watchdog._MIN_PATIENCE_S", 0.3)
+    error = Watchdog(folder, Heartbeat(), 0.1, rank, 3).explain_lost_contact("Connection closed by peer\nframe 0")
+    return str(error), error.is_speaker
+
+
+def test_the_lowest_rank_that_is_left_names_the_missing_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sign(folder, sign(0))
+    for rank in (1, 2):
+        write_sign(folder, sign(rank, Phase.LEFT))
+    text, speaks = explain(folder, 1, monkeypatch)
+    assert text.startswith("Contact is lost: rank 0 (host node0, pid 100, last sign of life ") and speaks
+    assert "train at step 7) is gone." in text and "--resume auto" in text
+    assert not explain(folder, 2, monkeypatch)[1]
+
+
+def test_a_rank_that_failed_is_named_with_its_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sign(folder, sign(0, Phase.LEFT))
+    write_sign(folder, sign(1, Phase.FAILED, reason="OutOfMemoryError: too much"))
+    text, speaks = explain(folder, 2, monkeypatch)
+    assert "rank 1 (host node1, " in text and "failed at step 7: OutOfMemoryError: too much" in text
+    assert not speaks
+
+
+def test_a_cut_network_is_called_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(3):
+        write_sign(folder, sign(rank, Phase.LEFT))
+    text, speaks = explain(folder, 0, monkeypatch)
+    assert "all give signs of life: a network cut" in text and "Connection closed by peer" in text and speaks
+    assert "frame 0" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[../gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("[../gloo/buffer.cc:84] Timed out waiting 1800000ms for recv operation to complete"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("Connection closed by peer"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_lost_contact_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
+    assert comm.is_lost_contact(error) is expected
+
+
+LIFE = """
+import sys, time
+from pathlib import Path
+from dsmoelora.heartbeat import Heartbeat, Phase, clear_signs
+from dsmoelora.watchdog import Watchdog
+
+def oversleep():
+    time.sleep(60)
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+clear_signs(folder)
+watchdog = Watchdog(folder, Heartbeat(), 2.0, 0, 1)
+watchdog.start()
+print("begun", flush=True)
+for step in range(25 if how == "works" else 3):
+    watchdog.heartbeat.enter(Phase.TRAIN, step)
+    time.sleep(0.2)
+if how == "hangs":
+    oversleep()
+watchdog.stop(Phase.DONE)
+"""
+
+
+def start_life(folder: Path, how: str) -> subprocess.Popen:
+    folder.mkdir()
+    command = [sys.executable, "-c", LIFE, str(folder), how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_hang_ends_the_process_and_work_or_a_suspension_does_not(tmp_path: Path) -> None:
+    hanging, working = start_life(tmp_path / "a", "hangs"), start_life(tmp_path / "b", "works")
+    try:
+        assert working.stdout is not None and working.stdout.readline() == "begun\n"
+        os.kill(working.pid, signal.SIGSTOP)  # as `scontrol suspend` does
+        time.sleep(4)
+        os.kill(working.pid, signal.SIGCONT)
+        _, said = hanging.communicate(timeout=60)
+        assert hanging.returncode == HANG_EXIT_CODE
+        assert "error: rank 0: no progress for 2 s (train at step 2)" in said
+        assert "in oversleep" in said and "raise train.hang_timeout_s" in said
+        left = read_sign(tmp_path / "a", 0)
+        assert left is not None and (left.phase, left.step, left.reason) == (Phase.LEFT, 2, "no progress")
+        _, said = working.communicate(timeout=60)
+        assert (working.returncode, said) == (0, "")
+        done = read_sign(tmp_path / "b", 0)
+        assert done is not None and (done.phase, done.step, done.pid) == (Phase.DONE, 24, working.pid)
+    finally:
+        for process in (hanging, working):
+            process.kill()
