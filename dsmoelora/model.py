@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -81,6 +82,26 @@ def load_model_config(config: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _cannot_load("configuration", config, error) from error
+
+
+def model_without_weights(config: ModelConfig) -> PreTrainedModel:
+    """The model on the meta device: shapes and names, no memory.
+
+    Raises:
+        ModelError: the folder is missing, or its config.json describes no causal language model
+    """
+    described = load_model_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                described, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model.path is {config.path!r}, but its config.json describes no causal language model that this "
+            f"transformers can build: {reason}"
+        ) from error
 
 
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> ModelError:

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsmoelora.adapters import inject
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.formats import read_conversations
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
-from dsmoelora.model import load_model_config, load_tokenizer
+from dsmoelora.model import load_tokenizer, model_without_weights
 from dsmoelora.optim import trainables
 from dsmoelora.run_folder import check_run_folder, existing_parent, run_folder
 
@@ -66,7 +65,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _check_data(plan, recipe)
     zero.merge_config(recipe, deepspeed, world_size)
     _check_model_folder(plan, recipe.model)
-    model = _model_without_weights(recipe.model)
+    model = model_without_weights(recipe.model)
     base = sum(parameter.numel() for parameter in model.parameters())
     layers = inject(model, recipe.adapter)
     adapter = sum(math.prod(trainable.shape) for trainable, _ in trainables(model))
@@ -176,22 +175,6 @@ def _find_on_hub(name: str) -> None:
         raise ModelError(
             f"model.path is {name!r}, but there is no such folder, and the hub does not give a model of that name "
             f"({reason}). Check the path, or download the model first."
-        ) from error
-
-
-def _model_without_weights(config: ModelConfig) -> PreTrainedModel:
-    """The model on the meta device: shapes and names, no memory."""
-    described = load_model_config(config)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                described, dtype=config.torch_dtype, trust_remote_code=config.trust_remote_code
-            )
-    except (ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"model.path is {config.path!r}, but its config.json describes no causal language model that this "
-            f"transformers can build: {reason}"
         ) from error
 
 

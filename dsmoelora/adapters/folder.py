@@ -123,6 +123,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return description
 
 
+def adapter_config(description: Mapping[str, Any]) -> AdapterConfig:
+    """The settings among what `read_adapter_config` gives."""
+    known = {field.name for field in fields(AdapterConfig)}
+    return AdapterConfig(**{key: value for key, value in description.items() if key in known})
+
+
 def load_adapter(model: Model, path: str | Path) -> Model:
     """Put a trained adapter on its base model; a plain transformers model that generates, without DeepSpeed.
 
@@ -140,10 +146,9 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     description = read_adapter_config(folder)
     layers = description["layers"]
     _check_base(model, description, folder)
-    known = {field.name for field in fields(AdapterConfig)}
-    config = AdapterConfig(**{key: value for key, value in description.items() if key in known})
+    config = adapter_config(description)
     config.target_modules = layers
-    tensors = _read_weights(folder / WEIGHTS_FILE)
+    tensors = read_weights(folder / WEIGHTS_FILE)
     inject(model, config)
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     shapes, wanted_shapes = _shapes(tensors), _shapes(wanted)
@@ -160,7 +165,12 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of `adapter_model.safetensors` by name.
+
+    Raises:
+        CheckpointError: missing or damaged
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

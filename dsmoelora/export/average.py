@@ -1,0 +1,164 @@
+"""A mixture as one LoRA adapter: every layer's gate is replaced by its average over a data file.
+
+    s * sum_e g_e a_e b_e^T  =  A^T B^T   with   A^T = [a_1 ... a_E] (D, E*R),   B = s [g_1 b_1 ... g_E b_E] (O, E*R)
+
+This is another function than the mixture, whose gate depends on the token; what it costs is measured on the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsmoelora.adapters import adapted_layers, inject
+from dsmoelora.adapters.folder import load_adapter
+from dsmoelora.config import AdapterConfig
+from dsmoelora.data import InstructionDataset
+from dsmoelora.data.dataset import IGNORED
+from dsmoelora.errors import bad_value
+from dsmoelora.export.experts import ExpertFactors, read_experts
+from dsmoelora.export.peft_folder import Lora
+
+
+@dataclass(frozen=True)
+class Average:
+    """The averaged mixture, and what it costs.
+
+    Args:
+        lora: the adapter, with scale 1
+        kept: share of the averaged update's squared Frobenius norm that the rank keeps, over all layers
+        base_loss, mixture_loss, average_loss: mean negative log likelihood per supervised token, in nats
+    """
+
+    lora: Lora
+    kept: float
+    base_loss: float
+    mixture_loss: float
+    average_loss: float
+
+
+def average_experts(model: Any, folder: Path, samples: InstructionDataset, num_samples: int, rank: int) -> Average:
+    """Measure the average gates, put the experts together with them, and compare the losses.
+
+    Args:
+        model: the base model, not adapted; it ends with the averaged adapter on it
+        folder: adapter folder
+        samples: tokenised data file
+        num_samples: how many of its first rows are used
+        rank: of the adapter; 0 for E * R, which loses nothing against the average
+
+    Raises:
+        ConfigError: a rank above E * R
+        CheckpointError: the folder is damaged, or was trained on another base model
+    """
+    config, experts = read_experts(folder)
+    full = config.num_experts * config.r
+    if not 0 <= rank <= full:
+        allowed = f"between 1 and num_experts x r = {config.num_experts} x {config.r} = {full}"
+        raise bad_value("--rank", rank, allowed, "Leave it out for the whole rank.")
+    rank = rank or full
+    base_loss = mean_loss(model.eval(), samples, num_samples)
+    load_adapter(model, folder)
+    with measured_gates(model) as gates:
+        mixture_loss = mean_loss(model, samples, num_samples)
+    layers, kept, total = {}, 0.0, 0.0
+    for name, factors in experts.items():
+        a_DF, b_OF = weighted_sum(factors, config.scale * gates[name].cpu())
+        before = _square_norm(a_DF, b_OF)
+        if rank < full:
+            a_DF, b_OF = truncated(a_DF, b_OF, rank)
+        kept, total = kept + _square_norm(a_DF, b_OF), total + before
+        dtype = factors.a_EDR.dtype
+        layers[name] = (a_DF.t().to(dtype), b_OF.to(dtype))
+    lora = Lora(rank, rank, False, layers)
+    _put_on(model, lora)
+    share = kept / total if total else 1.0
+    return Average(lora, share, base_loss, mixture_loss, mean_loss(model, samples, num_samples))
+
+
+@contextmanager
+def measured_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The average gate (E,) fp64 of each adapted layer over all tokens that the model sees meanwhile.
+
+    The dictionary is filled when the context ends.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    means: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            gate_TE = inputs[2]
+            sums[name] = sums.get(name, 0.0) + gate_TE.detach().double().sum(0)
+            counts[name] = counts.get(name, 0) + gate_TE.shape[0]
+
+        return add
+
+    hooks = [layer.experts.register_forward_pre_hook(watch(name)) for name, layer in adapted_layers(model)]
+    try:
+        yield means
+        means.update({name: total_E / counts[name] for name, total_E in sums.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def mean_loss(model: Any, samples: InstructionDataset, num_samples: int) -> float:
+    """Mean negative log likelihood per supervised token of the first samples, one at a time: there is no padding."""
+    nll_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+    num_supervised = 0
+    for index in range(min(num_samples, len(samples))):
+        ids, labels = (torch.tensor(part, device=model.device) for part in samples.sample(index))
+        with torch.no_grad():
+            logits_SV = model(input_ids=ids[None], use_cache=False).logits[0]
+        nll_sum += nn.functional.cross_entropy(
+            logits_SV[:-1].float(), labels[1:], ignore_index=IGNORED, reduction="sum"
+        )
+        num_supervised += int((labels[1:] != IGNORED).sum())
+    return nll_sum.item() / num_supervised
+
+
+def weighted_sum(factors: ExpertFactors, weight_E: Tensor) -> tuple[Tensor, Tensor]:
+    """`sum_e w_e a_e b_e^T` as two factors (D, E*R) and (O, E*R), fp64."""
+    weighted_EOR = factors.b_EOR.double() * weight_E.double()[:, None, None]
+    return factors.a_EDR.double().permute(1, 0, 2).flatten(1), weighted_EOR.permute(1, 0, 2).flatten(1)
+
+
+def truncated(a_DF: Tensor, b_OF: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of `a b^T` of that rank (Eckart & Young 1936), with equal singular values in both factors.
+
+    The singular values of the product are those of the small `R_a R_b^T` of two QR decompositions, so the (D, O)
+    product never exists. Where D or O is below `rank`, columns of zeros fill up.
+    """
+    (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a_DF), torch.linalg.qr(b_OF)
+    u, singular, v_t = torch.linalg.svd(r_a @ r_b.t(), full_matrices=False)
+    keep = min(rank, len(singular))
+    root = singular[:keep].sqrt()
+    a_DR, b_OR = q_a @ (u[:, :keep] * root), q_b @ (v_t[:keep].t() * root)
+    zeros = (0, rank - keep)
+    return nn.functional.pad(a_DR, zeros), nn.functional.pad(b_OR, zeros)
+
+
+def _square_norm(a_DF: Tensor, b_OF: Tensor) -> float:
+    """||a b^T||_F^2 = <a^T a, b^T b>."""
+    return float(((a_DF.t() @ a_DF) * (b_OF.t() @ b_OF)).sum())
+
+
+def _put_on(model: nn.Module, lora: Lora) -> None:
+    """Replace the mixture on a model by one adapter."""
+    for name, layer in list(adapted_layers(model)):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], layer.base)
+    inject(model, AdapterConfig(r=lora.r, lora_alpha=lora.alpha, num_experts=1, top_k=1, target_modules=[*lora.layers]))
+    with torch.no_grad():
+        for name, layer in adapted_layers(model):
+            a_RD, b_OR = lora.layers[name]
+            layer.experts.a.copy_(a_RD.t()[None])
+            layer.experts.b.copy_(b_OR[None])
+    model.eval()

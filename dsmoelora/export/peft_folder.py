@@ -1,0 +1,163 @@
+"""PEFT's folder of one LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
+
+Only what PEFT and vLLM both understand is written: one rank and one scale for all layers (vLLM reads neither
+`rank_pattern` nor `alpha_pattern`), no bias, nothing but LoRA tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dsmoelora.config import ModelConfig
+from dsmoelora.errors import ConfigError, ModelError
+from dsmoelora.model import model_without_weights
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # what PEFT wraps a model in
+
+
+@dataclass(frozen=True)
+class PeftBase:
+    """What a PEFT adapter says about its base model.
+
+    Args:
+        path: folder or hub name
+        target_modules: name suffixes that match the adapted layers and nothing else, or their full names
+        fan_in_fan_out: some adapted layers keep their weight as (D, O): GPT-2's `Conv1D`
+    """
+
+    path: str
+    target_modules: list[str]
+    fan_in_fan_out: bool
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One LoRA adapter: `y = x W0^T + s (x A^T) B^T` with s = alpha / r, or alpha / sqrt(r) where `use_rslora`.
+
+    Args:
+        r: rank, the same in all layers
+        alpha: numerator of the scale
+        use_rslora: which of the two scales
+        layers: A (r, D) and B (O, r) by layer name
+    """
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    layers: Mapping[str, tuple[Tensor, Tensor]]
+
+
+def peft_base(path: str, shapes: Mapping[str, tuple[int, int]]) -> PeftBase:
+    """Look at the base model's configuration (no weight is read) and see how its layers are to be named.
+
+    Args:
+        path: folder or hub name of the base model
+        shapes: in-features D and out-features O by name of adapted layer
+
+    Raises:
+        ModelError: there is no such model, or it has no such layers
+    """
+    try:
+        modules = dict(model_without_weights(ModelConfig(path=path)).named_modules())
+    except ModelError as error:
+        raise ModelError(f"The base model {path!r} is not to be had; give its folder with --model. {error}") from None
+    for name, expected in shapes.items():
+        found = _in_out(modules.get(name))
+        if found != expected:
+            has = "no such linear layer" if found is None else f"one of {found[0]} in- and {found[1]} out-features"
+            raise ModelError(
+                f"The base model {path!r} does not fit: the adapter was trained on a layer {name} of {expected[0]} in- "
+                f"and {expected[1]} out-features, and the model has {has}. Give the right one with --model."
+            )
+    suffixes = sorted({name.rpartition(".")[2] for name in shapes})
+    meant = {name for name in modules if name.rpartition(".")[2] in suffixes}
+    targets = suffixes if meant == set(shapes) else list(shapes)
+    return PeftBase(path, targets, any(isinstance(modules[name], Conv1D) for name in shapes))
+
+
+def check_output(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        ConfigError: `out` exists
+    """
+    if out.exists():
+        raise ConfigError(f"--out is {str(out)!r}, which exists already. Name a new folder, or remove this one.")
+
+
+def write_loras(out: Path, base: PeftBase, loras: Mapping[str, Lora]) -> None:
+    """Write adapters as folders below `out`, all of them or none.
+
+    Args:
+        out: a folder that does not exist yet
+        base: what the adapters belong to
+        loras: by folder name below `out`; "" is `out` itself
+
+    Raises:
+        ConfigError: `out` exists, or cannot be written
+    """
+    check_output(out)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        for name, lora in loras.items():
+            folder = partial / name
+            folder.mkdir(parents=True)
+            save_file(_tensors(lora), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            (folder / CONFIG_FILE).write_text(json.dumps(_description(base, lora), indent=2) + "\n")
+        partial.rename(out)
+    except OSError as error:
+        raise ConfigError(
+            f"--out is {str(out)!r}, which cannot be written ({error.strerror}). Name another folder."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def folder_names(count: int) -> Sequence[str]:
+    """`expert-00`, `expert-01` and so on, of equal length."""
+    width = max(2, len(str(count - 1)))
+    return [f"expert-{expert:0{width}}" for expert in range(count)]
+
+
+def _in_out(module: nn.Module | None) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
+
+
+def _tensors(lora: Lora) -> dict[str, Tensor]:
+    named = {}
+    for name, (a_RD, b_OR) in lora.layers.items():
+        named[f"{_PREFIX}{name}.lora_A.weight"] = a_RD.contiguous()
+        named[f"{_PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
+    return named
+
+
+def _description(base: PeftBase, lora: Lora) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.path,
+        "r": lora.r,
+        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "use_rslora": lora.use_rslora,
+        "lora_dropout": 0.0,
+        "target_modules": base.target_modules,
+        "fan_in_fan_out": base.fan_in_fan_out,
+        "bias": "none",
+        "modules_to_save": None,
+        "use_dora": False,
+        "inference_mode": True,
+    }

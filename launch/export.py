@@ -1,0 +1,154 @@
+"""Turn a trained mixture into plain PEFT LoRA adapters, which PEFT loads and vLLM serves.
+
+    python launch/export.py --adapter runs/demo/adapter --format peft --out exported
+    python launch/export.py --adapter runs/demo/adapter --format average --data data/demo/eval.jsonl --out averaged
+
+`peft` writes one adapter for each expert (exported/expert-00 ...). `average` writes a single one for the average gate
+of each layer on a data file, and prints what that costs. One process, without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from dsmoelora.adapters.folder import read_adapter_config
+from dsmoelora.cli import run_guarded
+from dsmoelora.config import DataSource, ModelConfig
+from dsmoelora.data import InstructionDataset, load_instructions
+from dsmoelora.errors import ConfigError, ModelError, bad_value
+from dsmoelora.export import (
+    Average,
+    average_experts,
+    check_output,
+    expert_loras,
+    peft_base,
+    read_experts,
+    write_loras,
+)
+from dsmoelora.model import load_tokenizer
+
+NOT_THE_MIXTURE = "A mixture that is routed token by token cannot be merged into one LoRA adapter exactly"
+DEFAULTS = {"rank": 0, "num_samples": 256, "max_length": 512}  # of the flags that only --format average has
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank
+
+
+def main() -> None:
+    """Export as the command line says."""
+    options = parse_options(sys.argv[1:])
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    check_output(options.out)
+    base = options.model or read_adapter_config(options.adapter)["base_model_name_or_path"]
+    if options.format == "peft":
+        export_experts(options, base)
+    else:
+        export_average(options, base)
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        ConfigError: a flag is missing, out of range, or has no meaning for the format
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
+    parser.add_argument("--format", choices=("peft", "average"), required=True, help="one adapter an expert, or one")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--model", help="folder of the base model; default: the one named in adapter_config.json")
+    average = parser.add_argument_group("--format average")
+    average.add_argument("--data", help="data file on which gates and losses are measured; best one not trained on")
+    average.add_argument("--rank", type=int, help="rank of the adapter; default: num_experts x r, which drops nothing")
+    average.add_argument("--num-samples", type=int, help=f"rows used at most; default: {DEFAULTS['num_samples']}")
+    average.add_argument("--max-length", type=int, help=f"tokens of a row at most; default: {DEFAULTS['max_length']}")
+    options = parser.parse_args(argv)
+    if options.format == "peft":
+        for name in ("data", *DEFAULTS):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} belongs to --format average. Drop it.")
+    elif options.data is None:
+        raise ConfigError("--format average measures gates on a data file. Add --data, e.g. --data data/eval.jsonl.")
+    for name, least in (("rank", 1), ("num_samples", 1), ("max_length", 2)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise bad_value(f"--{name.replace('_', '-')}", value, f"{least} or more", "Leave it out for the default.")
+    for name, default in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    return options
+
+
+def export_experts(options: argparse.Namespace, base: str) -> None:
+    """One adapter for each expert."""
+    config, experts = read_experts(options.adapter)
+    described = peft_base(base, {name: factors.in_out for name, factors in experts.items()})
+    loras = expert_loras(config, experts)
+    write_loras(options.out, described, loras)
+    first, last = options.out / next(iter(loras)), options.out / next(reversed(loras))
+    print(f"{len(loras)} experts of rank {config.r} on {len(experts)} layers: {first} ... {last}")
+    if config.num_experts > 1:
+        print(f"{NOT_THE_MIXTURE}: each of these is one expert alone, with gate 1.")
+    print_use(base, first, config.r)
+
+
+def export_average(options: argparse.Namespace, base: str) -> None:
+    """A single adapter for the average gates."""
+    shapes = {name: factors.in_out for name, factors in read_experts(options.adapter)[1].items()}
+    described = peft_base(base, shapes)
+    tokenizer = load_tokenizer(ModelConfig(path=str(options.adapter)))
+    samples = load_instructions([DataSource(options.data)], "--data", tokenizer, options.max_length)
+    print(f"Measuring base, mixture and average, {min(options.num_samples, len(samples)):,} rows each ...", flush=True)
+    average = average_experts(load_model(base), options.adapter, samples, options.num_samples, options.rank)
+    write_loras(options.out, described, {"": average.lora})
+    print_losses(options, average, samples)
+    print_use(base, options.out, average.lora.r)
+
+
+def load_model(path: str) -> Any:
+    """The base model in the dtype it was saved in, on a GPU if there is one.
+
+    Raises:
+        ModelError: it cannot be loaded
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"The base model {path!r} cannot be loaded. Give its folder with --model. {reason}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def print_losses(options: argparse.Namespace, average: Average, samples: InstructionDataset) -> None:
+    """What the average costs."""
+    used = min(options.num_samples, len(samples))
+    print(f"Loss on {used:,} of {len(samples):,} rows of {options.data}, in nats a supervised token:")
+    print(f"  base model   {average.base_loss:.4f}")
+    print(f"  mixture      {average.mixture_loss:.4f}")
+    print(f"  average      {average.average_loss:.4f}   ({average.average_loss - average.mixture_loss:+.4f})")
+    print(f"{NOT_THE_MIXTURE}: the average uses the same gates for every token.")
+    print(f"Rank {average.lora.r} keeps {100 * average.kept:.2f}% of the average's squared norm.")
+
+
+def print_use(base: str, folder: Path, rank: int) -> None:
+    """How to go on."""
+    print(f'PEFT:  PeftModel.from_pretrained(base_model, "{folder}")')
+    fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
+    if fitting:
+        print(f"vLLM:  vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules tuned={folder}")
+    else:
+        print(f"vLLM serves no LoRA adapter above rank {VLLM_RANKS[-1]}; this one has {rank}. Give a lower --rank.")
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))
