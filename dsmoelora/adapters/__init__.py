@@ -1,8 +1,9 @@
 """Routed low-rank experts on linear layers: pure torch."""
 
 from dsmoelora.adapters.context import BatchContext
-from dsmoelora.adapters.inject import batch_context, inject, match_targets
+from dsmoelora.adapters.inject import batch_context, inject
 from dsmoelora.adapters.layer import ExpertBank, Factor, RoutedLinear, adapted_layers
+from dsmoelora.adapters.targets import match_targets, untouched
 
 __all__ = [
     "BatchContext",
@@ -13,4 +14,5 @@ __all__ = [
     "batch_context",
     "inject",
     "match_targets",
+    "untouched",
 ]

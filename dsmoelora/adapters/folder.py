@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dsmoelora.adapters.inject import inject
 from dsmoelora.adapters.layer import adapted_layers
+from dsmoelora.adapters.linear import is_linear
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, ModelError, listing
 
@@ -28,14 +29,14 @@ _NEEDED_KEYS = ("layers", "base_fingerprint", "base_model_name_or_path")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fingerprint(weight_OD: Tensor) -> dict[str, Any]:
+def fingerprint(weight: Tensor) -> dict[str, Any]:
     """What tells one base weight from another: its shape and its first numbers.
 
     Args:
-        weight_OD: whole weight of an adapted layer's base
+        weight: whole weight of an adapted layer's base
     """
-    values = weight_OD.detach().flatten()[:_NUM_FINGERPRINT_VALUES].float().tolist()
-    return {"shape": list(weight_OD.shape), "values": values}
+    values = weight.detach().flatten()[:_NUM_FINGERPRINT_VALUES].float().tolist()
+    return {"shape": list(weight.shape), "values": values}
 
 
 def fingerprinted_layers(model: nn.Module) -> list[str]:
@@ -185,7 +186,7 @@ def _check_base(model: nn.Module, description: dict[str, Any], folder: Path) -> 
     if any(True for _ in adapted_layers(model)):
         raise ModelError("The model has routed experts already. Load the base model again before adapting it anew.")
     for name in description["layers"]:
-        if not isinstance(modules.get(name), nn.Linear):
+        if not is_linear(modules.get(name)):
             raise CheckpointError(f"{folder} adapts {name}, which this model does not have. {remedy}")
     for name, expected in description["base_fingerprint"].items():
         found = fingerprint(modules[name].weight)

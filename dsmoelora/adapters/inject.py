@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
+from dsmoelora.adapters.linear import is_linear
 from dsmoelora.adapters.routers import watch_prompts
+from dsmoelora.adapters.targets import match_targets, output_head_name
 from dsmoelora.config import AdapterConfig
-from dsmoelora.errors import ModelError, bad_value, listing
+from dsmoelora.errors import ModelError, bad_value
 
 
 def inject(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -19,7 +19,7 @@ def inject(model: nn.Module, config: AdapterConfig) -> list[str]:
     The adapted model equals the base model to the last bit until the first optimizer step, for `b` starts at 0.
 
     Args:
-        model: a causal language model of transformers (any `nn.Module` with `nn.Linear` layers works)
+        model: a causal language model of transformers (any `nn.Module` with linear layers works)
         config: of the adapter
 
     Returns:
@@ -27,17 +27,18 @@ def inject(model: nn.Module, config: AdapterConfig) -> list[str]:
 
     Raises:
         ModelError: the model is adapted already
-        ConfigError: a target matches no linear layer
+        ConfigError: a target matches no linear layer, or one that cannot be adapted
     """
     if any(True for _ in adapted_layers(model)):
         raise ModelError("The model has routed experts already. Load the base model again before adapting it anew.")
     names = match_targets(model, config.target_modules)
+    _check_dropout(model, config, names)
     model.requires_grad_(False)
     context = BatchContext()
     for name in names:
         parent = model.get_submodule(name.rpartition(".")[0])
         base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
+        assert is_linear(base)
         wrapped = RoutedLinear(base, config, name, context)
         wrapped.train(base.training)
         setattr(parent, name.rpartition(".")[2], wrapped)
@@ -46,38 +47,16 @@ def inject(model: nn.Module, config: AdapterConfig) -> list[str]:
     return names
 
 
-def match_targets(model: nn.Module, target_modules: list[str] | str) -> list[str]:
-    """Names of the linear layers that `target_modules` means, in the order of the model.
-
-    A target matches a module whose name is the target or ends in `.target`; `all-linear` is every linear layer but
-    the output head.
-
-    Raises:
-        ConfigError: a target matches no linear layer
-    """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if isinstance(target_modules, str):
-        head = _output_head(model)
-        return [name for name in linears if model.get_submodule(name) is not head]
-    for target in target_modules:
-        if not any(_matches(name, [target]) for name in linears):
-            found = sorted({name.rpartition(".")[2] for name in linears})
-            raise bad_value(
-                "adapter.target_modules",
-                target,
-                f"the name of a linear layer of the model, which has: {listing(found)}",
-                "Name some of these, or use all-linear.",
-            )
-    return [name for name in linears if _matches(name, target_modules)]
-
-
-def _matches(name: str, targets: Iterable[str]) -> bool:
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get_head = getattr(model, "get_output_embeddings", None)
-    return get_head() if get_head else None
+def _check_dropout(model: nn.Module, config: AdapterConfig, names: list[str]) -> None:
+    """The head sees only the positions whose logits are wanted, so its dropout could not follow the tokens."""
+    head = output_head_name(model)
+    if config.lora_dropout > 0 and head in names:
+        raise bad_value(
+            "adapter.lora_dropout",
+            config.lora_dropout,
+            f"0 when adapter.target_modules names the output head ({head})",
+            f"Set it to 0, or leave {head} out.",
+        )
 
 
 def batch_context(model: nn.Module) -> BatchContext:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.dropout import keyed_dropout
 from dsmoelora.adapters.function import RoutedExperts
+from dsmoelora.adapters.linear import Linear, features
 from dsmoelora.adapters.routers import RouterPlace, build_router
 from dsmoelora.config import AdapterConfig
+from dsmoelora.errors import ModelError
 from dsmoelora.seeds import derive_seed, empty_start, generator
 
 
@@ -61,6 +64,10 @@ class ExpertBank(nn.Module):
         return output
 
 
+class WeightReadPast(ModelError, AttributeError):
+    """The model reads the weight of an adapted layer; to `hasattr` the layer has none."""
+
+
 class RoutedLinear(nn.Module):
     """A frozen linear layer plus a routed mixture of low-rank experts.
 
@@ -76,16 +83,18 @@ class RoutedLinear(nn.Module):
         context: shared by all layers of the model
     """
 
-    def __init__(self, base: nn.Linear, config: AdapterConfig, name: str, context: BatchContext) -> None:
+    def __init__(self, base: Linear, config: AdapterConfig, name: str, context: BatchContext) -> None:
         super().__init__()
         self.base = base
+        self.name = name
         self.context = context
         self.dropout = config.lora_dropout
         self.dropout_key = derive_seed("dropout", name)
         like = base.weight
-        place = RouterPlace(name, base.in_features, config.num_experts, like, config.seed, context)
+        in_features, out_features = features(base)
+        place = RouterPlace(name, in_features, config.num_experts, like, config.seed, context)
         self.router = build_router(place, config)
-        self.experts = ExpertBank(base.in_features, base.out_features, config, name, like)
+        self.experts = ExpertBank(in_features, out_features, config, name, like)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
@@ -93,6 +102,15 @@ class RoutedLinear(nn.Module):
         base_TO = self.base(x_TD)
         y_TO = self.experts(base_TO, self._drop(x_TD), gate_TE, selected_TE)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse to hand out the base's weight: to compute with it leaves the experts out, and nobody would notice."""
+        if name in ("weight", "bias"):
+            raise WeightReadPast(
+                f"adapter.target_modules names {self.name}, but the model reads its {name} itself instead of calling "
+                "the layer, which would leave the experts out. Take this layer out of adapter.target_modules."
+            )
+        return super().__getattr__(name)
 
     def role_of(self, parameter_name: str) -> tuple[Factor, tuple[int, ...]]:
         """Role and shape over all experts of a trainable parameter (`experts.a`), whose own `shape` ZeRO-3 empties."""

@@ -1,0 +1,30 @@
+"""What counts as a linear layer: torch's `nn.Linear`, and the transposed `Conv1D` of GPT-2."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+Linear = nn.Linear | Conv1D
+
+
+def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
+    """Whether the module maps (T, D) to (T, O) with one weight that nobody but itself reads.
+
+    Subclasses of `nn.Linear` with a forward pass of their own are something else: routers that return tuples, layers
+    with quantised weights. torch's multi-head attention reads the weight of its output layer without calling it.
+    """
+    if isinstance(module, Conv1D):
+        return True
+    ours = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return ours and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def features(module: Linear) -> tuple[int, int]:
+    """D and O; from the module's own fields, for ZeRO-3 empties the shape of a weight (`Conv1D` keeps it as (D, O))."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.nx, module.nf
