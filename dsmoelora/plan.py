@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from dsmoelora.adapters import inject
+from dsmoelora.adapters import inject, untouched
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.formats import read_conversations
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
@@ -67,6 +67,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _check_model_folder(plan, recipe.model)
     model = model_without_weights(recipe.model)
     base = sum(parameter.numel() for parameter in model.parameters())
+    plan.notes += untouched(model)
     layers = inject(model, recipe.adapter)
     adapter = sum(math.prod(trainable.shape) for trainable, _ in trainables(model))
     _describe_model(plan, recipe, model, base, world_size)
