@@ -197,16 +197,24 @@ class OptimConfig:
 
 @dataclass
 class DataSource:
-    """One set of rows.
+    """One set of rows; see docs/data.md for files and formats.
 
     Args:
-        path: JSON or JSONL file
+        path: JSON, JSONL, CSV or Parquet file, folder written by `save_to_disk`, or name of a dataset on the hub
         weight: share of the training samples that come from here, relative to the other sets' weights; `null` for
             all sets joins them, each row once an epoch
+        format: how a conversation is written in columns; `auto` finds out from the columns of the first row
+        fields: where the format's columns have other names in the file, e.g. `{instruction: question}`
+        split: part of a saved folder or hub dataset that has several
+        subset: configuration of a hub dataset that has several
     """
 
     path: str = ""
     weight: float | None = None
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "multiple_choice", "text"] = "auto"
+    fields: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
+    subset: str | None = None
 
 
 @dataclass
@@ -217,14 +225,20 @@ class DataConfig:
         train: training sets, joined or mixed by their weights
         eval: held-out sets, joined
         max_length: tokens of a sample; what is longer is cut at the end
+        on_bad_row: `error` stops at the first wrong row, `skip` leaves wrong rows out and reports how many
+        num_proc: processes that tokenise; `null` for as many as there are cores and rows for
     """
 
     train: list[DataSource] = field(default_factory=list)
     eval: list[DataSource] = field(default_factory=list)
     max_length: int = 512
+    on_bad_row: Literal["error", "skip"] = "error"
+    num_proc: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more", "Common values: 512 to 4096.")
+        ok = self.num_proc is None or self.num_proc >= 1
+        _require(ok, "data.num_proc", self.num_proc, "1 or more, or null", "null chooses by cores and rows.")
         self._check_weights()
 
     def _check_weights(self) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dsmoelora.adapters import inject, untouched
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.formats import read_conversations
+from dsmoelora.data.readers import open_source
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
 from dsmoelora.model import load_tokenizer, model_without_weights
 from dsmoelora.optim import trainables
@@ -125,12 +126,14 @@ def _check_data(plan: Plan, recipe: Recipe) -> None:
     for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
         for place, source in enumerate(sources):
             if not source.path:
-                raise bad_value(f"{key}[{place}].path", source.path, "a JSON or JSONL file", "Name the file.")
+                raise bad_value(f"{key}[{place}].path", source.path, "a data file", "Name the file.")
             try:
-                next(read_conversations(source.path))
+                opened = open_source(source)
+                next(read_conversations(source, data.on_bad_row, opened))
             except DataError as error:
                 raise DataError(f"{key}: {error}") from None
-            plan.add(key, f"{source.path} ({_size(Path(source.path).stat().st_size)})")
+            share = "" if source.weight is None else f", weight {source.weight:g}"
+            plan.add(key, f"{opened.name} ({_size(opened.num_bytes)}{share})")
     if not data.eval:
         plan.notes.append("data.eval names no file: there will be no held-out loss.")
     elif not train.eval_every:

@@ -65,7 +65,9 @@ def show_samples(command: Command, console: Console) -> None:
         return
     data = command.recipe.data
     tokenizer = load_tokenizer(command.recipe.model)
-    samples = load_instructions(data.train, "data.train", tokenizer, data.max_length)
+    samples = load_instructions(
+        data.train, "data.train", tokenizer, data.max_length, on_bad_row=data.on_bad_row, num_proc=data.num_proc
+    )
     colour = console.is_terminal
     text = preview(samples, tokenizer, command.preview, markup=colour)
     console.print(text, markup=colour, soft_wrap=True)

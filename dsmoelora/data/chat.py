@@ -15,8 +15,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dsmoelora.data.formats import Conversation, Message
-from dsmoelora.errors import DataError, ModelError
+from dsmoelora.data.formats import Conversation
+from dsmoelora.data.problems import RowProblem
+from dsmoelora.data.rows import Message
+from dsmoelora.errors import ModelError
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -64,12 +66,12 @@ def tokenise_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[Conve
     """Tokenise whole conversations; nothing is cut.
 
     Raises:
-        DataError: the template refuses a conversation
+        RowProblem: the template refuses a conversation
         ModelError: there is no template, or the answers cannot be found in what it renders
     """
     if GENERATION_BLOCK.search(chat_template_of(tokenizer)):
         return [_tokenise_with_generation_block(tokenizer, conversation) for conversation in conversations]
-    texts = [_render(tokenizer, conversation, conversation.messages) for conversation in conversations]
+    texts = [_render(tokenizer, conversation.messages) for conversation in conversations]
     # The template writes the beginning-of-sequence token itself where the model wants one.
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
@@ -87,14 +89,16 @@ def tokenise_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[Conve
     return chats
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, messages: list[Message], prompt: bool = False
-) -> str:
+def _refusal(error: TemplateError) -> RowProblem:
+    reason = str(error).rstrip(".")
+    return RowProblem(f"the model's chat template refuses it: {reason}. Templates may want user and assistant in turn.")
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: bool = False) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     except TemplateError as error:
-        remedy = "Change the row to what the model's template takes, or change the template."
-        raise DataError(f"{conversation.origin}: the chat template refuses it: {error}. {remedy}") from None
+        raise _refusal(error) from None
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, text: str) -> list[_Turn]:
@@ -103,7 +107,7 @@ def _turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, text:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prefix = _render(tokenizer, conversation, messages[:i], prompt=True)
+        prefix = _render(tokenizer, messages[:i], prompt=True)
         if not text.startswith(prefix):
             remedy = (
                 "Mark the assistant's words with {% generation %} ... {% endgeneration %} in the template, "
@@ -119,7 +123,7 @@ def _turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, text:
         content_end = found + len(content) if found >= 0 else start
         # Nothing of the next message may be taken for the end of this turn. A template may write an earlier answer
         # in another way than the last one (leave out its thoughts, say): then only the content's end is known.
-        so_far = _render(tokenizer, conversation, messages[: i + 1])
+        so_far = _render(tokenizer, messages[: i + 1])
         bound = _common_length(text, so_far)
         turns.append(_Turn(start, content_end, bound) if bound >= content_end else _Turn(start, start, len(text)))
     return turns
@@ -148,8 +152,7 @@ def _tokenise_with_generation_block(tokenizer: PreTrainedTokenizerBase, conversa
             conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
     except TemplateError as error:
-        remedy = "Change the row to what the model's template takes, or change the template."
-        raise DataError(f"{conversation.origin}: the chat template refuses it: {error}. {remedy}") from None
+        raise _refusal(error) from None
     ids = list(encoded["input_ids"])
     supervised = [bool(flag) for flag in encoded["assistant_masks"]]
     # Some templates close the block before the end-of-sequence token, and the model would never learn to stop.

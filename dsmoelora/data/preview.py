@@ -8,6 +8,7 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.data.dataset import IGNORED, InstructionDataset
+from dsmoelora.data.report import all_losses
 
 PLAIN = ("⟦", "⟧")
 COLOUR = ("[bold green]", "[/bold green]")
@@ -28,9 +29,8 @@ def preview(
         counts = f"{num_tokens} tokens, {num_supervised} of them learned"
         header = f"--- {dataset.origin(index)}: {counts}"
         lines += ["", escape(header) if markup else header, _marked(dataset, tokenizer, index, markup)]
-    if dataset.num_truncated or dataset.num_dropped:
-        cut = f"{dataset.num_truncated} samples were cut at data.max_length"
-        lines += ["", f"{cut}; {dataset.num_dropped} more were left out: nothing to learn was left of them."]
+    lost = all_losses(dataset.reports)
+    lines += ["", *(escape(line) if markup else line for line in lost)] if lost else []
     return "\n".join(lines)
 
 

@@ -1,0 +1,67 @@
+"""What was lost of a source on its way to samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsmoelora.data.tokenised import TokenisedSet
+
+_SHOWN = 3  # problems that are spelled out
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """Counts of one source.
+
+    Args:
+        name: of the source
+        num_rows: all of them
+        num_skipped: wrong rows that were left out (`data.on_bad_row: skip`)
+        problems: the first of these, each with its row
+        num_truncated: samples that were cut at `data.max_length` and still have something to learn
+        num_dropped: right rows left out because nothing to learn was left of them
+    """
+
+    name: str
+    num_rows: int
+    num_skipped: int
+    problems: tuple[str, ...]
+    num_truncated: int
+    num_dropped: int
+
+    def losses(self) -> str:
+        """A line for the user, empty where nothing was lost."""
+        parts = []
+        if self.num_skipped:
+            more = " ..." if self.num_skipped > len(self.problems) else ""
+            parts.append(f"{self.num_skipped:,} of {self.num_rows:,} rows skipped ({' '.join(self.problems)}{more})")
+        if self.num_truncated:
+            parts.append(f"{self.num_truncated:,} samples cut at data.max_length")
+        if self.num_dropped:
+            parts.append(f"{self.num_dropped:,} left out, for nothing to learn was left of them")
+        return f"{self.name}: {', '.join(parts)}" if parts else ""
+
+
+def report_of(data: TokenisedSet) -> SetReport:
+    """Count one source's rows."""
+    columns = data.tokens.with_format("numpy")
+    num_supervised, truncated = (np.asarray(columns[name][:]) for name in ("num_supervised", "truncated"))
+    problems = data.tokens["problem"][:]
+    skipped = [i for i, problem in enumerate(problems) if problem]
+    shown = [f"row {data.rows[i]['row']}: {problems[i]}" for i in skipped[:_SHOWN]]
+    return SetReport(
+        data.name,
+        len(data.rows),
+        len(skipped),
+        tuple(shown),
+        int(np.sum(truncated & (num_supervised > 0))),
+        int(np.sum(num_supervised == 0)) - len(skipped),
+    )
+
+
+def all_losses(reports: Iterable[SetReport]) -> list[str]:
+    """A line for each source that lost something."""
+    return [line for report in reports if (line := report.losses())]
