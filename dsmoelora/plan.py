@@ -129,7 +129,7 @@ def _check_data(plan: Plan, recipe: Recipe) -> None:
                 raise bad_value(f"{key}[{place}].path", source.path, "a data file", "Name the file.")
             try:
                 opened = open_source(source)
-                next(read_conversations(source, data.on_bad_row, opened))
+                next((row for row in read_conversations(source, data.on_bad_row, opened) if not row.problem), None)
             except DataError as error:
                 raise DataError(f"{key}: {error}") from None
             share = "" if source.weight is None else f", weight {source.weight:g}"

@@ -7,6 +7,7 @@ flags and all keys of a recipe; `--dry-run` checks everything and prints the pla
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from dsmoelora.cli import Command, parse_command, run_guarded
 from dsmoelora.logs import setup_logging
-from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_world_size
+from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_world_size, on_first_node
 
 if TYPE_CHECKING:
     from dsmoelora.config import Recipe
@@ -75,6 +76,7 @@ def show_samples(command: Command, console: Console) -> None:
 
 def train(command: Command, console: Console) -> None:
     """Data, model, loop (collective)."""
+    from dsmoelora.data.report import all_losses
     from dsmoelora.engine import Engine
     from dsmoelora.parallel import comm, zero
     from dsmoelora.run_folder import find_checkpoint, run_folder, write_description
@@ -88,7 +90,9 @@ def train(command: Command, console: Console) -> None:
         console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
         train_data, eval_data = comm.together(lambda: load_data(recipe))
         num_held_out = 0 if eval_data is None else len(eval_data)
-        console.print(f"{len(train_data):,} training samples{_losses(train_data)}, {num_held_out:,} held out")
+        console.print(f"{len(train_data):,} training samples, {num_held_out:,} held out")
+        for line in all_losses([*train_data.reports, *(eval_data.reports if eval_data else [])]):
+            console.print(f"lost: {line}", markup=False, soft_wrap=True)
         config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
         comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
         console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
@@ -107,15 +111,15 @@ def load_data(recipe: Recipe) -> tuple[InstructionDataset, InstructionDataset | 
     from dsmoelora.model import load_tokenizer
 
     tokenizer, data = load_tokenizer(recipe.model), recipe.data
-    train_data = load_instructions(data.train, "data.train", tokenizer, data.max_length)
-    return train_data, load_instructions(data.eval, "data.eval", tokenizer, data.max_length) if data.eval else None
-
-
-def _losses(samples: InstructionDataset) -> str:
-    """What `data.max_length` cost, where it did."""
-    if not samples.num_truncated and not samples.num_dropped:
-        return ""
-    return f" ({samples.num_truncated:,} cut at data.max_length, {samples.num_dropped:,} left out: nothing to learn)"
+    load = partial(
+        load_instructions,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        num_proc=data.num_proc,
+        progress=on_first_node(),
+    )
+    return load(data.train, "data.train"), load(data.eval, "data.eval") if data.eval else None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ on as a `RowProblem` in the row's place, so that the caller can decide between s
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

@@ -133,8 +133,9 @@ def _conversation(row: dict[str, Any], column: str) -> list[Message]:
 def _message(name: str, turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise RowProblem(f"{name} is {kind(turn)}, but it must be an object with role and content (or from and value).")
-    role_key = "from" if "from" in turn and "role" not in turn else "role"
-    content_key = "value" if "value" in turn and "content" not in turn else "content"
+    # Tables fill with null what a row does not have.
+    role_key = "from" if "from" in turn and turn.get("role") is None else "role"
+    content_key = "value" if "value" in turn and turn.get("content") is None else "content"
     given = turn.get(role_key)
     role = ROLES.get(given.lower()) if isinstance(given, str) else None
     if role is None:

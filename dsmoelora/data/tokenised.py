@@ -98,9 +98,7 @@ def tokenised_set(source: DataSource, tokenizer: PreTrainedTokenizerBase, option
         return TokenisedSet(opened.name, _from_files(folder, "rows"), _from_files(folder, "tokens"), digest)
 
 
-def _digest(
-    source: DataSource, opened: RowSource, tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions
-) -> str:
+def _digest(source: DataSource, opened: RowSource, tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     for state in ("truncation", "padding"):  # left over from the last call, without influence on ours
         backend.pop(state, None)
@@ -186,7 +184,8 @@ def _tokenise(
     chats = [TokenisedChat([], []) for _ in conversations]
     talks = [i for i, conversation in enumerate(conversations) if conversation.messages]
     try:
-        for i, chat in zip(talks, tokenise_chats(tokenizer, [conversations[i] for i in talks]), strict=True):
+        found = tokenise_chats(tokenizer, [conversations[i] for i in talks]) if talks else []
+        for i, chat in zip(talks, found, strict=True):
             chats[i] = chat
     except RowProblem:  # some row of the batch: find out which
         for i in talks:

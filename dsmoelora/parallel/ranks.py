@@ -29,6 +29,11 @@ def env_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def on_first_node() -> bool:
+    """Whether this process shares rank 0's machine, as far as the launcher tells."""
+    return env_rank() < int(os.environ.get("LOCAL_WORLD_SIZE", env_world_size()))
+
+
 def adopt_launcher_environment() -> None:
     """Fill RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from what the launcher gave.
 

@@ -7,8 +7,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.data.chat import tokenise_chats
-from dsmoelora.data.formats import Conversation, Message
-from dsmoelora.errors import DataError, ModelError
+from dsmoelora.data.formats import Conversation
+from dsmoelora.data.problems import RowProblem
+from dsmoelora.data.rows import Message
+from dsmoelora.errors import ModelError
 from tests.helpers import CHATML_TEMPLATE, tiny_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "ab"}, {"role": "assistant", "content": "xyz"}
@@ -115,7 +117,7 @@ def test_no_chat_template(tmp_path: Path) -> None:
 
 def test_template_that_refuses_a_conversation(tmp_path: Path) -> None:
     template = "{{ raise_exception('roles must alternate') }}" + CHATML_TEMPLATE
-    with pytest.raises(DataError, match=r"a\.jsonl, row 7: the chat template refuses it: roles must alternate"):
+    with pytest.raises(RowProblem, match="the model's chat template refuses it: roles must alternate"):
         learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.config import DataSource
 from dsmoelora.data import InstructionDataset, load_instructions
-from dsmoelora.data import dataset as dataset_module
+from dsmoelora.data import tokenised as tokenised_module
 from dsmoelora.errors import DataError, ModelError
 from tests.helpers import CHATML_TEMPLATE, tiny_tokenizer
 
@@ -99,7 +99,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path, tokenizer: PreTrainedTokeni
         load([DataSource()], tokenizer)
     with pytest.raises(DataError, match=r"gone\.jsonl does not exist"):
         load([DataSource(str(tmp_path / "gone.jsonl"))], tokenizer)
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match="is a folder, but none that save_to_disk"):
         load([DataSource(str(tmp_path))], tokenizer)
 
 
@@ -120,7 +120,7 @@ def test_second_time_reads_the_cache(
     def forbidden(*_: object) -> None:
         raise AssertionError("tokenised a second time")
 
-    monkeypatch.setattr("dsmoelora.data.dataset.tokenise_chats", forbidden)
+    monkeypatch.setattr("dsmoelora.data.tokenised.tokenise_chats", forbidden)
     second = load([source], tokenizer)
     assert second.fingerprint == first.fingerprint
     assert [second.sample(i) for i in range(2)] == [first.sample(i) for i in range(2)]
@@ -146,13 +146,13 @@ def test_ranks_that_load_at_once_tokenise_once(
 ) -> None:
     source = write(tmp_path / "a.jsonl", *[row(i, 3) for i in range(1, 20)])
     calls = []
-    original = dataset_module._tokenise
+    original = tokenised_module._write_tokens
 
-    def counted(*arguments: Any) -> datasets.Dataset:
+    def counted(*arguments: Any) -> None:
         calls.append(1)
-        return original(*arguments)
+        original(*arguments)
 
-    monkeypatch.setattr(dataset_module, "_tokenise", counted)
+    monkeypatch.setattr(tokenised_module, "_write_tokens", counted)
     results: list[list[int]] = []
     threads = [
         threading.Thread(target=lambda: results.append(load([source], tokenizer).num_tokens.tolist())) for _ in range(4)
@@ -208,7 +208,7 @@ def test_another_set_does_not_tokenise_the_first_again(
     one, other = weighted(tmp_path, None, None)
     load([one], tokenizer)
     paths = []
-    original = dataset_module._tokenise
-    monkeypatch.setattr(dataset_module, "_tokenise", lambda path, *rest: paths.append(path) or original(path, *rest))
+    original = tokenised_module._write_tokens
+    monkeypatch.setattr(tokenised_module, "_write_tokens", lambda *a: paths.append(a[1]) or original(*a))
     load([one, other], tokenizer)
     assert paths == [other.path]

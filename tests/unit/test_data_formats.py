@@ -2,17 +2,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsmoelora.data.formats import read_conversations
+from dsmoelora.config import DataSource
+from dsmoelora.data.formats import Conversation
+from dsmoelora.data.formats import read_conversations as read_source
 from dsmoelora.errors import DataError
 
 ALPACA = {"instruction": "Add.", "input": "1 + 2", "output": "3"}
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 MESSAGES = {"messages": [USER, ASSISTANT]}
+
+
+def read_conversations(path: Path, **options: Any) -> Iterator[Conversation]:
+    return read_source(DataSource(str(path)), **options)
 
 
 def write_lines(path: Path, *rows: Any) -> Path:
@@ -114,7 +121,7 @@ def test_wrong_messages_row_is_named_with_file_and_number(tmp_path: Path, turns:
 
 
 def test_first_row_without_an_answer_is_a_wrong_row_too(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 1: output is missing \(found: instruction, response\)"):
+    with pytest.raises(DataError, match=r"row 1: its columns are instruction, response, .*\(alpaca lacks output\)"):
         list(read_conversations(write_lines(tmp_path / "a.jsonl", {"instruction": "x", "response": "y"})))
 
 
@@ -147,7 +154,9 @@ def test_empty_file(tmp_path: Path, text: str) -> None:
 
 
 def test_unknown_columns_name_what_was_found_and_what_is_known(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 1: its columns are question, reply,.* known format .*messages.*Alpaca"):
+    with pytest.raises(
+        DataError, match=r"row 1: its columns are question, reply,.* no known format\. .*messages.*fields: {"
+    ):
         list(read_conversations(write_lines(tmp_path / "a.jsonl", {"question": "x", "reply": "y"})))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dsmoelora.config import DataSource
 from dsmoelora.data.formats import read_conversations
 from dsmoelora.errors import ModelError
 from launch import prepare_demo
@@ -18,7 +19,7 @@ def test_data_is_balanced_without_overlap_and_the_same_every_time(tmp_path: Path
     for name, count in (("train", 2000), ("eval", 200)):
         file = tmp_path / "one" / f"{name}.jsonl"
         assert file.read_bytes() == (tmp_path / "two" / f"{name}.jsonl").read_bytes()
-        parts[name] = {c.messages[0]["content"] for c in read_conversations(file)}
+        parts[name] = {c.messages[0]["content"] for c in read_conversations(DataSource(str(file)))}
         assert len(parts[name]) == count  # no question twice
     assert not parts["train"] & parts["eval"]
     rows = prepare_demo.make_rows(5)
