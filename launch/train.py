@@ -6,6 +6,7 @@ flags and all keys of a recipe; `--dry-run` checks everything and prints the pla
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """One process's part of the run."""
+    os.umask(os.umask(0) | 0o002)  # nobody else shall write into a run, whatever the shell would allow
     adopt_launcher_environment()
     if env_world_size() == 1:
         run(parse_command(sys.argv[1:]))

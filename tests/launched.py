@@ -65,6 +65,7 @@ class Ranks:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                umask=0,
             )
             for rank, argv in enumerate(argv_of_rank)
         ]

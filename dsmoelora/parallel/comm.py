@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from dsmoelora.errors import ConfigError, UserError
+from dsmoelora.parallel.meeting import meet
 from dsmoelora.parallel.ranks import env_rank, env_world_size
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def init() -> None:
     try:
         # DeepSpeed prints about its operators.
         with contextlib.redirect_stdout(io.StringIO()) as said, _without_shared_buffers():
+            meet(_device())
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         logger.info("%s", said.getvalue().strip())
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from dsmoelora.errors import UserError
 from dsmoelora.parallel import comm
+from dsmoelora.parallel.meeting import listen
 from tests.conftest import PoolFactory
 from tests.helpers_distributed import run_distributed
 
@@ -120,3 +123,47 @@ def wait_for_a_late_rank() -> tuple[bool, float]:
 def test_every_group_gets_the_timeout_of_the_watchdog() -> None:
     (is_lost, seconds), _ = run_distributed(wait_for_a_late_rank, 2)
     assert is_lost and 1 < seconds < 5
+
+
+def init_and_list_listeners() -> list[str]:
+    import psutil
+
+    comm.init()
+    assert comm.all_reduce_sum([1.0]) == [2.0]
+    listeners = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    return [connection.laddr.ip for connection in listeners]
+
+
+def test_ranks_listen_on_the_interface_that_connects_them_alone() -> None:
+    """`GLOO_SOCKET_IFNAME` is lo and `MASTER_ADDR` 127.0.0.1 here."""
+    listeners = run_distributed(init_and_list_listeners, 2, join_group=False)
+    assert all(listeners) and {ip for each in listeners for ip in each} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("resolved", "num_nodes", "expected"),
+    [
+        ("127.0.0.1", 1, "127.0.0.1"),
+        ("127.0.1.1", 2, None),  # Debian's /etc/hosts: other nodes could not reach it
+        ("192.0.2.1", 2, None),  # not an address of this machine
+    ],
+)
+def test_where_rank_0_listens(
+    monkeypatch: pytest.MonkeyPatch, resolved: str, num_nodes: int, expected: str | None
+) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(socket.AF_INET, 0, 0, "", (resolved, 0))])
+    monkeypatch.setenv("WORLD_SIZE", str(2 * num_nodes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    listener = listen("node", 0)
+    assert (listener and listener.getsockname()[0]) == expected
+    if listener:
+        listener.close()
+
+
+def test_a_port_that_is_taken_is_an_error_and_not_another_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(DistNetworkError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
+            listen("127.0.0.1", port)
