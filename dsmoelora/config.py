@@ -196,6 +196,23 @@ class OptimConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Where experts lie.
+
+    Args:
+        ep_size: ranks over which the experts of a layer are partitioned; 1 has ZeRO-3 gather them like other weights
+        exchange: how tokens reach experts on other ranks: `gather` all to all ranks, `all_to_all` each only to ranks
+            that hold one of its experts, `auto` whichever moves fewer bytes (`parallel.exchange` has the formulas)
+    """
+
+    ep_size: int = 1
+    exchange: Literal["auto", "gather", "all_to_all"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require_positive("parallel", self, "ep_size")
+
+
+@dataclass
 class DataSource:
     """One set of rows; see docs/data.md for files and formats.
 
@@ -324,11 +341,21 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         self.adapter.seed = self.run.seed
+        num_experts, ep_size = self.adapter.num_experts, self.parallel.ep_size
+        divisors = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
+        _require(
+            ep_size in divisors,
+            "parallel.ep_size",
+            ep_size,
+            f"a divisor of adapter.num_experts = {num_experts}",
+            f"Possible are {', '.join(map(str, divisors))}.",
+        )
         _require(
             self.optim.max_grad_norm_router is None or self.adapter.num_experts > 1,
             "optim.max_grad_norm_router",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,20 @@ from dsmoelora.heartbeat import Heartbeat, Phase
 from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
+from dsmoelora.parallel.exchange import TokenExchange
+from dsmoelora.parallel.layout import make_layout
 from dsmoelora.seeds import derive_seed
 from dsmoelora.watch import AdapterWatch
 
 IGNORED_LABEL = -100
+
+
+def _announce_tokens(exchange: TokenExchange, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before a forward pass: every rank learns how many tokens the others of its group have."""
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"][..., 0]
+    exchange.announce(tokens.numel())
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,14 @@ class Engine:
         self._heartbeat = heartbeat or Heartbeat()
         model.register_forward_pre_hook(lambda *_: self._heartbeat.beat())
         self.step = self.skipped_steps = 0
-        self.adapted_layers = inject(model, recipe.adapter)
+        self.layout = make_layout(recipe)
+        exchange = None
+        if self.layout.ep_size > 1:
+            exchange = TokenExchange(
+                self.layout, recipe.parallel.exchange, recipe.adapter.top_k or recipe.adapter.num_experts
+            )
+            model.register_forward_pre_hook(partial(_announce_tokens, exchange), with_kwargs=True)
+        self.adapted_layers = inject(model, recipe.adapter, self.layout.local_experts, exchange)
         if recipe.train.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         found = trainables(model)
@@ -96,10 +114,11 @@ class Engine:
         self.optimizer = ShardOptimizer(found, recipe.optim)
         self.schedule = build_schedule(self.optimizer, recipe.optim, recipe.train.max_steps)
         config = zero.merge_config(recipe, deepspeed_config, comm.world_size())
+        zero.place_experts(found, self.layout)
         self._deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
         )
-        self.optimizer.bind(zero.shard_groups(self._deepspeed, found))
+        self.optimizer.bind(zero.shard_groups(self._deepspeed, found, self.layout))
         self.watch = AdapterWatch(self.optimizer)
         comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
 
@@ -160,11 +179,18 @@ class Engine:
         reports = self.optimizer.reports
         if not reports:
             return {}
-        (square_norm,) = comm.all_reduce_sum([sum(float(report.square_norm) for report in reports)])
+        # a rank of an expert-data-parallel group reports what its whole group met; groups have other experts
+        num_replicas = comm.world_size() // self.layout.ep_size
+        own = [
+            sum(float(report.square_norm) for report in reports),
+            max(float(report.condition) for report in reports),
+            sum(report.num_fallbacks for report in reports) / num_replicas,
+        ]
+        square_norms, conditions, num_fallbacks = zip(*comm.all_gather_floats(own), strict=True)
         return {
-            "preconditioned_norm": square_norm**0.5,
-            "condition": max(float(report.condition) for report in reports),
-            "eigh_fallbacks": float(sum(report.num_fallbacks for report in reports)),
+            "preconditioned_norm": sum(square_norms) ** 0.5,
+            "condition": max(conditions),
+            "eigh_fallbacks": float(round(sum(num_fallbacks))),
         }
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> float:
@@ -246,8 +272,11 @@ class Engine:
         tensors: dict[str, Tensor] = {}
         for trainable, parameter in trainables(self.model):
             with zero.gathered([parameter]):
+                whole = parameter.detach()
+                if whole.shape != trainable.shape:
+                    whole = comm.all_gather_tensor(whole, self.layout.expert_group)
                 if comm.rank() == 0:
-                    tensors[trainable.name] = parameter.detach().cpu().clone()
+                    tensors[trainable.name] = whole.cpu().clone()
         layers = dict(adapted_layers(self.model))
         prints = {}
         for name in fingerprinted_layers(self.model):

@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
+
+from dsmoelora.adapters.shared_input import SharedInput
+
+# (x_ND, gate_NL, selected_NL) -> (N, O): the output of this rank's L experts for N tokens
+LocalExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TokenExchange(Protocol):
+    """How tokens reach experts on other ranks (see `parallel.exchange`)."""
+
+    def __call__(
+        self,
+        shared: SharedInput,
+        x_TD: Tensor,
+        gate_TE: Tensor,
+        selected_TE: Tensor,
+        experts: LocalExperts,
+        out_features: int,
+    ) -> Tensor:
+        """(T, O): sums over the experts of all ranks for this rank's tokens.
+
+        Args:
+            shared: the input, for what its other readers have sent already
+            x_TD: this rank's tokens, the same tensor for all readers of `shared`
+            gate_TE: fp32, for the experts of all ranks
+            selected_TE: bool
+            experts: this rank's part of the layer
+            out_features: O
+        """
 
 
 @dataclass
@@ -18,15 +49,24 @@ class BatchContext:
             depend on how a batch is split
         prompt_BS: bool, the tokens that router `prompt` looks at; None leaves it to what the model is called with
         prompts: what router `prompt` remembers of that
+        exchange: where experts are partitioned over ranks
     """
 
     token_keys: Tensor | None = None
     prompt_BS: Tensor | None = None
     prompts: PromptMemory = field(default_factory=lambda: PromptMemory())
+    exchange: TokenExchange | None = None
+    _last_input: SharedInput | None = None
+
+    def shared_input(self, x: Tensor, dropout_key: int) -> SharedInput:
+        """What was made of `x` so far, if the layer before read it too; `dropout_key` is used for a new one."""
+        if self._last_input is None or not self._last_input.is_of(x):
+            self._last_input = SharedInput(x, dropout_key)
+        return self._last_input
 
     def clear(self) -> None:
         """Forget the micro-batch."""
-        self.token_keys = self.prompt_BS = None
+        self.token_keys = self.prompt_BS = self._last_input = None
 
 
 @dataclass

@@ -42,7 +42,7 @@ class RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        base_TO: Tensor,
+        base_TO: Tensor | None,
         x_TD: Tensor,
         gate_TE: Tensor,
         selected_TE: Tensor,
@@ -55,7 +55,7 @@ class RoutedExperts(torch.autograd.Function):
         """(T, O): `base_TO` plus the experts' output.
 
         Args:
-            base_TO: output of the frozen layer
+            base_TO: output of the frozen layer; None stands for 0
             x_TD: input of the experts
             gate_TE: fp32, 0 where not selected
             selected_TE: bool, which experts a token uses
@@ -69,6 +69,8 @@ class RoutedExperts(torch.autograd.Function):
         hidden_TF = _weigh(features_TF, scale * gate_TE)
         ctx.save_for_backward(x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR)
         ctx.scale, ctx.gate_power, ctx.power_reaches_input = scale, gate_power, power_reaches_input  # type: ignore[attr-defined]
+        if base_TO is None:
+            return hidden_TF @ _side_by_side(b_EOR).t()
         return torch.addmm(base_TO, hidden_TF, _side_by_side(b_EOR).t())
 
     @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.context import BatchContext, TokenExchange
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.linear import is_linear
 from dsmoelora.adapters.routers import watch_prompts
@@ -13,7 +13,12 @@ from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError, bad_value
 
 
-def inject(model: nn.Module, config: AdapterConfig) -> list[str]:
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    local_experts: range | None = None,
+    exchange: TokenExchange | None = None,
+) -> list[str]:
     """Wrap every linear layer that `config.target_modules` names, and freeze everything else.
 
     The adapted model equals the base model to the last bit until the first optimizer step, for `b` starts at 0.
@@ -21,6 +26,8 @@ def inject(model: nn.Module, config: AdapterConfig) -> list[str]:
     Args:
         model: a causal language model of transformers (any `nn.Module` with linear layers works)
         config: of the adapter
+        local_experts: which experts of every layer lie on this rank, all by default
+        exchange: how tokens reach the others, where not all do
 
     Returns:
         names of the wrapped modules, in the order of the model
@@ -34,12 +41,12 @@ def inject(model: nn.Module, config: AdapterConfig) -> list[str]:
     names = match_targets(model, config.target_modules)
     _check_dropout(model, config, names)
     model.requires_grad_(False)
-    context = BatchContext()
+    context = BatchContext(exchange=exchange)
     for name in names:
         parent = model.get_submodule(name.rpartition(".")[0])
         base = model.get_submodule(name)
         assert is_linear(base)
-        wrapped = RoutedLinear(base, config, name, context)
+        wrapped = RoutedLinear(base, config, name, context, local_experts or range(config.num_experts))
         wrapped.train(base.training)
         setattr(parent, name.rpartition(".")[2], wrapped)
     if config.router == "prompt":

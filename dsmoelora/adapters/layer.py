@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Factor(Enum):
 
 
 class ExpertBank(nn.Module):
-    """The factors of all experts of a layer: `a` (E, D, R) from kaiming-uniform, `b` (E, O, R) zero.
+    """The factors of this rank's experts of a layer: `a` (L, D, R) from kaiming-uniform, `b` (L, O, R) zero.
 
     Args:
         in_features: D
@@ -37,10 +38,14 @@ class ExpertBank(nn.Module):
         config: rank, number of experts, scale, gate power
         layer_name: with the seed and the expert's number it decides the initial values
         like: tensor whose dtype and device the factors take
+        experts: which of all experts lie here
+
+    Attributes:
+        a_shape, b_shape: shapes over the experts of all ranks
     """
 
     def __init__(
-        self, in_features: int, out_features: int, config: AdapterConfig, layer_name: str, like: Tensor
+        self, in_features: int, out_features: int, config: AdapterConfig, layer_name: str, like: Tensor, experts: range
     ) -> None:
         super().__init__()
         self.a_shape = (config.num_experts, in_features, config.r)
@@ -48,18 +53,18 @@ class ExpertBank(nn.Module):
         self.scale = config.scale
         self.gate_power = config.gate_power
         self.power_reaches_input = config.gate_power_scope == "factors_and_input"
-        start = empty_start(self.a_shape)
-        for expert, start_DR in enumerate(start):
+        start = empty_start((len(experts), *self.a_shape[1:]))
+        for expert, start_DR in zip(experts, start, strict=True):
             # kaiming_uniform_(a=sqrt(5)) of an (R, D) matrix, as PEFT starts its A
             bound = in_features**-0.5
             start_DR.uniform_(-bound, bound, generator=generator(config.seed, layer_name, "a", expert))
         self.a = nn.Parameter(start.to(like.dtype).to(like.device))
-        self.b = nn.Parameter(torch.zeros(self.b_shape, dtype=like.dtype, device=like.device))
+        self.b = nn.Parameter(torch.zeros((len(experts), *self.b_shape[1:]), dtype=like.dtype, device=like.device))
 
-    def forward(self, base_TO: Tensor, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor) -> Tensor:
-        """(T, O): `base_TO + s sum_e gate_e (x a_e) b_e^T`; see `RoutedExperts`."""
+    def forward(self, base_TO: Tensor | None, x_TD: Tensor, gate_TL: Tensor, selected_TL: Tensor) -> Tensor:
+        """(T, O): `base_TO + s sum_e gate_e (x a_e) b_e^T` over the experts that lie here; see `RoutedExperts`."""
         output: Tensor = RoutedExperts.apply(
-            base_TO, x_TD, gate_TE, selected_TE, self.a, self.b, self.scale, self.gate_power, self.power_reaches_input
+            base_TO, x_TD, gate_TL, selected_TL, self.a, self.b, self.scale, self.gate_power, self.power_reaches_input
         )
         return output
 
@@ -81,9 +86,10 @@ class RoutedLinear(nn.Module):
         config: of the adapter
         name: of the layer in the model
         context: shared by all layers of the model
+        experts: which of all experts lie on this rank
     """
 
-    def __init__(self, base: Linear, config: AdapterConfig, name: str, context: BatchContext) -> None:
+    def __init__(self, base: Linear, config: AdapterConfig, name: str, context: BatchContext, experts: range) -> None:
         super().__init__()
         self.base = base
         self.name = name
@@ -94,13 +100,23 @@ class RoutedLinear(nn.Module):
         in_features, out_features = features(base)
         place = RouterPlace(name, in_features, config.num_experts, like, config.seed, context)
         self.router = build_router(place, config)
-        self.experts = ExpertBank(in_features, out_features, config, name, like)
+        self.experts = ExpertBank(in_features, out_features, config, name, like, experts)
+        self._is_partitioned = len(experts) < config.num_experts
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
+        shared = self.context.shared_input(x, self.dropout_key)
         x_TD, gate_TE, selected_TE = self.router(x.reshape(-1, x.shape[-1]))
         base_TO = self.base(x_TD)
-        y_TO = self.experts(base_TO, self._drop(x_TD), gate_TE, selected_TE)
+        drops = self.training and self.dropout > 0.0
+        if drops or self._is_partitioned:  # made of the input itself, for all layers that read it
+            x_TD = shared.once("tokens", lambda: self._tokens(x, shared.dropout_key, drops))
+        if self._is_partitioned:
+            assert self.context.exchange is not None, "partitioned experts need an exchange"
+            own_experts = partial(self.experts, None)
+            y_TO = base_TO + self.context.exchange(shared, x_TD, gate_TE, selected_TE, own_experts, base_TO.shape[-1])
+        else:
+            y_TO = self.experts(base_TO, x_TD, gate_TE, selected_TE)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def __getattr__(self, name: str) -> Any:
@@ -121,12 +137,14 @@ class RoutedLinear(nn.Module):
         shapes: dict[str, tuple[int, ...]] = self.router.shapes  # type: ignore[assignment]  # no tensor, no module
         return Factor.ROUTER, shapes[parameter_name.removeprefix("router.")]
 
-    def _drop(self, x_TD: Tensor) -> Tensor:
-        if not self.training or self.dropout == 0.0:
+    def _tokens(self, x: Tensor, dropout_key: int, drops: bool) -> Tensor:
+        """(T, D): what the experts see of the input."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        if not drops:
             return x_TD
         if self.context.token_keys is None:
             return nn.functional.dropout(x_TD, self.dropout)
-        return keyed_dropout(x_TD, self.context.token_keys.reshape(-1), self.dropout_key, self.dropout)
+        return keyed_dropout(x_TD, self.context.token_keys.reshape(-1), dropout_key, self.dropout)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoutedLinear]]:

@@ -175,7 +175,10 @@ class Preconditioner:
 
 
 def _pair_up(group: ShardGroup) -> tuple[dict[tuple[str, Factor], int], int]:
-    """Slot of expert 0 by layer and role (a: number of the pair; b: the same after all a), and the number of pairs."""
+    """Slot of expert 0 by layer and role (a: number of the pair; b: the same after all a), and the number of pairs.
+
+    Slots are for the group's own experts; where these begin above 0, the slot of expert 0 lies below theirs.
+    """
     shapes = {(of.layer, of.factor): of.shape for of in group.trainables if of.factor is not Factor.ROUTER}
     first_slot: dict[tuple[str, Factor], int] = {}
     num_pairs = 0
@@ -184,8 +187,9 @@ def _pair_up(group: ShardGroup) -> tuple[dict[tuple[str, Factor], int], int]:
         if (layer, partner) not in shapes:
             raise ValueError(f"{layer} has {factor.value} but no {partner.value} in its process group")
         if factor is Factor.A:
-            first_slot[layer, factor] = num_pairs
-            num_pairs += shapes[layer, factor][0]
+            experts = group.experts or range(shapes[layer, factor][0])
+            first_slot[layer, factor] = num_pairs - experts.start
+            num_pairs += len(experts)
     return first_slot | {(layer, Factor.B): num_pairs + slot for (layer, _), slot in first_slot.items()}, num_pairs
 
 

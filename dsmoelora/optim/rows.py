@@ -79,12 +79,14 @@ class ShardGroup:
         shards: what this rank holds of them
         cut_rows: rows of factors that a shard boundary cuts on any rank, the same list on all ranks of the group
         all_reduce: sums a flat tensor over the group in place; None for a group of one rank
+        experts: the experts of each tensor that the group holds; None for all
     """
 
     trainables: list[Trainable]
     shards: list[Shard]
     cut_rows: list[tuple[Trainable, int]] = field(default_factory=list)
     all_reduce: Callable[[torch.Tensor], None] | None = None
+    experts: range | None = None
 
 
 def joined_spans(runs: Iterable[Run]) -> list[slice]:

@@ -9,6 +9,7 @@ DeepSpeed that nobody has read.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, bad_value, listing
 from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by
 from dsmoelora.parallel import comm
+from dsmoelora.parallel.layout import ExpertLayout
 
 KNOWN_VERSIONS = ("0.19.8",)
 
@@ -70,7 +72,7 @@ def merge_config(recipe: Recipe, user_config: dict[str, Any], world_size: int) -
     Raises:
         ConfigError: the two files disagree, or the file asks for what the sharded optimizer step cannot do
     """
-    _refuse_what_cannot_work(user_config)
+    _refuse_what_cannot_work(user_config, recipe)
     config = copy.deepcopy(user_config)
     for path, value in _filled_in(recipe, world_size).items():
         *sections, key = path.split(".")
@@ -102,7 +104,7 @@ def _filled_in(recipe: Recipe, world_size: int) -> dict[str, Any]:
     }
 
 
-def _refuse_what_cannot_work(config: dict[str, Any]) -> None:
+def _refuse_what_cannot_work(config: dict[str, Any], recipe: Recipe) -> None:
     filled = {path.partition(".")[0] for path in _filled_in(Recipe(), world_size=1)}
     for key in config:
         if key in _RECIPE_SECTIONS:
@@ -116,6 +118,13 @@ def _refuse_what_cannot_work(config: dict[str, Any]) -> None:
     zero = config.get("zero_optimization", {})
     if zero.get("stage") not in (2, 3):
         raise bad_value("zero_optimization.stage of the DeepSpeed file", zero.get("stage"), "2 or 3", "Set it to 3.")
+    if recipe.parallel.ep_size > 1 and zero.get("stage") != 3:
+        raise bad_value(
+            "zero_optimization.stage of the DeepSpeed file",
+            zero.get("stage"),
+            f"3 where parallel.ep_size is {recipe.parallel.ep_size}, for experts are partitioned by ZeRO-3",
+            "Use ds_configs/zero3.json, or set parallel.ep_size to 1.",
+        )
     sharded_step = "the optimizer step works on one flat fp32 partition a rank"
     offload = zero.get("offload_optimizer") or {}
     refused = {
@@ -142,19 +151,35 @@ def _refuse_what_cannot_work(config: dict[str, Any]) -> None:
             raise ConfigError(f"bf16.{key} of the DeepSpeed file is not supported: masters are fp32. Drop it there.")
 
 
+def place_experts(found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout) -> None:
+    """Before `deepspeed.initialize`: have ZeRO-3 partition expert parameters over their expert-data-parallel group.
+
+    These are the marks of DeepSpeed's own expert layers (`module_inject/auto_ep_layer.py`); with them stage 3
+    partitions, averages over all ranks, and takes norms over the expert-parallel group too.
+    """
+    for trainable, parameter in found:
+        if layout.ep_size > 1 and trainable.factor is not Factor.ROUTER:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = layout.group_name  # type: ignore[attr-defined]
+            parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+            parameter.ds_zero_partition_group_name = layout.group_name  # type: ignore[attr-defined]
+            parameter.ds_zero_partition_process_group = layout.expert_data_group  # type: ignore[attr-defined]
+
+
 def shard_groups(
-    engine: deepspeed.DeepSpeedEngine, found: Iterable[tuple[Trainable, nn.Parameter]]
+    engine: deepspeed.DeepSpeedEngine, found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
 ) -> list[ShardGroup]:
     """What each number of this rank's flat fp32 partitions is, by process group, in ZeRO's order (collective).
 
     Args:
         engine: from `deepspeed.initialize`
         found: every trainable tensor and its parameter
+        layout: where experts lie
     """
     known = {id(parameter): trainable for trainable, parameter in found}
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        partitions = list(_stage_3_partitions(optimizer, known))
+        partitions = list(_stage_3_partitions(optimizer, known, layout))
     else:
         partitions = list(_stage_2_partitions(optimizer, known))
     covered = [trainable.name for group, _, _ in partitions for trainable in group]
@@ -170,30 +195,47 @@ def shard_groups(
     for trainables, shard, process_group in partitions:
         by_name = {of.name: of for of in trainables if of.factor in (Factor.A, Factor.B)}
         cut_rows = [(by_name[name], row) for name, row in cut if name in by_name]
-        groups.append(ShardGroup(trainables, [shard], cut_rows, _all_reduce_in(process_group)))
+        is_expert_group = layout.ep_size > 1 and process_group is layout.expert_data_group
+        experts = layout.local_experts if is_expert_group else None
+        groups.append(ShardGroup(trainables, [shard], cut_rows, _all_reduce_in(process_group), experts))
     return groups
 
 
 _Partition = tuple[list[Trainable], Shard, Any]
 
 
-def _stage_3_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3, known: dict[int, Trainable]) -> Iterator[_Partition]:
-    """Stage 3 cuts every parameter into W pieces of equal length, pads the last, and strings a rank's own together."""
+def _stage_3_partitions(
+    optimizer: DeepSpeedZeroOptimizer_Stage3, known: dict[int, Trainable], layout: ExpertLayout
+) -> Iterator[_Partition]:
+    """Stage 3 cuts every parameter into equal pieces, pads the last, and strings a rank's own together.
+
+    There are as many pieces as ranks in the parameter's process group. Runs count in the tensor of all experts.
+    """
     for index, parameters in enumerate(optimizer.fp16_groups):
         flat, process_group = optimizer.fp32_partitioned_groups_flat[index], optimizer.sub_group_process_groups[index]
         trainables, runs, offset = [], [], 0
         for parameter in parameters:
             trainable = known[id(parameter)]
-            assert tuple(parameter.ds_shape) == trainable.shape, f"{trainable.name} has another shape under ZeRO"
+            experts = _experts_of(trainable, layout)
+            wanted_shape = (len(experts), *trainable.shape[1:])
+            assert tuple(parameter.ds_shape) == wanted_shape, f"{trainable.name} has another shape under ZeRO"
+            is_elsewhere = len(experts) < trainable.shape[0] and parameter.ds_process_group is not process_group
+            assert not is_elsewhere, f"ZeRO did not put {trainable.name} into its expert-data-parallel group"
+            first = experts.start * math.prod(trainable.shape[1:])
             piece = parameter.partition_numel()
             start = min(piece * parameter.ds_zero_partition_rank, parameter.ds_numel)
             stop = min(start + piece, parameter.ds_numel)
             if start < stop:
-                runs.append(Run(trainable, start, stop, offset))
+                runs.append(Run(trainable, first + start, first + stop, offset))
             offset += piece
             trainables.append(trainable)
         assert offset == flat.numel(), "ZeRO's flat partition is longer than its pieces"
         yield trainables, Shard(flat, runs), process_group
+
+
+def _experts_of(trainable: Trainable, layout: ExpertLayout) -> range:
+    """Which experts of a tensor this rank's parameter holds; routers are whole everywhere."""
+    return range(trainable.shape[0]) if trainable.factor is Factor.ROUTER else layout.local_experts
 
 
 def _stage_2_partitions(optimizer: DeepSpeedZeroOptimizer, known: dict[int, Trainable]) -> Iterator[_Partition]:

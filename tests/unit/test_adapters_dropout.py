@@ -98,7 +98,9 @@ def test_a_token_keeps_its_key_in_any_split_and_with_padding_on_either_side() ->
 
 def adapted_linear(probability: float) -> RoutedLinear:
     config = AdapterConfig(r=2, num_experts=3, top_k=2, lora_dropout=probability)
-    layer = RoutedLinear(nn.Linear(NUM_FEATURES, 8).requires_grad_(False), config, "layer", BatchContext())
+    layer = RoutedLinear(
+        nn.Linear(NUM_FEATURES, 8).requires_grad_(False), config, "layer", BatchContext(), range(config.num_experts)
+    )
     with torch.no_grad():
         layer.experts.b.normal_(generator=torch.Generator().manual_seed(2))
     return layer

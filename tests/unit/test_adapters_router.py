@@ -214,7 +214,9 @@ def test_one_expert_needs_no_router() -> None:
 def test_every_parameter_gets_a_gradient_when_all_tokens_go_to_the_same_experts(options: dict[str, Any]) -> None:
     """A parameter without a gradient would make some rank wait for ever."""
     config = AdapterConfig(r=2, num_experts=4, **options)
-    layer = RoutedLinear(nn.Linear(16, 8).requires_grad_(False), config, "layer", BatchContext())
+    layer = RoutedLinear(
+        nn.Linear(16, 8).requires_grad_(False), config, "layer", BatchContext(), range(config.num_experts)
+    )
     with torch.no_grad():
         layer.experts.b.normal_(generator=torch.Generator().manual_seed(2))
     same_TD = tokens(1).expand(12, 16)

@@ -1,0 +1,45 @@
+"""What several layers make of one input tensor (q, k and v; gate and up), made once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Made = TypeVar("Made")
+
+
+class SharedInput:
+    """An input and what was made of it: its dropped-out copy, its tokens on other ranks.
+
+    Inputs are compared by where their numbers lie: ZeRO-3 hands every module a tensor object of its own.
+
+    Args:
+        x: the input of the first layer that reads it
+        dropout_key: of that layer; all readers see one dropout mask
+    """
+
+    def __init__(self, x: Tensor, dropout_key: int) -> None:
+        self._storage = x.untyped_storage()  # nobody else gets this memory as long as it is here
+        self._state = _state_of(x)
+        self._made: dict[str, Any] = {}
+        self.dropout_key = dropout_key
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether `x` has these very numbers, unchanged, in the same gradient mode."""
+        return x.untyped_storage() is self._storage and self._state == _state_of(x)
+
+    def once(self, what: str, make: Callable[[], Made]) -> Made:
+        """The thing of that name, made at the first call."""
+        if what not in self._made:
+            self._made[what] = make()
+        made: Made = self._made[what]
+        return made
+
+
+def _state_of(x: Tensor) -> tuple[Hashable, ...]:
+    version = -1 if x.is_inference() else x._version  # in-place writes count it up
+    place = (x.storage_offset(), x.shape, x.stride())
+    return place, x.dtype, x.requires_grad, torch.is_grad_enabled(), version
