@@ -40,6 +40,11 @@ REQUIRES = [
 
 MPI = ["mpi4py>=4"]  # `mpirun` and `deepspeed --launcher openmpi`
 
+# Where metrics may go (`train.report_to`), and figures of finished runs (launch/plot.py).
+WANDB = ["wandb>=0.31"]
+TRACKIO = ["trackio>=0.43"]
+PLOT = ["matplotlib>=3.10"]
+
 DEMO = [
     "gguf>=0.19",  # reads the demo model's file
     "reasoning-gym>=0.1.25",  # writes the demo's instruction set, offline
@@ -47,6 +52,7 @@ DEMO = [
 
 DEV = [
     *DEMO,  # the tests prepare and run the demo
+    *PLOT,  # the tests draw figures
     "pytest>=9",  # the tests
     "psutil>=6",  # the tests look for processes that should be gone
     "peft>=0.21,<0.22",  # the yardstick of the benchmarks, and an independent LoRA for tests
@@ -68,5 +74,5 @@ setup(
     packages=find_packages(include=["dsmoelora", "dsmoelora.*"]),
     package_data={"dsmoelora": ["py.typed"]},
     install_requires=REQUIRES,
-    extras_require={"mpi": MPI, "demo": DEMO, "dev": DEV},
+    extras_require={"mpi": MPI, "wandb": WANDB, "trackio": TRACKIO, "plot": PLOT, "demo": DEMO, "dev": DEV},
 )

@@ -15,6 +15,7 @@ import torch
 from dsmoelora.errors import bad_value
 from dsmoelora.router_options import RouterName, settle_router
 
+TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -288,6 +289,8 @@ class TrainConfig:
         sample_max_new_tokens: tokens of such an answer at most
         hang_timeout_s: seconds without any progress (a forward pass, a part of a file) after which every rank prints
             its stacks and the job ends
+        report_to: where the metrics go besides `metrics.jsonl`: any of `tensorboard`, `wandb`, `trackio`, or `none`
+        project: name under which W&B (unless WANDB_PROJECT is set) and trackio file the run
     """
 
     max_steps: int = 100
@@ -300,6 +303,8 @@ class TrainConfig:
     num_samples: int = 0
     sample_max_new_tokens: int = 64
     hang_timeout_s: float = 1800.0
+    report_to: list[str] | str = field(default_factory=lambda: ["tensorboard"])
+    project: str = "dsmoelora"
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -315,6 +320,12 @@ class TrainConfig:
         for name in ("eval_every", "save_every", "num_samples"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}", value, "0 or more", f"0 switches train.{name} off.")
+        if isinstance(self.report_to, str):
+            self.report_to = [] if self.report_to == "none" else [self.report_to]
+        for tracker in self.report_to:
+            known = f"a list of some of {', '.join(TRACKERS)}, or none"
+            _require(tracker in TRACKERS, "train.report_to", tracker, known, "Example: [tensorboard, wandb].")
+        _require(bool(self.project), "train.project", self.project, "a name", "The default is dsmoelora.")
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of one rank per optimizer step.

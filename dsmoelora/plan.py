@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     plan = Plan()
     _check_batches(plan, recipe, world_size)
     check_run_folder(recipe, resume)
+    _check_trackers(recipe.train.report_to)
     _check_data(plan, recipe)
     zero.merge_config(recipe, deepspeed, world_size)
     _check_model_folder(plan, recipe.model)
@@ -111,6 +113,16 @@ def _check_batches(plan: Plan, recipe: Recipe, world_size: int) -> None:
             f"optim.warmup_steps = {recipe.optim.warmup_steps} reaches to the end of train.max_steps = "
             f"{train.max_steps}: the learning rate never comes to optim.lr."
         )
+
+
+def _check_trackers(names: list[str] | str) -> None:
+    """The packages that `train.report_to` needs are installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"train.report_to has {name!r}, but the package {name} is not installed. "
+                f"Install it (pip install {name}), or take it out of train.report_to."
+            )
 
 
 def _check_data(plan: Plan, recipe: Recipe) -> None:

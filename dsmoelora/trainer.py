@@ -19,7 +19,6 @@ from dsmoelora.callbacks import (
     ProgressBar,
     Samples,
     Summary,
-    TensorBoard,
     TrainingRun,
 )
 from dsmoelora.data import InstructionDataset, MicroBatch, eval_micro_batches, train_steps
@@ -30,12 +29,17 @@ from dsmoelora.parallel import comm
 logger = logging.getLogger(__name__)
 
 
-def default_callbacks(console: Console) -> list[Callback]:
-    """The callbacks of an ordinary run, on this rank; what only reads and writes is on rank 0 alone."""
+def default_callbacks(console: Console, trackers: Sequence[Callback]) -> list[Callback]:
+    """The callbacks of an ordinary run, on this rank; what only reads and writes is on rank 0 alone.
+
+    Args:
+        console: what the user looks at
+        trackers: from `open_trackers`, on rank 0
+    """
     if comm.rank() > 0:
         return [Canary(), Samples(console)]
     # The canary adds to the metrics, so it comes before those who write them. The bar ends before tables are printed.
-    return [Canary(), ProgressBar(console), MetricsFile(), TensorBoard(), Samples(console), Summary(console)]
+    return [Canary(), ProgressBar(console), MetricsFile(), *trackers, Samples(console), Summary(console)]
 
 
 class Trainer:

@@ -78,6 +78,7 @@ def show_samples(command: Command, console: Console) -> None:
 
 def train(command: Command, console: Console) -> None:
     """Data, model, loop (collective)."""
+    from dsmoelora.callbacks import open_trackers
     from dsmoelora.data.report import all_losses
     from dsmoelora.engine import Engine
     from dsmoelora.parallel import comm, zero
@@ -97,6 +98,9 @@ def train(command: Command, console: Console) -> None:
             console.print(f"lost: {line}", markup=False, soft_wrap=True)
         config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
         comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
+        trackers = comm.together(
+            lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else []
+        )
         console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
         engine = Engine.build(recipe, command.deepspeed, heartbeat)
         mebibytes = engine.checkpoint_bytes() / 2**20
@@ -104,7 +108,7 @@ def train(command: Command, console: Console) -> None:
             f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers; "
             f"a checkpoint of them takes {mebibytes:.1f} MiB"
         )
-        Trainer(engine, folder, train_data, eval_data, default_callbacks(console)).fit(checkpoint)
+        Trainer(engine, folder, train_data, eval_data, default_callbacks(console, trackers)).fit(checkpoint)
 
 
 def load_data(recipe: Recipe) -> tuple[InstructionDataset, InstructionDataset | None]:

@@ -3,15 +3,14 @@
 from dsmoelora.callbacks.base import Callback, TrainingRun
 from dsmoelora.callbacks.canary import Canary
 from dsmoelora.callbacks.memory import PeakMemory
-from dsmoelora.callbacks.metrics import METRICS_FILE, MetricsFile, read_metrics
+from dsmoelora.callbacks.metrics import MetricsFile
 from dsmoelora.callbacks.progress import ProgressBar
 from dsmoelora.callbacks.samples import Samples
 from dsmoelora.callbacks.summary import ADAPTER_FOLDER, Summary
-from dsmoelora.callbacks.tensorboard import TensorBoard
+from dsmoelora.callbacks.trackers import open_trackers
 
 __all__ = [
     "ADAPTER_FOLDER",
-    "METRICS_FILE",
     "Callback",
     "Canary",
     "MetricsFile",
@@ -19,7 +18,6 @@ __all__ = [
     "ProgressBar",
     "Samples",
     "Summary",
-    "TensorBoard",
     "TrainingRun",
-    "read_metrics",
+    "open_trackers",
 ]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
-
-logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
+from dsmoelora.metrics_file import METRICS_FILE, read_metrics
 
 
 class MetricsFile(Callback):
@@ -48,15 +45,13 @@ class MetricsFile(Callback):
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: dropped a line that is no JSON: %.60r", path, line)
-    return rows
+def scalars(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """The finite numbers of a line, named for tools that group by what stands before the slash; without the step."""
+    return {
+        name if "/" in name else f"train/{name}": value
+        for name, value in metrics.items()
+        if name != "step" and value is not None and math.isfinite(value)
+    }
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
-from dsmoelora.callbacks.metrics import METRICS_FILE
 from dsmoelora.callbacks.tensorboard import TENSORBOARD_FOLDER
+from dsmoelora.metrics_file import METRICS_FILE
 
 ADAPTER_FOLDER = "adapter"
 
@@ -50,8 +50,9 @@ class Summary(Callback):
             f"Run folder:   {run.folder}",
             f"Adapter:      {adapter}",
             f"Metrics:      {run.folder / METRICS_FILE}",
-            f"Curves:       tensorboard --logdir {shlex.quote(str(run.folder / TENSORBOARD_FOLDER))}",
         ]
+        if "tensorboard" in run.recipe.train.report_to:
+            lines.append(f"Curves:       tensorboard --logdir {shlex.quote(str(run.folder / TENSORBOARD_FOLDER))}")
         if self._checkpoint is not None:
             lines.append(f"Checkpoint:   {self._checkpoint}")
         talk = f'python launch/generate.py --adapter {shlex.quote(str(adapter))} --prompt "..."'

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch.utils.tensorboard import SummaryWriter
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
+from dsmoelora.callbacks.metrics import scalars
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -24,10 +23,8 @@ class TensorBoard(Callback):
 
     def on_metrics(self, run: TrainingRun) -> None:
         assert self._writer is not None
-        for name, value in run.metrics.items():
-            if name != "step" and value is not None and math.isfinite(value):
-                # TensorBoard groups by what stands before the slash
-                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, run.step)
+        for name, value in scalars(run.metrics).items():
+            self._writer.add_scalar(name, value, run.step)
 
     def on_train_end(self, run: TrainingRun) -> None:
         assert self._writer is not None

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dsmoelora.callbacks import read_metrics
 from dsmoelora.cli import parse_command
 from dsmoelora.heartbeat import Phase, read_sign
+from dsmoelora.metrics_file import read_metrics
 from dsmoelora.watchdog import HANG_EXIT_CODE
 from launch import train
 from tests.conftest import PoolFactory

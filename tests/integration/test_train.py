@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dsmoelora.callbacks import read_metrics
 from dsmoelora.cli import parse_command
+from dsmoelora.metrics_file import read_metrics
 from launch import generate, train
 from tests.conftest import PoolFactory
 from tests.launched import Ranks, make_workshop

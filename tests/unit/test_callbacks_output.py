@@ -11,11 +11,13 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dsmoelora.callbacks import MetricsFile, ProgressBar, Samples, Summary, TensorBoard, TrainingRun, read_metrics
+from dsmoelora.callbacks import MetricsFile, ProgressBar, Samples, Summary, TrainingRun
 from dsmoelora.callbacks.memory import resident_bytes
 from dsmoelora.callbacks.samples import split_prompt
+from dsmoelora.callbacks.tensorboard import TensorBoard
 from dsmoelora.config import Recipe, TrainConfig
 from dsmoelora.engine import StepResult
+from dsmoelora.metrics_file import read_metrics
 from tests.fake_engine import FakeDataset, FakeEngine
 
 

@@ -9,10 +9,11 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from dsmoelora.callbacks import Callback, MetricsFile, Samples, TrainingRun, read_metrics
+from dsmoelora.callbacks import Callback, MetricsFile, Samples, TrainingRun
 from dsmoelora.config import Recipe, RunConfig, TrainConfig
 from dsmoelora.engine import StepResult
 from dsmoelora.errors import CheckpointError
+from dsmoelora.metrics_file import read_metrics
 from dsmoelora.trainer import Trainer
 from tests.fake_engine import FakeDataset, FakeEngine
 
