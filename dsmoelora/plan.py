@@ -21,7 +21,7 @@ from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.formats import read_conversations
 from dsmoelora.data.readers import open_source
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
-from dsmoelora.model import load_tokenizer, model_without_weights
+from dsmoelora.model import load_tokenizer, model_without_weights, without_dropout
 from dsmoelora.optim import trainables
 from dsmoelora.run_folder import check_run_folder, existing_parent, run_folder
 
@@ -70,6 +70,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _check_model_folder(plan, recipe.model)
     model = model_without_weights(recipe.model)
     base = sum(parameter.numel() for parameter in model.parameters())
+    _note_what_is_off(plan, model)
     plan.notes += untouched(model)
     layers = inject(model, recipe.adapter)
     adapter = sum(math.prod(trainable.shape) for trainable, _ in trainables(model))
@@ -202,6 +203,15 @@ def _describe_model(plan: Plan, recipe: Recipe, model: PreTrainedModel, base: in
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.max_length > limit:
         plan.notes.append(f"data.max_length = {recipe.data.max_length} is beyond the model's {limit} positions.")
+
+
+def _note_what_is_off(plan: Plan, model: PreTrainedModel) -> None:
+    off = without_dropout(model.config)
+    if off:
+        plan.notes.append(
+            f"The base's own dropout is switched off ({', '.join(f'{key} {value:g}' for key, value in off.items())}): "
+            "its masks would depend on the number of ranks. adapter.lora_dropout takes its place."
+        )
 
 
 def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: int, base: int) -> None:

@@ -69,7 +69,7 @@ def peft_base(path: str, shapes: Mapping[str, tuple[int, int]]) -> PeftBase:
         ModelError: there is no such model, or it has no such layers
     """
     try:
-        modules = dict(model_without_weights(ModelConfig(path=path)).named_modules())
+        modules = dict(model_without_weights(ModelConfig(path=path, attention="eager")).named_modules())
     except ModelError as error:
         raise ModelError(f"The base model {path!r} is not to be had; give its folder with --model. {error}") from None
     for name, expected in shapes.items():

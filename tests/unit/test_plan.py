@@ -65,6 +65,14 @@ def test_the_printed_plan_shows_every_row_and_note(recipe: Recipe) -> None:
     assert "note: optim.warmup_steps = 1000" in text
 
 
+def test_the_dropout_of_the_base_is_said_to_be_off(recipe: Recipe, tmp_path: Path) -> None:
+    file = shutil.copytree(recipe.model.path, tmp_path / "dropping") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": 0.25}))
+    recipe.model.path = str(file.parent)
+    (note,) = make_plan(recipe, ZERO_3, world_size=1, resume="none").notes
+    assert "switched off (attention_dropout 0.25)" in note
+
+
 def test_a_model_without_weights_can_be_planned_with(recipe: Recipe, model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     recipe.model.path = str(tmp_path / "bare")

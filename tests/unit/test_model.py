@@ -1,0 +1,47 @@
+"""The base model as it is loaded: what of it is switched off, and which attention it can have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, PretrainedConfig
+
+from dsmoelora.config import ModelConfig
+from dsmoelora.errors import ConfigError
+from dsmoelora.model import load_model, model_without_weights, without_dropout
+from tests.architectures import save_model
+
+
+@pytest.mark.parametrize(
+    ("described", "was_on"),
+    [
+        (GPT2Config(resid_pdrop=0.2), {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
+        (LlamaConfig(), {}),
+        (MixtralConfig(router_jitter_noise=0.01), {"router_jitter_noise": 0.01}),
+        (OPTConfig(dropout=0.0, layerdrop=0.3), {"layerdrop": 0.3}),
+    ],
+)
+def test_what_makes_a_forward_pass_random_is_switched_off(
+    described: PretrainedConfig, was_on: dict[str, float]
+) -> None:
+    assert without_dropout(described) == was_on
+    assert all(getattr(described, key) == 0.0 for key in was_on)
+    assert without_dropout(described) == {}
+
+
+def test_a_loaded_model_has_no_dropout_of_its_own(tmp_path: Path) -> None:
+    folder = save_model("gpt2", tmp_path)  # 0.1 in three places
+    model = load_model(ModelConfig(path=str(folder), dtype="fp32"), {"zero_optimization": {"stage": 0}}).train()
+    with torch.no_grad():
+        assert torch.equal(model(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+
+
+def test_an_attention_that_the_model_cannot_have_is_answered_with_one_that_it_can(tmp_path: Path) -> None:
+    folder = str(save_model("gemma2", tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"model\.attention is 'sdpa', but it must be eager for this model\. .*scaled"
+    ):
+        model_without_weights(ModelConfig(path=folder, attention="sdpa"))
+    assert model_without_weights(ModelConfig(path=folder, attention="eager")).device.type == "meta"
