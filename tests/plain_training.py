@@ -6,6 +6,8 @@ out over ranks and micro-batches is written here as well, so that nothing of the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject
@@ -20,6 +23,7 @@ from dsmoelora.adapters import adapted_layers, batch_context
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.config import ModelConfig, OptimConfig, Recipe, RunConfig, TrainConfig
 from dsmoelora.data import MicroBatch
+from dsmoelora.optim.reference import precondition
 from tests.helpers import tiny_llama
 
 NUM_STEPS = 20
@@ -141,6 +145,29 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
         final_loss = _mean_loss(model.eval(), 0, recipe.run.seed).item()
     weights = {name: parameter.detach() for name, parameter in trainable.items()}
     return Training(losses, grad_norms, lrs, final_loss, weights, min(gaps, default=torch.inf))
+
+
+@contextmanager
+def preconditioned(config: OptimConfig, norms: list[float]) -> Iterator[None]:
+    """Inside the block torch's optimizers see the gradients that the single-device reference makes.
+
+    The optimizer of `train_plainly` has three param groups: a, b and routers, each in the order of the layers.
+    """
+
+    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        factors_a, factors_b, routers = (group["params"] for group in optimizer.param_groups)
+        if config.max_grad_norm_router:
+            torch.nn.utils.clip_grad_norm_(routers, config.max_grad_norm_router)
+        for a, b in zip(factors_a, factors_b, strict=True):
+            new_grads = precondition(config, a.detach(), b.detach(), a.grad, b.grad, None, None)
+            a.grad, b.grad = new_grads[:2]
+        norms.append(torch.stack([p.grad.norm() for p in (*factors_a, *factors_b, *routers)]).norm().item())
+
+    hook = register_optimizer_step_pre_hook(before_step)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _share_of_lr(step: int, recipe: Recipe) -> float:

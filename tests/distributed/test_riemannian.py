@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsmoelora.config import OptimConfig, Recipe
+from dsmoelora.config import Recipe
 from dsmoelora.optim.preconditioner import Preconditioner
-from dsmoelora.optim.reference import precondition
 from tests.conftest import PoolFactory
 from tests.engine_ranks import (
     Job,
@@ -31,7 +28,7 @@ from tests.engine_ranks import (
     put_together,
     train_on_rank,
 )
-from tests.plain_training import Training, make_base, make_recipe, train_plainly
+from tests.plain_training import Training, make_base, make_recipe, preconditioned, train_plainly
 
 COMMON = {"damping": 0.1, "damping_abs": 1e-3}
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,29 +61,6 @@ class Reference:
     recipe: Recipe
     training: Training
     norms: list[float]
-
-
-@contextmanager
-def preconditioned(config: OptimConfig, norms: list[float]) -> Iterator[None]:
-    """Inside the block torch's optimizers see the gradients that the single-device reference makes.
-
-    The optimizer of `train_plainly` has three param groups: a, b and routers, each in the order of the layers.
-    """
-
-    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        factors_a, factors_b, routers = (group["params"] for group in optimizer.param_groups)
-        if config.max_grad_norm_router:
-            torch.nn.utils.clip_grad_norm_(routers, config.max_grad_norm_router)
-        for a, b in zip(factors_a, factors_b, strict=True):
-            new_grads = precondition(config, a.detach(), b.detach(), a.grad, b.grad, None, None)
-            a.grad, b.grad = new_grads[:2]
-        norms.append(torch.stack([p.grad.norm() for p in (*factors_a, *factors_b, *routers)]).norm().item())
-
-    hook = register_optimizer_step_pre_hook(before_step)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @pytest.fixture(scope="module")
