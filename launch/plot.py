@@ -1,0 +1,177 @@
+"""Draw the curves of one or more runs into one picture.
+
+    python launch/plot.py runs/a runs/b --out plot.png
+
+Training and held-out loss, learning rate and throughput, a colour for each run, out of runs/<name>/metrics.jsonl. Works
+while a run goes on. Needs matplotlib and no screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
+
+from dsmoelora.cli import run_guarded
+from dsmoelora.errors import ConfigError, bad_value
+from dsmoelora.metrics_file import METRICS_FILE, read_metrics
+
+SUFFIXES = (".png", ".pdf", ".svg")
+COLOURS = "petroff10"  # of matplotlib: tells ten lines apart, also for colour-blind eyes
+SMOOTHED_SHARE = 0.04  # of a run's steps: the window of the running mean that is drawn over a long curve
+MIN_WINDOW = 4  # steps; a shorter mean would hide nothing and lag behind
+GREY = "0.35"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The metrics of one run.
+
+    Args:
+        name: in the legend
+        rows: lines of its `metrics.jsonl`
+    """
+
+    name: str
+    rows: Sequence[dict[str, Any]]
+
+    def curve(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one metric; a value that was not finite is NaN, which leaves a gap."""
+        found = [(row["step"], row[key]) for row in self.rows if key in row]
+        return [step for step, _ in found], [math.nan if value is None else value for _, value in found]
+
+
+def main() -> None:
+    """Read, draw, save."""
+    options = parse_options(sys.argv[1:])
+    runs = read_runs(options.runs)
+    try:
+        draw(runs).savefig(options.out, dpi=150, bbox_inches="tight")
+    except OSError as error:
+        raise ConfigError(f"--out {options.out} cannot be written ({error.strerror}). Name another file.") from error
+    print(f"Drew {', '.join(run.name for run in runs)} into {options.out}")
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        ConfigError: `--out` is no picture
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/demo")
+    parser.add_argument("--out", type=Path, default=Path("plot.png"), help="picture to write; default: plot.png")
+    options = parser.parse_args(argv)
+    if options.out.suffix not in SUFFIXES or options.out.is_dir():
+        raise bad_value("--out", str(options.out), f"a file that ends in {', '.join(SUFFIXES)}", "Example: plot.png.")
+    return options
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """The runs, named by their folders, or by the paths as given where names are not unique.
+
+    Raises:
+        ConfigError: a folder has no metrics
+    """
+    folders = list(folders)
+    names = [folder.resolve().name for folder in folders]
+    runs = []
+    for folder, name in zip(folders, names, strict=True):
+        path = folder / METRICS_FILE
+        if not path.is_file():
+            raise ConfigError(f"{folder} holds no {METRICS_FILE}. Give the folder of a run, e.g. runs/demo.")
+        rows = read_metrics(path)
+        if not rows:
+            raise ConfigError(f"{path} holds no line yet. Wait for the run's first step, or leave it out.")
+        runs.append(Run(name if names.count(name) == 1 else str(folder), rows))
+    return runs
+
+
+def draw(runs: Sequence[Run]) -> Any:
+    """A matplotlib figure: losses above, learning rate and throughput below.
+
+    Raises:
+        ConfigError: matplotlib is not installed
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "launch/plot.py draws with matplotlib, which is not installed. pip install matplotlib"
+        ) from None
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    loss, rate, speed = figure.subplot_mosaic([["loss", "loss"], ["rate", "speed"]], height_ratios=[3, 2]).values()
+    colours = matplotlib.color_sequences[COLOURS]
+    for place, run in enumerate(runs):
+        colour = colours[place % len(colours)]
+        _draw_smoothed(loss, run.curve("loss"), colour)
+        loss.plot(*run.curve("eval/loss"), color=colour, marker="o", markersize=5, linewidth=1.8)
+        rate.plot(*run.curve("lr"), color=colour, linewidth=1.5)
+        _draw_smoothed(speed, run.curve("throughput(tokens/s)"), colour)
+    _describe(loss, "Loss", "mean negative log likelihood\n(nats per supervised token)")
+    _describe(rate, "Learning rate", "learning rate")
+    rate.yaxis.set_major_formatter("{x:g}")
+    _describe(speed, "Throughput", "tokens per second, all ranks")
+    speed.set_ylim(bottom=0)
+    speed.yaxis.set_major_formatter("{x:,.0f}")
+    _add_legends(loss, runs, colours)
+    return figure
+
+
+def _draw_smoothed(axes: Any, curve: tuple[list[float], list[float]], colour: Any) -> None:
+    """The values pale, their running mean over them; short curves as they are."""
+    steps, values = curve
+    window = round(len(values) * SMOOTHED_SHARE)
+    if window < MIN_WINDOW:
+        axes.plot(steps, values, color=colour, linewidth=1.0, alpha=0.9)
+        return
+    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+    axes.plot(steps, running_mean(values, window), color=colour, linewidth=1.2)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of the last `window` values at every place, of fewer at the beginning; NaN values are left out."""
+    means = []
+    for end in range(1, len(values) + 1):
+        part = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
+        means.append(sum(part) / len(part) if part else math.nan)
+    return means
+
+
+def _describe(axes: Any, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("optimizer step", color=GREY)
+    axes.set_ylabel(unit, color=GREY)
+    axes.tick_params(colors=GREY)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.7")
+
+
+def _add_legends(axes: Any, runs: Sequence[Run], colours: Sequence[Any]) -> None:
+    """One legend tells runs apart by colour, the other training from held-out."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=colours[place % len(colours)], linewidth=3, label=run.name)
+        for place, run in enumerate(runs)
+    ]
+    axes.add_artist(axes.legend(handles=handles, title="run", alignment="left", loc="upper right", frameon=False))
+    kinds = [Line2D([], [], color=GREY, linewidth=1.2, label="training")]
+    if any("eval/loss" in row for run in runs for row in run.rows):
+        kinds.append(Line2D([], [], color=GREY, linewidth=1.8, marker="o", markersize=5, label="held out"))
+    axes.legend(handles=kinds, loc="lower left", frameon=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))
