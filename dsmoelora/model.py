@@ -21,6 +21,8 @@ from transformers import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from dsmoelora.config import ModelConfig
+from dsmoelora.data.fallback_template import ensure_chat_template
+from dsmoelora.data.sentencepiece_model import has_sentencepiece_alone, load_sentencepiece
 from dsmoelora.errors import ModelError, bad_value
 from dsmoelora.heap import large_blocks_apart
 
@@ -32,15 +34,21 @@ _OF_OTHER_HEADS = re.compile(r"classifier|summary")
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model folder; a missing pad token becomes the end-of-text token.
 
+    A bare sentencepiece file is converted. A base model's tokenizer without a chat template is given one.
+
     Raises:
         ModelError: there is none, or it cannot be read
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _cannot_load("tokenizer", config, error) from error
+    if has_sentencepiece_alone(Path(config.path)):
+        tokenizer = load_sentencepiece(Path(config.path))
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise _cannot_load("tokenizer", config, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    ensure_chat_template(tokenizer)
     return tokenizer
 
 

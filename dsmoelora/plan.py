@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from dsmoelora.adapters import inject, untouched
 from dsmoelora.config import ModelConfig, Recipe
+from dsmoelora.data.fallback_template import is_fallback
 from dsmoelora.data.formats import read_conversations
 from dsmoelora.data.readers import open_source
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
@@ -168,7 +169,11 @@ def _check_model_folder(plan: Plan, config: ModelConfig) -> None:
         _find_on_hub(config.path)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         plan.notes.append(f"{folder} holds no weights ({', '.join(_WEIGHTS)}): it can be planned with, not trained.")
-    load_tokenizer(config)
+    if is_fallback(load_tokenizer(config)):
+        plan.notes.append(
+            f"the tokenizer of {config.path} has no chat template: turns are written as ### User: and ### Assistant: "
+            "(docs/data.md). --preview 3 shows what comes of it."
+        )
 
 
 def _find_on_hub(name: str) -> None:

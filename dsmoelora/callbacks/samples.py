@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from rich import box
@@ -67,8 +68,9 @@ def _answers(run: TrainingRun) -> list[str]:
 def _prompts(run: TrainingRun) -> list[tuple[list[Message], str]]:
     if run.eval_data is None:
         return []
-    count = min(run.recipe.train.num_samples, len(run.eval_data))
-    return [split_prompt(run.eval_data.messages(i)) for i in range(count)]
+    # Rows of plain text have no messages, and no question to ask.
+    talks = (messages for i in range(len(run.eval_data)) if (messages := run.eval_data.messages(i)))
+    return [split_prompt(messages) for messages in islice(talks, run.recipe.train.num_samples)]
 
 
 def split_prompt(messages: list[Message]) -> tuple[list[Message], str]:

@@ -79,6 +79,13 @@ def test_a_model_without_weights_can_be_planned_with(recipe: Recipe, model: Path
     assert "holds no weights" in make_plan(recipe, ZERO_3, world_size=1, resume="none").notes[0]
 
 
+def test_a_base_model_without_template_is_planned_with_ours(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "base", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    recipe.model.path = str(tmp_path / "base")
+    (note,) = make_plan(recipe, ZERO_3, world_size=1, resume="none").notes
+    assert "no chat template: turns are written as ### User: and ### Assistant:" in note
+
+
 def no_model_folder(recipe: Recipe, folder: Path) -> None:
     recipe.model.path = str(folder / "nowhere")
 
