@@ -76,7 +76,9 @@ def measure(counter: Counter, rule: str, num_experts: int, rank: int) -> None:
     engine.optimizer.register_step_pre_hook(lambda *_: setattr(counter, "on", True))
     engine.optimizer.register_step_post_hook(lambda *_: setattr(counter, "on", False))
     ids = torch.arange(8).unsqueeze(0)
-    engine.train_step([MicroBatch(ids, torch.ones_like(ids), ids, torch.tensor([comm.rank()]), 7 * WORLD_SIZE)])
+    engine.train_step(
+        [MicroBatch(ids, torch.ones_like(ids), ids, torch.tensor([comm.rank()]), 7 * WORLD_SIZE, 8 * WORLD_SIZE)]
+    )
     factors = [of for of, _ in trainables(model) if of.factor in (Factor.A, Factor.B)]
     gathering = 2 * 4 * sum(math.prod(of.shape) for of in factors)  # factors and gradients in fp32
     sent = sum(counter.num_bytes.values())

@@ -70,7 +70,7 @@ def random_tokens(step: int, vocab_size: int) -> MicroBatch:
     generator = torch.Generator().manual_seed(step * WORLD_SIZE + comm.rank())
     ids = torch.randint(vocab_size, (1, NUM_TOKENS // WORLD_SIZE), generator=generator)
     sequence_ids = torch.tensor([step * WORLD_SIZE + comm.rank()])
-    return MicroBatch(ids, torch.ones_like(ids), ids, sequence_ids, NUM_TOKENS - WORLD_SIZE)
+    return MicroBatch(ids, torch.ones_like(ids), ids, sequence_ids, NUM_TOKENS - WORLD_SIZE, NUM_TOKENS)
 
 
 def peak(memory: PeakMemory) -> float:

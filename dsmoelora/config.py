@@ -7,13 +7,13 @@ A recipe is one YAML file with the sections of `Recipe`; any key can be overridd
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from dsmoelora.errors import bad_value
-from dsmoelora.router_options import RouterName, settle_router
+from dsmoelora.router_options import RouterName, check_losses, settle_router
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -197,6 +197,25 @@ class OptimConfig:
 
 
 @dataclass
+class LossesConfig:
+    """Losses of the routers, added to that of the text; 0 switches one off.
+
+    Args:
+        balance: weight of the balance loss, `E sum_e f_e P_e`, the mean over layers: evens out how many tokens an
+            expert gets (it is 1 where they are even)
+        z: weight of the z loss, the mean square of the logits' logsumexp: keeps logits small
+    """
+
+    balance: float = 0.0
+    z: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, usual in (("balance", 0.01), ("z", 0.001)):
+            value = getattr(self, name)
+            _require(value >= 0, f"losses.{name}", value, "0 or more", f"0 switches it off, {usual} is common.")
+
+
+@dataclass
 class ParallelConfig:
     """Where experts lie.
 
@@ -353,6 +372,7 @@ class Recipe:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    losses: LossesConfig = field(default_factory=LossesConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -374,3 +394,4 @@ class Recipe:
             "null where adapter.num_experts is 1, for there are no routers",
             "Drop it.",
         )
+        check_losses(self.adapter, asdict(self.losses))

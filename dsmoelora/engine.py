@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsmoelora.adapters import adapted_layers, batch_context, inject
 from dsmoelora.adapters.dropout import token_keys
-from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, write_adapter
+from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, router_buffers, write_adapter
+from dsmoelora.adapters.routers.prompt import prompt_tokens
+from dsmoelora.adapters.routing_log import RoutingLog
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
@@ -57,6 +59,7 @@ class StepResult:
         preconditioning: what the Riemannian preconditioner reports, empty without one: `preconditioned_norm` of the
             gradient after it, `condition` (largest condition number of a Gram matrix, estimated from below),
             `eigh_fallbacks` (matrices that Cholesky could not take)
+        router_losses: values, without their weights, of the losses that are switched on; `loss` does not hold them
     """
 
     loss: float
@@ -66,6 +69,7 @@ class StepResult:
     num_tokens: int
     num_supervised: int
     preconditioning: dict[str, float] = field(default_factory=dict)
+    router_losses: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -120,6 +124,7 @@ class Engine:
         )
         self.optimizer.bind(zero.shard_groups(self._deepspeed, found, self.layout))
         self.watch = AdapterWatch(self.optimizer)
+        self._routing = self._context.log = RoutingLog(model, recipe.losses, self.device)
         comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
 
     @classmethod
@@ -154,15 +159,19 @@ class Engine:
         self._deepspeed.train()
         lr = float(self.schedule.get_last_lr()[0])
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._routing.begin_step(micro_batches[0].num_tokens_global, scale=comm.world_size())
         for micro_batch in micro_batches:
-            nll = self._nll_sum(micro_batch)
+            with self._routing.listening():
+                nll = self._nll_sum(micro_batch)
             loss = nll * (comm.world_size() / micro_batch.num_supervised_global)
             self._deepspeed.backward(loss, scale_wrt_gas=False)
             sums[0] += nll.detach()
             sums[1] += micro_batch.attention_mask.sum()
             if micro_batch is not micro_batches[-1]:
                 self._deepspeed.step()  # counts the micro-batch
-        nll_sum, num_tokens = comm.all_reduce_sum(sums.tolist())
+        totals = comm.sum_over_ranks(torch.cat((sums, self._routing.sums)))
+        routing = totals[2:]
+        nll_sum, num_tokens, *values = torch.cat((totals[:2], self._routing.loss_values(routing))).tolist()
         self.optimizer.skip = not math.isfinite(nll_sum)
         self._deepspeed.step()
         skipped = self.optimizer.skip or not zero.step_was_applied(self._deepspeed)
@@ -173,7 +182,12 @@ class Engine:
         num_supervised = micro_batches[0].num_supervised_global
         grad_norm = zero.global_grad_norm(self._deepspeed)
         report = {} if skipped else self._preconditioning()
-        return StepResult(nll_sum / num_supervised, grad_norm, lr, skipped, int(num_tokens), num_supervised, report)
+        if not skipped:
+            self._routing.finish_step(routing)
+        self._context.clear()
+        losses = dict(zip(self._routing.loss_names, values, strict=True))
+        loss = nll_sum / num_supervised
+        return StepResult(loss, grad_norm, lr, skipped, int(num_tokens), num_supervised, report, losses)
 
     def _preconditioning(self) -> dict[str, float]:
         reports = self.optimizer.reports
@@ -200,6 +214,7 @@ class Engine:
         with self._inference():
             for micro_batch in micro_batches:
                 total += self._nll_sum(micro_batch)
+        self._context.clear()
         return comm.all_reduce_sum([total.item()])[0] / micro_batches[0].num_supervised_global
 
     def generate(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[str]:
@@ -242,6 +257,7 @@ class Engine:
             "step": self.step,
             "skipped_steps": self.skipped_steps,
             "optimizer_steps": self.optimizer.num_steps,
+            "routing": self._routing.state(),
         }
         kept = {"engine": own, "caller": state}
         return save_checkpoint(root, self.step, self._shard_states(), kept, keep, self._heartbeat.beat)
@@ -258,6 +274,7 @@ class Engine:
         zero.push_master_weights(self._deepspeed)
         self.step, self.skipped_steps = own["step"], own["skipped_steps"]
         self.optimizer.num_steps = own["optimizer_steps"]
+        self._routing.load_state(own["routing"])
         self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps, self.step)
         caller_state: dict[str, Any] = state["caller"]
         return caller_state
@@ -277,6 +294,7 @@ class Engine:
                     whole = comm.all_gather_tensor(whole, self.layout.expert_group)
                 if comm.rank() == 0:
                     tensors[trainable.name] = whole.cpu().clone()
+        tensors |= {name: buffer.cpu().clone() for name, buffer in router_buffers(self.model).items()}
         layers = dict(adapted_layers(self.model))
         prints = {}
         for name in fingerprinted_layers(self.model):
@@ -304,6 +322,8 @@ class Engine:
         num_logits = micro_batch.labels.shape[1] - first + 1
         batch = micro_batch.to(self.device)
         self._context.token_keys = token_keys(self.recipe.run.seed, batch.sequence_ids, batch.attention_mask)
+        self._context.real_BS = batch.attention_mask.bool()
+        self._context.prompt_BS = prompt_tokens(batch.attention_mask, batch.labels)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self._can_keep_logits:
             inputs["logits_to_keep"] = num_logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -94,4 +95,27 @@ def _check_ranges(config: RouterSettings) -> None:
             config.top_k,
             f"below adapter.num_experts = {config.num_experts}, for the bias of router sigmoid_bias only selects",
             "Lower adapter.top_k, or take adapter.router = softmax_topk.",
+        )
+
+
+def check_losses(config: RouterSettings, losses: Mapping[str, float]) -> None:
+    """Refuse losses that the routers cannot have.
+
+    Args:
+        config: of the adapter
+        losses: weights by name
+
+    Raises:
+        ConfigError: a loss that is switched on would do nothing
+    """
+    for name, weight in losses.items():
+        if weight and config.num_experts == 1:
+            why = "0 where adapter.num_experts is 1, for there are no routers"
+            raise bad_value(f"losses.{name}", weight, why, "Drop it.")
+    reason = ROUTERS[config.router].no_balance
+    if config.top_k == config.num_experts:
+        reason = "adapter.top_k is adapter.num_experts, so the experts' shares of tokens are always equal"
+    if losses.get("balance") and reason:
+        raise bad_value(
+            "losses.balance", losses["balance"], f"0 with adapter.router = {config.router}: {reason}", "Drop it."
         )

@@ -128,6 +128,7 @@ class Trainer:
             "throughput(tokens/s)": result.num_tokens / seconds,
             "skipped_steps": self._engine.skipped_steps,
             **result.preconditioning,
+            **{f"losses/{name}": value for name, value in result.router_losses.items()},
         }
 
     def _evaluation_is_due(self) -> bool:

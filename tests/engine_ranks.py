@@ -50,6 +50,7 @@ class Share:
     final_loss: float
     num_optimizer_steps: int
     numbers: dict[str, Pieces]
+    router_losses: list[dict[str, float]] = field(default_factory=list)
 
 
 def build_engine(job: Job) -> Any:
@@ -96,6 +97,7 @@ def train_on_rank(job: Job) -> Share:
         engine.evaluate(batches_of(job, 0)),
         engine.optimizer.num_steps,
         numbers_of(engine),
+        [result.router_losses for result in results],
     )
 
 

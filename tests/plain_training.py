@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dsmoelora.config import ModelConfig, OptimConfig, Recipe, RunConfig, TrainC
 from dsmoelora.data import MicroBatch
 from dsmoelora.optim.reference import precondition
 from tests.helpers import tiny_llama
+from tests.plain_router_losses import PlainRouterLosses
 
 NUM_STEPS = 20
 BATCH_SIZE = 48  # divides by 1, 2, 3 and 4 ranks times 1, 2 and 4 micro-batches
@@ -90,7 +91,7 @@ def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
 def micro_batches(step: int, rank: int, world_size: int, accumulation: int) -> list[MicroBatch]:
     """A rank's part of a global batch, cut into micro-batches that are as long as their longest row."""
     ids_BS, mask_BS, labels_BS = global_batch(step)
-    num_supervised = int((labels_BS[:, 1:] != -100).sum())
+    num_supervised, num_tokens = int((labels_BS[:, 1:] != -100).sum()), int(mask_BS.sum())
     sequence_ids_B = step * BATCH_SIZE + torch.arange(BATCH_SIZE)
     size = BATCH_SIZE // (world_size * accumulation)
     found = []
@@ -98,7 +99,7 @@ def micro_batches(step: int, rank: int, world_size: int, accumulation: int) -> l
         rows = slice((number * world_size + rank) * size, (number * world_size + rank + 1) * size)
         longest = int(mask_BS[rows].sum(-1).max())
         ids, mask, labels = (tensor[rows, :longest] for tensor in (ids_BS, mask_BS, labels_BS))
-        found.append(MicroBatch(ids, mask, labels, sequence_ids_B[rows], num_supervised))
+        found.append(MicroBatch(ids, mask, labels, sequence_ids_B[rows], num_supervised, num_tokens))
     return found
 
 
@@ -111,6 +112,7 @@ class Training:
         final_loss: mean over the tokens of the first global batch, after the last step, without dropout
         weights: trainable tensors by name
         smallest_gap: between the logits of the last chosen expert and the next, over all tokens of the run
+        router_losses: balance and z of every step, where the recipe has them
     """
 
     losses: list[float]
@@ -119,6 +121,7 @@ class Training:
     final_loss: float
     weights: dict[str, Tensor]
     smallest_gap: float
+    router_losses: list[dict[str, float]] = field(default_factory=list)
 
 
 def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Training:
@@ -127,7 +130,8 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
     inject(model, recipe.adapter)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = _torch_optimizer(trainable, recipe.optim)
-    gaps = _watch_gaps(model, recipe.adapter.top_k)
+    gaps = _watch_gaps(model, recipe.adapter.top_k or recipe.adapter.num_experts)
+    router_losses = PlainRouterLosses(model)
     losses, grad_norms, lrs = [], [], []
     for step in range(recipe.train.max_steps):
         share = _share_of_lr(step, recipe)
@@ -135,7 +139,7 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
             group["lr"] = share * group["full_lr"]
         optimizer.zero_grad()
         loss = _mean_loss(model.train(), step, recipe.run.seed)
-        loss.backward()
+        (loss + router_losses.of_step(global_batch(step)[1], recipe.losses)).backward()
         max_norm = recipe.optim.max_grad_norm or torch.inf
         grad_norms.append(float(torch.nn.utils.clip_grad_norm_(trainable.values(), max_norm)))
         optimizer.step()
@@ -144,7 +148,7 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
     with torch.no_grad():
         final_loss = _mean_loss(model.eval(), 0, recipe.run.seed).item()
     weights = {name: parameter.detach() for name, parameter in trainable.items()}
-    return Training(losses, grad_norms, lrs, final_loss, weights, min(gaps, default=torch.inf))
+    return Training(losses, grad_norms, lrs, final_loss, weights, min(gaps, default=torch.inf), router_losses.values)
 
 
 @contextmanager
@@ -191,7 +195,11 @@ def _torch_optimizer(trainable: dict[str, torch.nn.Parameter], config: OptimConf
 def _mean_loss(model: Any, step: int, seed: int) -> Tensor:
     ids_BS, mask_BS, labels_BS = global_batch(step)
     sequence_ids_B = step * BATCH_SIZE + torch.arange(BATCH_SIZE)
-    batch_context(model).token_keys = token_keys(seed, sequence_ids_B, mask_BS)
+    context = batch_context(model)
+    context.token_keys = token_keys(seed, sequence_ids_B, mask_BS)
+    before_first_label_BS = (labels_BS != -100).cumsum(-1) == 0
+    before_first_label_BS[:, 0] = True
+    context.prompt_BS = before_first_label_BS & mask_BS.bool()
     log_probs_BSV = model(ids_BS, attention_mask=mask_BS).logits[:, :-1].log_softmax(-1)
     targets_BS = labels_BS[:, 1:]
     chosen_BS = log_probs_BSV.gather(-1, targets_BS.clamp(min=0).unsqueeze(-1)).squeeze(-1)

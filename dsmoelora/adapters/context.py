@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dsmoelora.adapters.shared_input import SharedInput
@@ -38,6 +39,16 @@ class TokenExchange(Protocol):
         """
 
 
+class RouterListener(Protocol):
+    """Who hears what routers do (`routing_log.RoutingLog`); N counts tokens, or sequences where they are routed."""
+
+    def with_losses(self, layer: str, logits_NE: Tensor, num_tokens_N: Tensor) -> Tensor:
+        """The logits to go on with."""
+
+    def add(self, layer: str, gate_NE: Tensor, selected_NE: Tensor, num_tokens_N: Tensor) -> None:
+        """Hear of a decision."""
+
+
 @dataclass
 class BatchContext:
     """Shared by all adapted layers of a model; whoever runs the model fills it in before the forward pass.
@@ -47,13 +58,17 @@ class BatchContext:
     Args:
         token_keys: (B, S) int32 from `dropout.token_keys`; None falls back to torch's own dropout and noise, which
             depend on how a batch is split
+        real_BS: bool, False for padding; None stands for no padding
         prompt_BS: bool, the tokens that router `prompt` looks at; None leaves it to what the model is called with
         prompts: what router `prompt` remembers of that
         exchange: where experts are partitioned over ranks
+        log: hears what routers do in training; stays when the micro-batch goes
     """
 
     token_keys: Tensor | None = None
+    real_BS: Tensor | None = None
     prompt_BS: Tensor | None = None
+    log: RouterListener | None = None
     prompts: PromptMemory = field(default_factory=lambda: PromptMemory())
     exchange: TokenExchange | None = None
     _last_input: SharedInput | None = None
@@ -66,7 +81,14 @@ class BatchContext:
 
     def clear(self) -> None:
         """Forget the micro-batch."""
-        self.token_keys = self.prompt_BS = self._last_input = None
+        self.token_keys = self.real_BS = self.prompt_BS = self._last_input = None
+
+    def real_tokens(self, like_NE: Tensor) -> Tensor:
+        """(N,) fp32: how many real tokens each of N tokens or sequences stands for."""
+        if self.real_BS is None:
+            return torch.ones(len(like_NE), device=like_NE.device)
+        per_token = len(like_NE) == self.real_BS.numel()
+        return (self.real_BS.flatten() if per_token else self.real_BS.sum(-1)).float()
 
 
 @dataclass

@@ -45,6 +45,15 @@ def fingerprinted_layers(model: nn.Module) -> list[str]:
     return [names[0], names[-1]]
 
 
+def router_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What routers keep beside their parameters (the selection biases of `sigmoid_bias`), by qualified name."""
+    return {
+        f"{name}.router.{key}": buffer
+        for name, layer in adapted_layers(model)
+        for key, buffer in layer.router.named_buffers()
+    }
+
+
 def write_adapter(
     folder: Path,
     config: AdapterConfig,
@@ -151,7 +160,8 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     config.target_modules = layers
     tensors = read_weights(folder / WEIGHTS_FILE)
     inject(model, config)
-    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wanted: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    wanted |= router_buffers(model)
     shapes, wanted_shapes = _shapes(tensors), _shapes(wanted)
     if shapes != wanted_shapes:
         odd = listing(sorted({name for name, _ in shapes.items() ^ wanted_shapes.items()}))

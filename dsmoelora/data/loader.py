@@ -28,6 +28,7 @@ class MicroBatch:
         sequence_ids: (B,) int64, the number of the sequence in the whole run (in an evaluation: of the row)
         num_supervised_global: targets that enter the loss in the whole global batch, over all ranks and micro-batches
             (in an evaluation: in the whole dataset)
+        num_tokens_global: real tokens of the same, padding left out
     """
 
     input_ids: torch.Tensor
@@ -35,6 +36,7 @@ class MicroBatch:
     labels: torch.Tensor
     sequence_ids: torch.Tensor
     num_supervised_global: int
+    num_tokens_global: int
 
     @property
     def num_supervised_local(self) -> int:
@@ -95,10 +97,10 @@ def train_steps(
     while True:
         first = step * batch_size
         samples = stream.samples(first, batch_size)
-        num_supervised = int(dataset.num_supervised[samples].sum())
+        totals = int(dataset.num_supervised[samples].sum()), int(dataset.num_tokens[samples].sum())
         places = [_Place(sample, first + i) for i, sample in enumerate(samples.tolist())]
         shares = _deal(_by_length(dataset, places), micro_batch_size, rank, world_size)
-        yield [_collate(dataset, share, pad_token_id, num_supervised) for share in shares]
+        yield [_collate(dataset, share, pad_token_id, totals) for share in shares]
         step += 1
 
 
@@ -118,8 +120,8 @@ def eval_micro_batches(
         filler = replace(rest[-1], counts=False)
         filled = rest + [filler] * (per_rank * world_size - len(rest))
         shares += _deal(filled, per_rank, rank, world_size)
-    num_supervised = int(dataset.num_supervised.sum())
-    return [_collate(dataset, share, pad_token_id, num_supervised) for share in shares]
+    totals = int(dataset.num_supervised.sum()), int(dataset.num_tokens.sum())
+    return [_collate(dataset, share, pad_token_id, totals) for share in shares]
 
 
 class _SampleStream:
@@ -161,7 +163,7 @@ def _deal(places: list[_Place], micro_batch_size: int, rank: int, world_size: in
 
 
 def _collate(
-    dataset: InstructionDataset, places: Sequence[_Place], pad_token_id: int, num_supervised_global: int
+    dataset: InstructionDataset, places: Sequence[_Place], pad_token_id: int, totals: tuple[int, int]
 ) -> MicroBatch:
     samples = [dataset.sample(place.sample) for place in places]
     shape = (len(samples), max(len(ids) for ids, _ in samples))
@@ -174,4 +176,4 @@ def _collate(
         if place.counts:
             labels[i, : len(ids)] = torch.tensor(targets)
     sequence_ids = torch.tensor([place.sequence_id for place in places], dtype=torch.int64)
-    return MicroBatch(input_ids, attention_mask, labels, sequence_ids, num_supervised_global)
+    return MicroBatch(input_ids, attention_mask, labels, sequence_ids, *totals)

@@ -152,6 +152,13 @@ def all_gather_tensor(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return everyone
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of a tensor on the accelerator, in place; nothing comes to the host."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank; the same on all ranks."""
     return all_reduce_sum([float(flag)])[0] > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,8 +16,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
-from dsmoelora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, fingerprint, fingerprinted_layers, write_adapter
+from dsmoelora.adapters.folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    fingerprint,
+    fingerprinted_layers,
+    router_buffers,
+    write_adapter,
+)
 from dsmoelora.errors import CheckpointError, ModelError
+from dsmoelora.router_options import RouterName
 from tests.helpers import tiny_llama
 
 
@@ -75,6 +83,26 @@ def test_a_loaded_adapter_gives_the_same_logits(
     assert not loaded.training
     assert torch.equal(logits(loaded), logits(adapted.eval()))
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", CONFIG_FILE, WEIGHTS_FILE]
+
+
+@pytest.mark.parametrize("router", get_args(RouterName))
+def test_every_router_comes_back_with_all_that_it_learned(base: PreTrainedModel, tmp_path: Path, router: Any) -> None:
+    model = copy.deepcopy(base)
+    config = AdapterConfig(r=3, num_experts=5, router=router, target_modules=["q_proj", "up_proj"])
+    inject(model, config)
+    with torch.no_grad():
+        for number, parameter in enumerate(weights_of(model).values()):
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+        for steps in router_buffers(model).values():
+            steps.copy_(torch.tensor([40, -3, 0, 17, -900]))
+    assert bool(router_buffers(model)) == (router == "sigmoid_bias")
+    tensors = {name: value.detach() for name, value in weights_of(model).items()} | router_buffers(model)
+    folder = tmp_path / "adapter"
+    prints = {name: fingerprint(base.get_submodule(name).weight) for name in fingerprinted_layers(model)}
+    write_adapter(folder, config, [name for name, _ in adapted_layers(model)], tensors, "models/tiny", prints)
+    expected = logits(model.eval())
+    assert not torch.equal(logits(base), expected)
+    assert torch.equal(logits(load_adapter(base, folder)), expected)
 
 
 def test_an_adapter_loads_on_its_base_in_another_dtype(

@@ -200,7 +200,7 @@ def test_evaluation_puts_rows_of_similar_length_together(dataset: InstructionDat
 
 def test_targets_are_counted_as_the_loss_sees_them() -> None:
     labels = torch.tensor([[-100, 5, -100], [7, -100, 8]])  # the 7 is the first token: nothing predicts it
-    batch = MicroBatch(labels, labels, labels, torch.arange(2), num_supervised_global=2)
+    batch = MicroBatch(labels, labels, labels, torch.arange(2), num_supervised_global=2, num_tokens_global=2)
     assert batch.num_supervised_local == 2
 
 
@@ -215,7 +215,7 @@ def test_micro_batch_moves_to_a_device(dataset: InstructionDataset) -> None:
 def test_the_first_supervised_place_is_that_of_any_sequence() -> None:
     def batch_with(labels: list[list[int]]) -> MicroBatch:
         tensor = torch.tensor(labels)
-        return MicroBatch(tensor, torch.ones_like(tensor), tensor, torch.arange(len(labels)), 1)
+        return MicroBatch(tensor, torch.ones_like(tensor), tensor, torch.arange(len(labels)), 1, 1)
 
     assert batch_with([[-100, -100, -100, 7], [-100, -100, 5, 5]]).first_supervised == 2
     assert batch_with([[3, -100, -100, 7]]).first_supervised == 3  # the first token of all is never predicted

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.function import RouterLogits
-from dsmoelora.adapters.routers.parts import RouterPlace
+from dsmoelora.adapters.routers.parts import Report, RouterPlace
 from dsmoelora.adapters.routers.rules import largest, softmax_over
 
 
@@ -34,14 +34,17 @@ class SigmoidBiasRouter(nn.Module):
         self.bias_steps: Tensor
         steps_E = torch.zeros(place.num_experts, dtype=torch.int32, device=place.like.device)
         self.register_buffer("bias_steps", steps_E)
-        self._top_k, self._rate = top_k, rate
+        self._top_k, self._rate, self._report = top_k, rate, Report(place)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
         x_TD, logits_TE = RouterLogits.apply(x_TD, self.weight)
+        return x_TD, *self._report.decide(logits_TE, self._rule, self.training)
+
+    def _rule(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         selected_TE = largest(logits_TE.detach().sigmoid() + self._rate * self.bias_steps, self._top_k)
         # a softmax of logarithms: the scores divided by their sum, also where they are too small for fp32
-        return x_TD, softmax_over(nn.functional.logsigmoid(logits_TE), selected_TE), selected_TE
+        return softmax_over(nn.functional.logsigmoid(logits_TE), selected_TE), selected_TE
 
 
 def move_biases(routers: Sequence[SigmoidBiasRouter], counts: Sequence[Tensor]) -> None:

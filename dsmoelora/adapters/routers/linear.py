@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dsmoelora.adapters.dropout import keyed_normal
 from dsmoelora.adapters.function import RouterLogits
-from dsmoelora.adapters.routers.parts import RouterPlace
+from dsmoelora.adapters.routers.parts import Report, RouterPlace
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.seeds import derive_seed
 
@@ -24,12 +24,12 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.shapes: dict[str, tuple[int, ...]] = {"weight": place.shape}
         self.weight = place.uniform_start()
-        self._rule = rule
+        self._rule, self._report = rule, Report(place)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
         x_TD, logits_TE = RouterLogits.apply(x_TD, self.weight)
-        return x_TD, *self._rule(logits_TE)
+        return x_TD, *self._report.decide(logits_TE, self._rule, self.training)
 
 
 class NoisyRouter(nn.Module):
@@ -49,7 +49,7 @@ class NoisyRouter(nn.Module):
         self.weight = place.uniform_start()
         self.noise_weight = place.zero_start(*place.shape)
         self._noise_key = derive_seed("router noise", place.layer)
-        self._rule, self._context = rule, place.context
+        self._rule, self._report, self._context = rule, Report(place), place.context
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
@@ -59,7 +59,7 @@ class NoisyRouter(nn.Module):
             x_TD, both_TF = RouterLogits.apply(x_TD, self.weight, self.noise_weight)
             logits_TE, spread_TE = both_TF.chunk(2, dim=-1)
             logits_TE = logits_TE + self._noise_like(logits_TE) * nn.functional.softplus(spread_TE)
-        return x_TD, *self._rule(logits_TE)
+        return x_TD, *self._report.decide(logits_TE, self._rule, self.training)
 
     def _noise_like(self, logits_TE: Tensor) -> Tensor:
         if self._context.token_keys is None:
@@ -89,17 +89,21 @@ class ThresholdRouter(nn.Module):
         self.weight = place.uniform_start()
         self.threshold_weight = place.zero_start(1, place.in_features)
         self.threshold_bias = place.zero_start(1)
-        self._num_experts = place.num_experts
+        self._num_experts, self._report = place.num_experts, Report(place)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
         x_TD, both_TF = RouterLogits.apply(x_TD, self.weight, self.threshold_weight)
         logits_TE, raw_T1 = both_TF.split([self._num_experts, 1], dim=-1)
         threshold_T1 = (raw_T1 + self.threshold_bias.float()).sigmoid() / self._num_experts
-        above_TE = (logits_TE.softmax(-1) - threshold_T1).relu()
-        # All zero only where all probabilities are equal and the sigmoid rounds to 1: then no expert is used.
-        gate_TE = above_TE / above_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return x_TD, gate_TE, above_TE > 0
+
+        def rule(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+            above_TE = (logits_TE.softmax(-1) - threshold_T1).relu()
+            # All zero only where all probabilities are equal and the sigmoid rounds to 1: then no expert is used.
+            total_T1 = above_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            return above_TE / total_T1, above_TE > 0
+
+        return x_TD, *self._report.decide(logits_TE, rule, self.training)
 
 
 class SingleExpertRouter(nn.Module):

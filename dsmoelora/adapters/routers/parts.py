@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.seeds import empty_start, generator
 
 
@@ -45,3 +46,24 @@ class RouterPlace:
     def zero_start(self, *shape: int) -> nn.Parameter:
         """A parameter that starts at zero."""
         return nn.Parameter(torch.zeros(shape, dtype=self.like.dtype, device=self.like.device))
+
+
+class Report:
+    """What a router says to the log of its model, if there is one, in training.
+
+    Args:
+        place: of the router
+    """
+
+    def __init__(self, place: RouterPlace) -> None:
+        self._layer, self._context = place.layer, place.context
+
+    def decide(self, logits_NE: Tensor, rule: Rule, training: bool) -> tuple[Tensor, Tensor]:
+        """Gates and selected experts (N, E) of N tokens or sequences by a rule, with the losses and the log heard."""
+        log = self._context.log
+        if log is None or not training:
+            return rule(logits_NE)
+        num_tokens_N = self._context.real_tokens(logits_NE)
+        gate_NE, selected_NE = rule(log.with_losses(self._layer, logits_NE, num_tokens_N))
+        log.add(self._layer, gate_NE, selected_NE, num_tokens_N)
+        return gate_NE, selected_NE

@@ -16,7 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.function import product_fp32
-from dsmoelora.adapters.routers.parts import RouterPlace
+from dsmoelora.adapters.routers.parts import Report, RouterPlace
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.errors import ModelError
 
@@ -81,7 +81,8 @@ class PromptRouter(nn.Module):
         super().__init__()
         self.shapes: dict[str, tuple[int, ...]] = {"weight": place.shape}
         self.weight = place.uniform_start()
-        self._layer, self._context, self._rule = place.layer, place.context, rule
+        self._layer, self._context = place.layer, place.context
+        self._rule, self._report = rule, Report(place)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool, the same for a sequence."""
@@ -90,7 +91,7 @@ class PromptRouter(nn.Module):
             gate_BE, selected_BE = memory.gates[self._layer]
         else:
             x_TD, logits_BE = PromptLogits.apply(x_TD, self.weight, self._prompt(x_TD))
-            gate_BE, selected_BE = self._rule(logits_BE)
+            gate_BE, selected_BE = self._report.decide(logits_BE, self._rule, self.training)
             if not self.training:
                 memory.gates[self._layer] = gate_BE.detach(), selected_BE
         num_tokens = len(x_TD) // len(gate_BE)

@@ -1,0 +1,47 @@
+"""The routers' losses as anyone would write them in plain torch, on a whole global batch at once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmoelora.adapters import adapted_layers
+from dsmoelora.config import LossesConfig
+
+
+class PlainRouterLosses:
+    """Listens to the routers of a model; `values` gets balance (with its own step's counts) and z of every step."""
+
+    def __init__(self, model: Any) -> None:
+        self.values: list[dict[str, float]] = []
+        self._logits: dict[str, Tensor] = {}
+        self._selected: dict[str, Tensor] = {}
+        self._shares: dict[str, Tensor] = {}
+        for name, layer in adapted_layers(model):
+            if layer.experts.a_shape[0] > 1:
+                layer.router.register_forward_hook(partial(self._remember, name))
+
+    def _remember(self, name: str, router: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        self._logits[name], self._selected[name] = inputs[0] @ router.weight.T, output[2]
+
+    def of_step(self, mask_BS: Tensor, config: LossesConfig) -> Tensor | float:
+        """What the step's losses add to that of the text."""
+        if not (config.balance or config.z):
+            return 0.0
+        real_T = mask_BS.flatten().bool()
+        balances, true_balances, zs = [], [], []
+        for name, logits_TE in self._logits.items():
+            mean_E = logits_TE[real_T].softmax(-1).mean(0)
+            num_experts = len(mean_E)
+            counts_E = self._selected[name][real_T].sum(0).to(mean_E.dtype)
+            before_E = self._shares.get(name, torch.full_like(counts_E, 1 / num_experts))
+            self._shares[name] = counts_E / counts_E.sum()
+            balances.append(num_experts * (before_E * mean_E).sum())
+            true_balances.append(num_experts * float((self._shares[name] * mean_E.detach()).sum()))
+            zs.append(logits_TE[real_T].logsumexp(-1).square().mean())
+        self.values.append({"balance": sum(true_balances) / len(balances), "z": float(torch.stack(zs).detach().mean())})
+        total: Tensor = config.balance * torch.stack(balances).mean() + config.z * torch.stack(zs).mean()
+        return total
