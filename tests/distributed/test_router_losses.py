@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dsmoelora.config import LossesConfig, Recipe
+from dsmoelora.config import LossesConfig, ParallelConfig, Recipe
 from tests.conftest import PoolFactory
 from tests.engine_ranks import Job, Share, assert_parity, train_on_rank
 from tests.plain_training import ADAMW, Training, make_base, make_recipe, train_plainly
@@ -24,7 +24,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plainly(base: Path) -> tuple[Recipe, Training]:
-    recipe = make_recipe(base, adapter={"lora_dropout": 0.1}, optim=ADAMW, max_steps=NUM_STEPS, seed=33)
+    recipe = make_recipe(
+        base, adapter={"lora_dropout": 0.1, "num_experts": 6}, optim=ADAMW, max_steps=NUM_STEPS, seed=33
+    )
     recipe = replace(recipe, losses=LOSSES)
     return recipe, train_plainly(recipe)
 
@@ -50,6 +52,7 @@ def test_the_reference_feels_the_losses(plainly: tuple[Recipe, Training]) -> Non
         pytest.param(3, 2, {}, id="3-ranks"),
         pytest.param(2, 2, {"recompute": True}, id="recomputed"),
         pytest.param(2, 1, {"zero": {"stage": 2}}, id="stage-2"),
+        pytest.param(2, 1, {"ep_size": 2}, id="partitioned-experts"),
     ],
 )
 def test_values_and_weights_are_those_of_plain_torch(
@@ -61,7 +64,8 @@ def test_values_and_weights_are_those_of_plain_torch(
 ) -> None:
     recipe, expected = plainly
     train = replace(recipe.train, activation_checkpointing="recompute" in settings)
-    job = Job(replace(recipe, train=train), accumulation, zero=settings.get("zero", {}))
+    parallel = ParallelConfig(ep_size=settings.get("ep_size", 1))
+    job = Job(replace(recipe, train=train, parallel=parallel), accumulation, zero=settings.get("zero", {}))
     shares = worker_pool(world_size).run(train_on_rank, job)
     assert_parity(shares, expected, 1e-4)
     assert_losses(shares, expected.router_losses)
