@@ -115,7 +115,7 @@ def model_without_weights(config: ModelConfig) -> PreTrainedModel:
     try:
         return _on_meta(described, config)
     except (ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")[:300]
         others = [name for name in ("sdpa", "eager") if _can_be_built(described, replace(config, attention=name))]
         if others:
             raise bad_value(

@@ -12,6 +12,8 @@ from dsmoelora.adapters.targets import match_targets, output_head_name
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError, bad_value
 
+_FOLLOW_TOKENS = ("noisy_topk", "prompt")
+
 
 def inject(
     model: nn.Module,
@@ -39,7 +41,7 @@ def inject(
     if any(True for _ in adapted_layers(model)):
         raise ModelError("The model has routed experts already. Load the base model again before adapting it anew.")
     names = match_targets(model, config.target_modules)
-    _check_dropout(model, config, names)
+    _check_head(model, config, names)
     model.requires_grad_(False)
     context = BatchContext(exchange=exchange)
     for name in names:
@@ -54,16 +56,18 @@ def inject(
     return names
 
 
-def _check_dropout(model: nn.Module, config: AdapterConfig, names: list[str]) -> None:
-    """The head sees only the positions whose logits are wanted, so its dropout could not follow the tokens."""
+def _check_head(model: nn.Module, config: AdapterConfig, names: list[str]) -> None:
+    """The head sees only the positions whose logits are wanted, so what follows the tokens cannot follow them there."""
     head = output_head_name(model)
-    if config.lora_dropout > 0 and head in names:
-        raise bad_value(
-            "adapter.lora_dropout",
-            config.lora_dropout,
-            f"0 when adapter.target_modules names the output head ({head})",
-            f"Set it to 0, or leave {head} out.",
-        )
+    if head not in names:
+        return
+    remedy = f"Leave {head} out of adapter.target_modules"
+    if config.lora_dropout > 0:
+        allowed = f"0 for an adapter on the output head ({head})"
+        raise bad_value("adapter.lora_dropout", config.lora_dropout, allowed, f"{remedy}, or set it to 0.")
+    if config.router in _FOLLOW_TOKENS:
+        allowed = f"another one than {' and '.join(_FOLLOW_TOKENS)} for an adapter on the output head ({head})"
+        raise bad_value("adapter.router", config.router, allowed, f"{remedy}, or take another router.")
 
 
 def batch_context(model: nn.Module) -> BatchContext:

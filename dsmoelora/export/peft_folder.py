@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dsmoelora.adapters.linear import features, is_linear
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.model import model_without_weights
@@ -132,9 +133,7 @@ def folder_names(count: int) -> Sequence[str]:
 
 
 def _in_out(module: nn.Module | None) -> tuple[int, int] | None:
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
+    return features(module) if is_linear(module) else None
 
 
 def _tensors(lora: Lora) -> dict[str, Tensor]:

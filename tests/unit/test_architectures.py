@@ -201,13 +201,20 @@ def test_layers_with_a_forward_pass_of_their_own_are_none() -> None:
         inject(model, AdapterConfig(target_modules="all-linear"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [({"lora_dropout": 0.1}, r"lora_dropout is 0\.1"), ({"router": "noisy_topk"}, "router is 'noisy_topk'"),
+     ({"router": "prompt"}, "router is 'prompt'")],
+)  # fmt: skip
+def test_the_output_head_sees_too_little_for_what_follows_the_tokens(settings: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=rf"adapter\.{what}, but .*the output head \(lm_head\)\. Leave lm_head out"):
+        adapt(make_model("llama"), target_modules=["q_proj", "lm_head"], **settings)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_the_output_head_is_adapted_by_name_and_without_dropout_alone(name: str) -> None:
+def test_the_output_head_is_adapted_by_name(name: str) -> None:
     """Tied to the embeddings (GPT-2) or not."""
-    targets = [*ARCHITECTURES[name].attention, "lm_head"]
-    with pytest.raises(ConfigError, match=r"adapter\.lora_dropout is 0\.1, .*the output head \(lm_head\)"):
-        adapt(make_model(name), target_modules=targets, lora_dropout=0.1)
-    model = adapt(make_model(name), target_modules=targets)
+    model = adapt(make_model(name), target_modules=[*ARCHITECTURES[name].attention, "lm_head"])
     assert "lm_head" in dict(adapted_layers(model))
     last_BV = model(token_ids(), logits_to_keep=1).logits[:, 0]
     torch.testing.assert_close(last_BV, model(token_ids()).logits[:, -1], rtol=1e-4, atol=1e-5)
