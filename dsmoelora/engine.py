@@ -31,6 +31,7 @@ from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.layout import make_layout
+from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.seeds import derive_seed
 from dsmoelora.watch import AdapterWatch
 
@@ -81,6 +82,8 @@ class Engine:
         model: causal language model of transformers, not adapted yet, best built under ZeRO-3
         tokenizer: of the model
         heartbeat: gets a beat for every forward pass and every part of a file; None for one that nobody looks at
+        stop: looked at in every forward and at the end of every step; None for one that nobody asks. An engine that
+            has raised `Stopped` can still save, and nothing else
 
     Attributes:
         step: optimizer steps taken, skipped ones included
@@ -96,10 +99,14 @@ class Engine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         heartbeat: Heartbeat | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.recipe, self.tokenizer, self.model = recipe, tokenizer, model
         self._heartbeat = heartbeat or Heartbeat()
+        self.stop = stop or StopRequest()
+        # In training, evaluation and generation alike every rank calls the model equally often.
         model.register_forward_pre_hook(lambda *_: self._heartbeat.beat())
+        model.register_forward_pre_hook(lambda *_: self.stop.poll())
         self.step = self.skipped_steps = 0
         self.layout = make_layout(recipe)
         exchange = None
@@ -128,7 +135,13 @@ class Engine:
         comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
 
     @classmethod
-    def build(cls, recipe: Recipe, deepspeed_config: dict[str, Any], heartbeat: Heartbeat | None = None) -> Engine:
+    def build(
+        cls,
+        recipe: Recipe,
+        deepspeed_config: dict[str, Any],
+        heartbeat: Heartbeat | None = None,
+        stop: StopRequest | None = None,
+    ) -> Engine:
         """Load tokenizer and weights (streamed into ZeRO-3 partitions), adapt, initialise.
 
         Raises:
@@ -141,7 +154,7 @@ class Engine:
         tokenizer = comm.together(lambda: load_tokenizer(recipe.model))
         model = load_model(recipe.model, config)
         heartbeat.beat()
-        return cls(recipe, deepspeed_config, model, tokenizer, heartbeat)
+        return cls(recipe, deepspeed_config, model, tokenizer, heartbeat, stop)
 
     @property
     def device(self) -> torch.device:
@@ -153,12 +166,15 @@ class Engine:
 
         The loss is the mean over all supervised tokens of the global batch, whatever the split over ranks and
         micro-batches: each micro-batch contributes `W * sum(nll) / N_global`, and ZeRO averages over the W ranks.
+
+        Raises:
+            Stopped: between two micro-batches; no weight has moved and `step` is that of before
         """
         self._heartbeat.enter(Phase.TRAIN, self.step)
         torch.manual_seed(derive_seed("step", self.recipe.run.seed, self.step, comm.rank()))
         self._deepspeed.train()
         lr = float(self.schedule.get_last_lr()[0])
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._routing.begin_step(micro_batches[0].num_tokens_global, scale=comm.world_size())
         for micro_batch in micro_batches:
             with self._routing.listening():
@@ -169,9 +185,11 @@ class Engine:
             sums[1] += micro_batch.attention_mask.sum()
             if micro_batch is not micro_batches[-1]:
                 self._deepspeed.step()  # counts the micro-batch
+        sums[2] = float(self.stop.asked)
         totals = comm.sum_over_ranks(torch.cat((sums, self._routing.sums)))
-        routing = totals[2:]
-        nll_sum, num_tokens, *values = torch.cat((totals[:2], self._routing.loss_values(routing))).tolist()
+        routing = totals[3:]
+        nll_sum, num_tokens, num_asked, *values = torch.cat((totals[:3], self._routing.loss_values(routing))).tolist()
+        self.stop.agreed |= num_asked > 0
         self.optimizer.skip = not math.isfinite(nll_sum)
         self._deepspeed.step()
         skipped = self.optimizer.skip or not zero.step_was_applied(self._deepspeed)

@@ -25,8 +25,11 @@ from dsmoelora.data import InstructionDataset, MicroBatch, eval_micro_batches, t
 from dsmoelora.engine import Engine, StepResult
 from dsmoelora.errors import CheckpointError
 from dsmoelora.parallel import comm
+from dsmoelora.parallel.stopping import Stopped
 
 logger = logging.getLogger(__name__)
+
+DONE_FILE = "DONE"
 
 
 def default_callbacks(console: Console, trackers: Sequence[Callback]) -> list[Callback]:
@@ -66,10 +69,14 @@ class Trainer:
         self._train_data = train_data
         self._eval_batches = [] if eval_data is None else eval_micro_batches(eval_data, **self._layout())
         self._memory = PeakMemory()
-        self.run = TrainingRun(engine.recipe, engine, folder, eval_data)
+        self._saved_in: Path | None = None
+        self.run = TrainingRun(engine.recipe, engine, folder, eval_data, metrics={"step": engine.step})
 
     def fit(self, resume_from: Path | None = None) -> None:
-        """Train, evaluate and save as the recipe says.
+        """Train, evaluate and save as the recipe says, or until the engine's `stop` says otherwise.
+
+        A run that came to its end leaves a file `DONE`. One that was asked to stop leaves a checkpoint of its last
+        step, and goes on from there to the same end as if nothing had happened.
 
         Args:
             resume_from: checkpoint to go on from
@@ -77,13 +84,19 @@ class Trainer:
         Raises:
             CheckpointError: the checkpoint belongs to other data, another seed or another batch size
         """
+        try:
+            self._train(resume_from)
+        except Stopped:
+            self._leave()
+
+    def _train(self, resume_from: Path | None) -> None:
         run, recipe = self.run, self._engine.recipe.train
         if resume_from is not None:
             self._resume(resume_from)
+        self._mark_done(False)
         self._memory.start()
         self._call("on_train_begin")
-        if run.step == 0 and self._evaluation_is_due():
-            run.metrics = {"step": 0}
+        if run.first_row == run.step and self._evaluation_is_due():
             self._evaluate()
             self._finish_metrics()
         steps = self._steps()
@@ -94,8 +107,11 @@ class Trainer:
             self._finish_metrics()
             if run.step == recipe.max_steps or (recipe.save_every and run.step % recipe.save_every == 0):
                 self._save()
+            if self._engine.stop.agreed and run.step < recipe.max_steps:
+                raise Stopped
         self._engine.save_adapter(run.folder / ADAPTER_FOLDER)
         self._memory.stop()
+        self._mark_done(True)  # what follows is talk: a request to stop may cut it short
         self._call("on_train_end")
 
     def _steps(self) -> Iterator[list[MicroBatch]]:
@@ -137,6 +153,10 @@ class Trainer:
             return False
         return self.run.step % every == 0 or self.run.step == self.run.num_steps
 
+    def _is_evaluated(self) -> bool:
+        """Whether nothing of the present step is missing; a request to stop may have cut its evaluation short."""
+        return not self._evaluation_is_due() or self.run.step in dict(self.run.evaluations)
+
     def _evaluate(self) -> None:
         loss = self._engine.evaluate(self._eval_batches)
         self.run.evaluations.append((self.run.step, loss))
@@ -151,10 +171,33 @@ class Trainer:
         state = {
             "data": self._data_identity(),
             "evaluations": self.run.evaluations,
+            "open_metrics": None if self._is_evaluated() else self.run.metrics,
             "callbacks": {type(callback).__name__: kept for callback in self._callbacks if (kept := callback.state())},
         }
         checkpoint = self._engine.save(self.run.folder, state, self._engine.recipe.train.keep_checkpoints)
+        self._saved_in = checkpoint
         self._call("on_save", checkpoint)
+        self._engine.stop.look()
+
+    def _leave(self) -> None:
+        """Save what is not saved yet, and say where (collective)."""
+        run = self.run
+        if run.step > run.start_step and (self._saved_in is None or self._saved_in.name != f"checkpoint-{run.step}"):
+            self._save()
+        self._memory.stop()
+        self._call("on_stop")
+        if (run.folder / DONE_FILE).exists():
+            what = "the run is finished, but for the answers to the prompts."
+        elif self._saved_in is None:
+            what = "no step had been taken."
+        else:
+            what = f"step {run.step} of {run.num_steps} lies in {self._saved_in}. Go on with --resume auto."
+        self._engine.stop.leave(what)
+
+    def _mark_done(self, done: bool) -> None:
+        if comm.rank() == 0:
+            mark = self.run.folder / DONE_FILE
+            mark.touch() if done else mark.unlink(missing_ok=True)
 
     def _resume(self, checkpoint: Path) -> None:
         state = self._engine.load(checkpoint)
@@ -165,8 +208,12 @@ class Trainer:
                     f"{checkpoint} was trained with {what} {then!r}, but now it is {now!r}: the run would repeat some "
                     "samples and leave out others. Set it back, or begin a new run with another run.name."
                 )
+        self._saved_in = checkpoint
         self.run.start_step = self.run.step
         self.run.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
+        if state["open_metrics"] is not None:
+            self.run.metrics = state["open_metrics"]
+            self.run.is_open = True
         for callback in self._callbacks:
             kept = state["callbacks"].get(type(callback).__name__)
             if kept is not None:

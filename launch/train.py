@@ -23,6 +23,9 @@ from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_w
 if TYPE_CHECKING:
     from dsmoelora.config import Recipe
     from dsmoelora.data import InstructionDataset
+    from dsmoelora.heartbeat import Heartbeat
+    from dsmoelora.parallel.stopping import StopRequest
+    from dsmoelora.trainer import Trainer
 
 
 def main() -> None:
@@ -77,38 +80,57 @@ def show_samples(command: Command, console: Console) -> None:
 
 
 def train(command: Command, console: Console) -> None:
-    """Data, model, loop (collective)."""
+    """Data, model, loop, until the end or until a request to stop (collective)."""
+    from dsmoelora.parallel import comm
+    from dsmoelora.parallel.stopping import Stopped, StopRequest
+    from dsmoelora.run_folder import run_folder
+    from dsmoelora.watchdog import watched
+
+    comm.init()
+    folder = run_folder(command.recipe)
+    stop = StopRequest(folder)
+    with stop.listening(), watched(folder, command.recipe.train.hang_timeout_s) as heartbeat:
+        try:
+            trainer, checkpoint = build(command, console, heartbeat, stop)
+        except Stopped:
+            stop.leave("nothing was trained.")
+            return
+        trainer.fit(checkpoint)
+
+
+def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRequest) -> tuple[Trainer, Path | None]:
+    """Data and model, ready for the loop, and the checkpoint to go on from (collective).
+
+    Raises:
+        Stopped: there was a request before anything was ready
+    """
     from dsmoelora.callbacks import open_trackers
     from dsmoelora.data.report import all_losses
     from dsmoelora.engine import Engine
     from dsmoelora.parallel import comm, zero
     from dsmoelora.run_folder import find_checkpoint, run_folder, write_description
     from dsmoelora.trainer import Trainer, default_callbacks
-    from dsmoelora.watchdog import watched
 
     recipe, folder = command.recipe, run_folder(command.recipe)
-    comm.init()
-    with watched(folder, recipe.train.hang_timeout_s) as heartbeat:
-        checkpoint = find_checkpoint(recipe, command.resume)
-        console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
-        train_data, eval_data = comm.together(lambda: load_data(recipe))
-        num_held_out = 0 if eval_data is None else len(eval_data)
-        console.print(f"{len(train_data):,} training samples, {num_held_out:,} held out")
-        for line in all_losses([*train_data.reports, *(eval_data.reports if eval_data else [])]):
-            console.print(f"lost: {line}", markup=False, soft_wrap=True)
-        config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
-        comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
-        trackers = comm.together(
-            lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else []
-        )
-        console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
-        engine = Engine.build(recipe, command.deepspeed, heartbeat)
-        mebibytes = engine.checkpoint_bytes() / 2**20
-        console.print(
-            f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers; "
-            f"a checkpoint of them takes {mebibytes:.1f} MiB"
-        )
-        Trainer(engine, folder, train_data, eval_data, default_callbacks(console, trackers)).fit(checkpoint)
+    checkpoint = find_checkpoint(recipe, command.resume)
+    console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
+    train_data, eval_data = stop.together(lambda: load_data(recipe))
+    num_held_out = 0 if eval_data is None else len(eval_data)
+    console.print(f"{len(train_data):,} training samples, {num_held_out:,} held out")
+    for line in all_losses([*train_data.reports, *(eval_data.reports if eval_data else [])]):
+        console.print(f"lost: {line}", markup=False, soft_wrap=True)
+    config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
+    comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
+    trackers = comm.together(lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else [])
+    console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
+    engine = Engine.build(recipe, command.deepspeed, heartbeat, stop)
+    stop.check()
+    mebibytes = engine.checkpoint_bytes() / 2**20
+    console.print(
+        f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers; "
+        f"a checkpoint of them takes {mebibytes:.1f} MiB"
+    )
+    return Trainer(engine, folder, train_data, eval_data, default_callbacks(console, trackers)), checkpoint
 
 
 def load_data(recipe: Recipe) -> tuple[InstructionDataset, InstructionDataset | None]:

@@ -13,6 +13,7 @@ import numpy as np
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.engine import StepResult
+from dsmoelora.parallel.stopping import StopRequest
 
 Message = dict[str, str]
 
@@ -53,6 +54,7 @@ class FakeEngine:
         self.step = self.skipped_steps = 0
         self.memory = 0.125
         self.calls: list[str] = []
+        self.stop = StopRequest()
         self.watch = FakeWatch(statistics or {"layer.experts.a": {"grad_norm": 1.0, "moved": 1.0}})
         self.tokenizer = SimpleNamespace(pad_token_id=0)
         self._skipped = skipped
@@ -63,14 +65,17 @@ class FakeEngine:
         self.skipped_steps += skipped
         loss = sum(float(batch.sequence_ids.sum()) for batch in micro_batches) + self.memory
         self.memory = self.memory * 1.01 + 0.1
+        self.stop.look()
         num_tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
         return StepResult(math.nan if skipped else loss, 1.0, 1e-3, skipped, num_tokens, num_tokens // 2)
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> float:
+        self.stop.check()
         self.calls.append(f"evaluate at {self.step}")
         return 4.0 - self.step / 10
 
     def generate(self, conversations: list[list[Message]], max_new_tokens: int) -> list[str]:
+        self.stop.check()
         self.calls.append(f"generate at {self.step}")
         return [f"step {self.step}: {conversation[-1]['content']}" for conversation in conversations]
 

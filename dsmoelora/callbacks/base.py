@@ -21,6 +21,7 @@ class TrainingRun:
         folder: `runs/<name>`
         eval_data: held-out samples, if the recipe names any
         start_step: optimizer step that this process began or went on from
+        is_open: the line of metrics of `start_step` was not complete when its checkpoint was written
         evaluations: (step, held-out loss) so far, in order, those before a resume included
         metrics: the line of the present step; callbacks may add to it in `on_step_end`
     """
@@ -30,6 +31,7 @@ class TrainingRun:
     folder: Path
     eval_data: InstructionDataset | None
     start_step: int = 0
+    is_open: bool = False
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     metrics: dict[str, float | None] = field(default_factory=dict)
 
@@ -37,6 +39,11 @@ class TrainingRun:
     def step(self) -> int:
         """Optimizer steps taken."""
         return self.engine.step
+
+    @property
+    def first_row(self) -> int:
+        """Step of the first line of metrics that this process writes; those before it stand."""
+        return self.start_step if self.start_step == 0 or self.is_open else self.start_step + 1
 
     @property
     def num_steps(self) -> int:
@@ -75,3 +82,6 @@ class Callback:
 
     def on_train_end(self, run: TrainingRun) -> None:
         """After the last step, with checkpoint and adapter in place."""
+
+    def on_stop(self, run: TrainingRun) -> None:
+        """Instead of `on_train_end`, when the run was asked to stop and its checkpoint is in place."""

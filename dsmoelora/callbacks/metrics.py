@@ -26,7 +26,7 @@ class MetricsFile(Callback):
     def on_train_begin(self, run: TrainingRun) -> None:
         path = run.folder / METRICS_FILE
         if path.exists():
-            _keep_until(path, run.start_step if run.start_step else -1)
+            _drop_from(path, run.first_row)
         self._file = path.open("a", encoding="utf-8")
 
     def on_metrics(self, run: TrainingRun) -> None:
@@ -44,6 +44,9 @@ class MetricsFile(Callback):
         assert self._file is not None
         self._file.close()
 
+    def on_stop(self, run: TrainingRun) -> None:
+        self.on_train_end(run)
+
 
 def scalars(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """The finite numbers of a line, named for tools that group by what stands before the slash; without the step."""
@@ -54,9 +57,9 @@ def scalars(metrics: Mapping[str, float | None]) -> dict[str, float]:
     }
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`; the file is replaced in one go, so that a crash loses none of the others."""
-    rows = [row for row in read_metrics(path) if (row["step"] or 0) <= step]
+def _drop_from(path: Path, step: int) -> None:
+    """Drop the lines from `step` on; the file is replaced in one go, so that a crash loses none of the others."""
+    rows = [row for row in read_metrics(path) if (row["step"] or 0) < step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)

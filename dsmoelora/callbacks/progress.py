@@ -65,6 +65,9 @@ class ProgressBar(Callback):
         if self._bar is not None:
             self._bar.stop()
 
+    def on_stop(self, run: TrainingRun) -> None:
+        self.on_train_end(run)
+
     def _is_time(self, run: TrainingRun) -> bool:
         now = time.monotonic()
         due = now - self._last_line >= self._between or run.step in (run.start_step + 1, run.num_steps)

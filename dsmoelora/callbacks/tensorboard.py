@@ -18,7 +18,7 @@ class TensorBoard(Callback):
 
     def on_train_begin(self, run: TrainingRun) -> None:
         # purge_step hides what an interrupted run wrote after the checkpoint that this one goes on from
-        purge_step = run.start_step + 1 if run.start_step else None
+        purge_step = run.first_row or None
         self._writer = SummaryWriter(str(run.folder / TENSORBOARD_FOLDER), purge_step=purge_step)
 
     def on_metrics(self, run: TrainingRun) -> None:
@@ -29,3 +29,6 @@ class TensorBoard(Callback):
     def on_train_end(self, run: TrainingRun) -> None:
         assert self._writer is not None
         self._writer.close()
+
+    def on_stop(self, run: TrainingRun) -> None:
+        self.on_train_end(run)

@@ -164,6 +164,28 @@ def any_rank(flag: bool) -> bool:
     return all_reduce_sum([float(flag)])[0] > 0
 
 
+def start_any_rank(flag: bool) -> Callable[[], bool]:
+    """Begin to ask what `any_rank` asks; the function that comes back waits for the answer and gives it."""
+    if world_size() == 1:
+        return lambda: flag
+    # On a stream of its own the answer can be read without waiting for what the accelerator has to compute.
+    beside = None if get_accelerator().device_name() == "cpu" else get_accelerator().Stream()
+
+    def on_stream() -> Any:
+        return contextlib.nullcontext() if beside is None else get_accelerator().stream(beside)
+
+    with on_stream():
+        tensor = torch.full((1,), float(flag), device=_device())
+        handle = dist.all_reduce(tensor, async_op=True)
+
+    def finish() -> bool:
+        with on_stream():
+            handle.wait()
+            return bool(tensor.item() > 0)
+
+    return finish
+
+
 def gather_objects(obj: Any) -> list[Any] | None:
     """Every rank's JSON-able object, in the order of ranks, on rank 0; None elsewhere."""
     everyone = _all_gather_bytes(json.dumps(obj).encode(), decode=rank() == 0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ def trained(workshop: Path, worker_pool: PoolFactory) -> Path:
 
 def test_a_run_leaves_everything_behind(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
-    expected = {"recipe.yaml", "deepspeed.json", "metrics.jsonl", "tensorboard", "adapter", "heartbeat"}
+    expected = {"recipe.yaml", "deepspeed.json", "metrics.jsonl", "tensorboard", "adapter", "heartbeat", "DONE"}
     assert names == expected | {"checkpoint-3", "checkpoint-6"}
     rows = read_metrics(trained / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(7))
@@ -100,3 +102,33 @@ def test_an_error_on_one_rank_ends_all(workshop: Path) -> None:
     assert (first.returncode, second.returncode) == (1, 1)
     assert first.stderr.startswith("error: rank 1: --config nowhere.yaml: there is no such file")
     assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
+
+
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_to_the_same_end(
+    workshop: Path, worker_pool: PoolFactory
+) -> None:
+    argv = ["--config", str(workshop / "recipe.yaml"), "--resume", "auto", "--train.max_steps", "40"]
+    argv += ["--train.eval_every", "25", "--train.save_every", "0", "--train.num_samples", "0"]
+    straight, broken = workshop / "straight" / "tiny", workshop / "stopped" / "tiny"
+    worker_pool(2).run(run_command, *argv, "--run.dir", str(straight.parent))
+    argv += ["--run.dir", str(broken.parent)]
+    with Ranks(argv, argv) as ranks:
+        ranks.wait_for_step(broken, 3)
+        ranks.processes[1].send_signal(signal.SIGUSR1)
+        time.sleep(0.05)  # soon after it, probably into the save
+        ranks.processes[1].send_signal(signal.SIGTERM)
+        ended = ranks.finish()
+    assert [one.returncode for one in ended] == [0, 0], ended[0].stderr
+    (checkpoint,) = broken.glob("checkpoint-*")
+    step = int(checkpoint.name.partition("-")[2])
+    assert 3 <= step < 40
+    assert f" s after the request: step {step} of 40 lies in {checkpoint}. Go on" in ended[0].stderr
+    assert not (broken / "DONE").exists() and not (broken / "STOP").exists()
+    worker_pool(2).run(run_command, *argv)
+    assert (broken / "DONE").exists()
+    rows, again = (read_metrics(folder / "metrics.jsonl") for folder in (straight, broken))
+    assert [[row.get(name) for name in COMPARED] for row in rows] == [
+        [row.get(name) for name in COMPARED] for row in again
+    ]
+    wanted, found = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, broken))
+    assert all(bool((wanted[name] == found[name]).all()) for name in wanted)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ from dsmoelora.config import Recipe, RunConfig, TrainConfig
 from dsmoelora.engine import StepResult
 from dsmoelora.errors import CheckpointError
 from dsmoelora.metrics_file import read_metrics
+from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.trainer import Trainer
 from tests.fake_engine import FakeDataset, FakeEngine
 
@@ -180,3 +183,97 @@ def test_metrics_have_the_names_of_the_design(tmp_path: Path) -> None:
     assert last.keys() == common | {"eval/loss"}
     assert first["eval/loss"] == 4.0
     assert second["memory/peak(GiB)"] is not None and 0.01 < second["memory/peak(GiB)"] < 100
+
+
+class Ask(Callback):
+    """Asks the run to stop at the hook that bears this name."""
+
+    def __init__(self, hook: str, at: int) -> None:
+        self._hook, self._at = hook, at
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        self._ask("on_train_begin", run)
+
+    def on_step_end(self, run: TrainingRun, result: StepResult) -> None:
+        self._ask("on_step_end", run)
+
+    def on_metrics(self, run: TrainingRun) -> None:
+        self._ask("on_metrics", run)
+
+    def on_save(self, run: TrainingRun, checkpoint: Path) -> None:
+        self._ask("on_save", run)
+
+    def _ask(self, hook: str, run: TrainingRun) -> None:
+        if (hook, run.step) == (self._hook, self._at):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit_and_stop(engine: FakeEngine, folder: Path, ask: Ask, resume_from: Path | None = None) -> None:
+    engine.stop = StopRequest(folder)
+    with engine.stop.listening():
+        make_trainer(engine, folder, [MetricsFile(), ask]).fit(resume_from)
+
+
+@pytest.mark.parametrize(
+    ("hook", "at", "saved"),
+    [
+        ("on_step_end", 3, [2, 3]),  # before an evaluation, which is cut short
+        ("on_step_end", 4, [2, 4]),  # before a checkpoint that is due anyway, noticed by it
+        ("on_metrics", 4, [2, 4]),
+        ("on_metrics", 5, [2, 4, 6]),  # noticed at the end of the next step
+        ("on_save", 4, [2, 4]),
+        ("on_step_end", 7, [2, 4, 6, 7]),  # before the last evaluation
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(
+    tmp_path: Path, hook: str, at: int, saved: list[int]
+) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    make_trainer(FakeEngine(make_recipe()), straight, [MetricsFile()]).fit()
+    engine = FakeEngine(make_recipe())
+    fit_and_stop(engine, broken, Ask(hook, at))
+    assert calls_at(engine, "save") == saved
+    assert calls_at(engine, "save_adapter") == []
+    assert not (broken / "DONE").exists()
+    trainer = make_trainer(FakeEngine(make_recipe()), broken, [MetricsFile()])
+    trainer.fit(broken / f"checkpoint-{saved[-1]}")
+    assert losses(broken) == losses(straight)
+    assert trainer.run.evaluations == [(0, 4.0), (3, 3.7), (6, 3.4), (7, 3.3)]
+    assert (broken / "DONE").exists()
+
+
+def test_a_crash_after_an_evaluation_was_made_up_for_does_not_write_its_line_twice(tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    make_trainer(FakeEngine(make_recipe()), straight, [MetricsFile()]).fit()
+    fit_and_stop(FakeEngine(make_recipe()), broken, Ask("on_step_end", 3))
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(FakeEngine(make_recipe()), broken, [MetricsFile(), Interrupt(4)]).fit(broken / "checkpoint-3")
+    make_trainer(FakeEngine(make_recipe()), broken, [MetricsFile()]).fit(broken / "checkpoint-3")
+    assert losses(broken) == losses(straight)
+
+
+def test_nothing_is_saved_where_no_step_was_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine(make_recipe())
+    fit_and_stop(engine, tmp_path, Ask("on_train_begin", 0))
+    assert engine.calls == []
+    assert caplog.messages[-1].endswith("s after the request: no step had been taken.")
+
+
+def test_a_run_that_goes_on_takes_back_that_it_is_done(tmp_path: Path) -> None:
+    make_trainer(FakeEngine(make_recipe()), tmp_path, []).fit()
+    assert (tmp_path / "DONE").exists()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(FakeEngine(make_recipe(max_steps=9)), tmp_path, [Interrupt(8)]).fit(tmp_path / "checkpoint-7")
+    assert not (tmp_path / "DONE").exists()
+
+
+def test_a_request_while_the_last_answers_are_given_finds_the_run_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakeEngine(make_recipe(max_steps=2, num_samples=1))
+    engine.stop = StopRequest(tmp_path)
+    with engine.stop.listening():
+        make_trainer(engine, tmp_path, [Ask("on_save", 2), Samples(Console(quiet=True))]).fit()
+    assert calls_at(engine, "save_adapter") == [2] and calls_at(engine, "generate") == [0]
+    assert (tmp_path / "DONE").exists()
+    assert "the run is finished" in caplog.messages[-1]
