@@ -12,6 +12,7 @@ import numpy as np
 
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
+from dsmoelora.data.mixing import Mixture
 from dsmoelora.engine import StepResult
 from dsmoelora.parallel.stopping import StopRequest
 
@@ -105,6 +106,7 @@ class FakeDataset:
     def __init__(self, count: int, fingerprint: str = "data") -> None:
         self.num_tokens = np.full(count, 3)
         self.num_supervised = np.full(count, 2)
+        self.mixture = Mixture([count])
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
