@@ -184,8 +184,6 @@ class Trainer:
         run = self.run
         if run.step > run.start_step and (self._saved_in is None or self._saved_in.name != f"checkpoint-{run.step}"):
             self._save()
-        self._memory.stop()
-        self._call("on_stop")
         if (run.folder / DONE_FILE).exists():
             what = "the run is finished, but for the answers to the prompts."
         elif self._saved_in is None:
@@ -193,6 +191,8 @@ class Trainer:
         else:
             what = f"step {run.step} of {run.num_steps} lies in {self._saved_in}. Go on with --resume auto."
         self._engine.stop.leave(what)
+        self._memory.stop()
+        self._call("on_stop")
 
     def _mark_done(self, done: bool) -> None:
         if comm.rank() == 0:

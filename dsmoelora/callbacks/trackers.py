@@ -35,6 +35,9 @@ class Tracker(Callback):
     def on_train_end(self, run: TrainingRun) -> None:
         self._tracked.finish()
 
+    def on_stop(self, run: TrainingRun) -> None:
+        self.on_train_end(run)
+
 
 def open_trackers(recipe: Recipe, folder: Path, resumed: bool) -> list[Callback]:
     """A callback for each name in `train.report_to`, its run open (rank 0, before the model is loaded).
