@@ -7,7 +7,7 @@
 Each run is one process and one thread on plain tensors (no DeepSpeed: the optimizer is the same there), with fp32
 masters of bf16 adapters, equal batches, clipping and schedule. Rates are a grid, AdamW {1e-3, 3e-3, 1e-2}, SGD 0.01 to
 10 by factors of about 3; each rule climbs from the middle of its grid until both neighbours of its best rate are worse.
-The best cell of each rule (at gate power 1) is then repeated with three seeds. A finished run is a file in
+The best cell of each preconditioner is then repeated with three seeds. A finished run is a file in
 `.cache/sweep/<name>` and is not run again.
 """
 
@@ -228,6 +228,16 @@ def best_cell(rule: Rule, folder: Path) -> tuple[float, Cell] | None:
     return min(found, key=lambda one: one[0]) if found else None
 
 
+def best_of_each_preconditioner(rules: list[Rule], folder: Path) -> list[Cell]:
+    """One cell for `none`, `scaled` and `tangent`, over optimizers, betas and gate powers."""
+    best: dict[str, tuple[float, Cell]] = {}
+    for rule in rules:
+        found = best_cell(rule, folder)
+        if found is not None and found[0] < best.get(rule.preconditioner, (math.inf,))[0]:
+            best[rule.preconditioner] = found
+    return [cell for _, cell in best.values()]
+
+
 def run_missing(cell: Cell, task: Task, pool: Executor) -> None:
     """Run a cell unless its result is there."""
     if cell.held_out_loss(task.folder) is None:
@@ -276,7 +286,7 @@ def main() -> None:
         with ProcessPoolExecutor(args.jobs, mp_context=context) as pool, ThreadPoolExecutor(args.jobs) as threads:
             run = partial(run_missing, task=task, pool=pool)
             list(threads.map(lambda rule: climb(rule, task, run), rules))
-            best = [found[1] for rule in rules if rule.gate_power == 1 and (found := best_cell(rule, folder))]
+            best = best_of_each_preconditioner(rules, folder)
             list(threads.map(run, [Cell(cell.rule, cell.lr, seed) for seed in SEEDS for cell in best]))
     print_table(folder, rules)
 
