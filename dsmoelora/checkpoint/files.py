@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 from dsmoelora.errors import CheckpointError
 
+BLOCK_BYTES = 8 << 20
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all: a reader sees the old file or the new one, also after a crash."""
@@ -43,10 +45,38 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits; reads it in small pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class BlockChecksums:
+    """SHA-256 of every `BLOCK_BYTES` of a stream of bytes, so that many readers can share the checking of one file."""
+
+    def __init__(self) -> None:
+        self._finished: list[str] = []
+        self._digest, self._room = hashlib.sha256(), BLOCK_BYTES
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take in the next bytes."""
+        view = memoryview(data)
+        while view.nbytes:
+            part, view = view[: self._room], view[self._room :]
+            self._digest.update(part)
+            self._room -= part.nbytes
+            if self._room == 0:
+                self._finish_block()
+
+    def finish(self) -> list[str]:
+        """The checksums as hex digits; the last block may be shorter."""
+        if self._room < BLOCK_BYTES:
+            self._finish_block()
+        return self._finished
+
+    def _finish_block(self) -> None:
+        self._finished.append(self._digest.hexdigest())
+        self._digest, self._room = hashlib.sha256(), BLOCK_BYTES
+
+
+def block_checksum(file: BinaryIO, number: int) -> str:
+    """SHA-256 of block `number` of an open file."""
+    file.seek(number * BLOCK_BYTES)
+    return hashlib.sha256(file.read(BLOCK_BYTES)).hexdigest()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ checksum     SHA-256 of everything below, as JSON text
 format, version, step
 state        what the caller wants back
 parameters   name, layer, factor, shape (over all experts) of every parameter
-files        name, bytes, sha256, and for each shard in it the dtypes of its tensors and its runs
+files        name, bytes, SHA-256 of every 8 MiB, and for each shard in it the dtypes of its tensors and its runs
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dsmoelora.checkpoint.files import sha256_of_file, write_json
+from dsmoelora.checkpoint.files import BLOCK_BYTES, block_checksum, write_json
 from dsmoelora.checkpoint.layout import (
     ShardLayout,
     decode_layouts,
@@ -27,7 +28,7 @@ from dsmoelora.checkpoint.layout import (
 from dsmoelora.errors import CheckpointError
 
 INDEX_NAME = "index.json"
-_FORMAT, _VERSION = "dsmoelora-checkpoint", 1
+_FORMAT, _VERSION = "dsmoelora-checkpoint", 2
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class RankFile:
     Args:
         name: file name below the checkpoint's folder
         num_bytes: its size
-        sha256: of the whole file, as hex digits
+        blocks: SHA-256 of each `files.BLOCK_BYTES`, as hex digits
         shards: shard number k is stored as the tensors `shard{k}.value`, `shard{k}.exp_avg` ...
     """
 
     name: str
     num_bytes: int
-    sha256: str
+    blocks: list[str]
     shards: list[ShardLayout]
 
 
@@ -74,7 +75,7 @@ def write_index(folder: Path, index: Index) -> None:
             {
                 "name": file.name,
                 "bytes": file.num_bytes,
-                "sha256": file.sha256,
+                "blocks": file.blocks,
                 "shards": encode_layouts(file.shards, parameters),
             }
             for file in index.files
@@ -121,17 +122,28 @@ def faults_of_sizes(folder: Path, index: Index) -> list[str]:
     return faults
 
 
-def faults_of_content(folder: Path, files: list[RankFile]) -> list[str]:
-    """Which of the files differ from what was saved, a short reason each; reads them in small pieces."""
+def faults_of_content(folder: Path, index: Index, part: int, num_parts: int) -> list[str]:
+    """Which of the files differ from what was saved, a short reason each.
+
+    Args:
+        folder: of the checkpoint
+        index: of the checkpoint
+        part, num_parts: look at one of so many equal parts of all blocks
+    """
+    blocks = [(file, number) for file in index.files for number in range(len(file.blocks))]
+    own = blocks[len(blocks) * part // num_parts : len(blocks) * (part + 1) // num_parts]
     faults = []
-    for file in files:
+    for file, some in groupby(own, key=lambda block: block[0]):
         try:
-            sha256 = sha256_of_file(folder / file.name)
+            with (folder / file.name).open("rb") as content:
+                damaged = [number for _, number in some if block_checksum(content, number) != file.blocks[number]]
         except OSError as error:
             faults.append(f"{file.name} cannot be read ({error.strerror})")
             continue
-        if sha256 != file.sha256:
-            faults.append(f"{file.name} does not match its checksum (SHA-256 {sha256}, saved {file.sha256})")
+        if damaged:
+            start = damaged[0] * BLOCK_BYTES
+            stop = min(start + BLOCK_BYTES, file.num_bytes)
+            faults.append(f"{file.name} does not match its checksum (SHA-256 of bytes {start} to {stop})")
     return faults
 
 
@@ -143,7 +155,7 @@ def _checksum(content: dict[str, Any]) -> str:
 def _decode(content: dict[str, Any]) -> Index:
     parameters = decode_parameters(content["parameters"])
     files = [
-        RankFile(each["name"], each["bytes"], each["sha256"], decode_layouts(each["shards"], parameters))
+        RankFile(each["name"], each["bytes"], each["blocks"], decode_layouts(each["shards"], parameters))
         for each in content["files"]
     ]
     for file in files:

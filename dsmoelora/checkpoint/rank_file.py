@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections import defaultdict
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dsmoelora.checkpoint.files import flush_to_disk
+from dsmoelora.checkpoint.files import BlockChecksums, flush_to_disk
 from dsmoelora.checkpoint.index import Index
 from dsmoelora.checkpoint.layout import ShardLayout
 from dsmoelora.errors import CheckpointError
@@ -74,10 +73,10 @@ def payload_bytes(layouts: list[ShardLayout]) -> int:
 
 def write_rank_file(
     path: Path, shards: list[ShardState], kept: list[ShardLayout], on_progress: Callable[[], None] = lambda: None
-) -> tuple[int, str] | None:
+) -> tuple[int, list[str]] | None:
     """Write the `kept` runs of a rank's shards as one safetensors file, and wait until it lies on the disk.
 
-    The bytes go from the tensors to the file and into the checksum in one pass, chunk by chunk: no second copy of
+    The bytes go from the tensors to the file and into the checksums in one pass, chunk by chunk: no second copy of
     the state in memory, and the checksum is of what was meant, not of what arrived (the library's `save_file` offers
     neither). The format is a length, a JSON header and the tensors behind one another.
 
@@ -88,7 +87,7 @@ def write_rank_file(
         on_progress: called after every chunk
 
     Returns:
-        Size of the file in bytes and its SHA-256; None when there is nothing to write.
+        Size of the file in bytes and the SHA-256 of each of its blocks; None when there is nothing to write.
 
     Raises:
         OSError: the disk is full, the folder is gone ...
@@ -96,21 +95,21 @@ def write_rank_file(
     if not payload_bytes(kept):
         return None
     header = _header(kept)
-    digest, num_bytes = hashlib.sha256(), 0
+    checksums, num_bytes = BlockChecksums(), 0
     with path.open("wb") as file:
         for data in (len(header).to_bytes(8, "little"), header):
             file.write(data)
-            digest.update(data)
+            checksums.update(data)
             num_bytes += len(data)
         for shard, layout in zip(shards, kept, strict=True):
             for tensor in shard.flat.values():
                 for chunk in _chunks(tensor, layout.runs):
                     file.write(chunk)
-                    digest.update(chunk)
+                    checksums.update(chunk)
                     num_bytes += len(chunk)
                     on_progress()
         flush_to_disk(file)
-    return num_bytes, digest.hexdigest()
+    return num_bytes, checksums.finish()
 
 
 def read_shards(folder: Path, index: Index, shards: list[ShardState]) -> None:

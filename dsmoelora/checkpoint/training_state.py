@@ -100,8 +100,8 @@ def save_checkpoint(
 def newest_whole_checkpoint(root: Path) -> Path | None:
     """The newest checkpoint below `root` whose index, sizes and checksums are right (collective).
 
-    The files are dealt out over the ranks for checking. Damaged checkpoints are skipped with a warning on rank 0 that
-    says what is wrong and what is used instead. None when there is none.
+    Each rank checks an equal part of all bytes. Damaged checkpoints are skipped with a warning on rank 0 that says what
+    is wrong and what is used instead. None when there is none.
     """
     root = Path(root)
     damaged: list[tuple[Path, list[str]]] = []
@@ -122,7 +122,7 @@ def newest_whole_checkpoint(root: Path) -> Path | None:
 def load_checkpoint(folder: Path, shards: list[ShardState]) -> dict[str, Any]:
     """Fill the tensors of `shards` in place from a checkpoint of any layout, and return its state (collective).
 
-    Checksums are verified first, with the files dealt out over the ranks; then each rank reads the ranges that it
+    Checksums are verified first, an equal part of all bytes by each rank; then each rank reads the ranges that it
     holds. Beside the shards it needs some MiB of memory. Padding stays as it is.
 
     Raises:
@@ -162,7 +162,7 @@ def _examine(folder: Path) -> tuple[Index | None, list[str]]:
     try:
         index = read_index(folder)
         faults = faults_of_sizes(folder, index)
-        faults = faults or faults_of_content(folder, index.files[comm.rank() :: comm.world_size()])
+        faults = faults or faults_of_content(folder, index, comm.rank(), comm.world_size())
     except CheckpointError as error:
         faults = [str(error)]
     everyone = comm.broadcast_object(comm.gather_objects(faults))
@@ -181,7 +181,7 @@ def _write_own_file(
     with disk_errors(path, root, _DISK_REMEDY):
         written = write_rank_file(path, shards, kept, on_progress)
     # The runs are known to rank 0 already.
-    return None if written is None else {"name": path.name, "bytes": written[0], "sha256": written[1]}
+    return None if written is None else {"name": path.name, "bytes": written[0], "blocks": written[1]}
 
 
 def _finish(
@@ -193,7 +193,7 @@ def _finish(
 ) -> None:
     """Write the index of all ranks' files and give the folder its name."""
     files = [
-        RankFile(file["name"], file["bytes"], file["sha256"], [packed(layout) for layout in layouts])
+        RankFile(file["name"], file["bytes"], file["blocks"], [packed(layout) for layout in layouts])
         for file, layouts in zip(written, kept, strict=True)
         if file is not None
     ]

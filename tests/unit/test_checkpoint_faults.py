@@ -60,7 +60,7 @@ DAMAGES = [
     ("index.json", Path.unlink, "cannot be read"),
     ("index.json", truncate, "not valid JSON"),
     ("index.json", flip_a_bit, "JSON|checksum|index of a"),
-    ("index.json", another_version, "format version 99, known is 1"),
+    ("index.json", another_version, "format version 99, known is 2"),
     ("index.json", lambda path: path.write_text("[]"), "index of a"),
     ("index.json", lambda path: path.write_bytes(b"\xff\xfe"), "not valid JSON"),
 ]

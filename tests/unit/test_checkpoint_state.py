@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -15,8 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dsmoelora.adapters import Factor
-from dsmoelora.checkpoint.files import sha256_of_file
-from dsmoelora.checkpoint.index import read_index
+from dsmoelora.checkpoint.index import faults_of_content, read_index
 from dsmoelora.checkpoint.layout import Ranges
 from dsmoelora.checkpoint.rank_file import read_shards
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
@@ -82,8 +82,26 @@ def test_files_are_plain_safetensors_with_the_named_tensors_and_the_checksums_of
         for name in ADAM:
             assert torch.equal(tensors[f"shard{k}.{name}"], numbers[name][parameter.name])
     (entry,) = json.loads((folder / "index.json").read_text())["files"]
-    assert entry["sha256"] == sha256_of_file(folder / entry["name"])
-    assert entry["bytes"] == (folder / entry["name"]).stat().st_size
+    content = (folder / entry["name"]).read_bytes()
+    assert entry["blocks"] == [hashlib.sha256(content).hexdigest()]
+    assert entry["bytes"] == len(content)
+
+
+def test_every_rank_checks_an_equal_part_of_a_large_file(tmp_path: Path) -> None:
+    """So that nobody reads much more than its share, however few ranks wrote the files."""
+    large = Trainable("proj.experts.a", "proj", Factor.A, (2, 1 << 20, 3))
+    folder = save(tmp_path, 1, replicated([large], 1), random_numbers([large], ["value"], seed=1))[0]
+    index = read_index(folder)
+    (file,) = index.files
+    content = bytearray((folder / file.name).read_bytes())
+    blocks = [content[start : start + (8 << 20)] for start in range(0, len(content), 8 << 20)]
+    assert file.blocks == [hashlib.sha256(block).hexdigest() for block in blocks]
+    assert len(blocks) == 4
+    content[(8 << 20) + 5] ^= 1
+    (folder / file.name).write_bytes(content)
+    found = [faults_of_content(folder, index, part, 3) for part in range(3)]
+    assert [len(faults) for faults in found] == [0, 1, 0], "block 1 belongs to the middle third alone"
+    assert "bytes 8388608 to 16777216" in found[1][0]
 
 
 def test_other_dtypes_whole_parameters_and_chunks_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
