@@ -50,7 +50,7 @@ def truncate(path: Path) -> None:
 
 
 def another_version(path: Path) -> None:
-    path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 99'))
 
 
 DAMAGES = [
