@@ -74,8 +74,13 @@ class BatchContext:
     _last_input: SharedInput | None = None
 
     def shared_input(self, x: Tensor, dropout_key: int) -> SharedInput:
-        """What was made of `x` so far, if the layer before read it too; `dropout_key` is used for a new one."""
-        if self._last_input is None or not self._last_input.is_of(x):
+        """What was made of `x` so far, if the layer before read it too.
+
+        Args:
+            x: input of a layer
+            dropout_key: of the layer
+        """
+        if self._last_input is None or not self._last_input.admits(x, dropout_key):
             self._last_input = SharedInput(x, dropout_key)
         return self._last_input
 

@@ -18,7 +18,7 @@ class SharedInput:
 
     Args:
         x: the input of the first layer that reads it
-        dropout_key: of that layer; all readers see one dropout mask
+        dropout_key: of that layer, which also names it; all readers see one dropout mask
     """
 
     def __init__(self, x: Tensor, dropout_key: int) -> None:
@@ -26,10 +26,16 @@ class SharedInput:
         self._state = _state_of(x)
         self._made: dict[str, Any] = {}
         self.dropout_key = dropout_key
+        self._readers = {dropout_key}
 
-    def is_of(self, x: Tensor) -> bool:
-        """Whether `x` has these very numbers, unchanged, in the same gradient mode."""
-        return x.untyped_storage() is self._storage and self._state == _state_of(x)
+    def admits(self, x: Tensor, dropout_key: int) -> bool:
+        """Whether a layer reads these very numbers, unchanged, in the same gradient mode and for the first time.
+
+        A layer that reads them once more begins another forward pass.
+        """
+        is_new = dropout_key not in self._readers
+        self._readers.add(dropout_key)
+        return is_new and x.untyped_storage() is self._storage and self._state == _state_of(x)
 
     def once(self, what: str, make: Callable[[], Made]) -> Made:
         """The thing of that name, made at the first call."""

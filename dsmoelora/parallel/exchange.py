@@ -33,6 +33,8 @@ from dsmoelora.adapters.context import LocalExperts
 from dsmoelora.adapters.shared_input import SharedInput
 from dsmoelora.parallel.layout import ExpertLayout
 
+# names in the summary of DeepSpeed's comms logger; it counts an all-gather by what one rank puts in
+GATHER_LOG, ALL_TO_ALL_LOG = "token_exchange_all_gather", "token_exchange_all_to_all"
 _NOT_SELECTED = -1.0  # gates are never negative, so one number says both whether and how much
 
 
@@ -101,7 +103,9 @@ class AllToAll(torch.autograd.Function):
 
 def _all_to_all(x_NX: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
     received = x_NX.new_empty(sum(receive), *x_NX.shape[1:])
-    dist.all_to_all_single(received, x_NX, output_split_sizes=receive, input_split_sizes=send, group=group)
+    dist.all_to_all_single(
+        received, x_NX, output_split_sizes=receive, input_split_sizes=send, group=group, log_name=ALL_TO_ALL_LOG
+    )
     return received
 
 
@@ -127,7 +131,7 @@ class GatherRoute:
     def send(self, x_TX: Tensor) -> Tensor:
         """(T, X) -> (P * longest, X), by rank."""
         gathered = x_TX.new_empty(self._num_ranks * self.longest, x_TX.shape[1])
-        dist.all_gather_into_tensor(gathered, self.pad(x_TX), group=self._group)
+        dist.all_gather_into_tensor(gathered, self.pad(x_TX), group=self._group, log_name=GATHER_LOG)
         return gathered
 
     def sum_back(self, y_NX: Tensor) -> Tensor:
@@ -150,7 +154,7 @@ class ChosenRoute:
         self.ranks_N, self.tokens_N = wanted_TP.t().nonzero(as_tuple=True)  # by rank, then by token
         send_P = wanted_TP.sum(0)
         receive_P = torch.empty_like(send_P)
-        dist.all_to_all_single(receive_P, send_P, group=group)
+        dist.all_to_all_single(receive_P, send_P, group=group, log_name=ALL_TO_ALL_LOG)
         self.send_counts, self.receive_counts = torch.stack((send_P, receive_P)).tolist()
 
     def send(self, x_TX: Tensor) -> Tensor:

@@ -1,0 +1,177 @@
+"""Bytes and time of the token exchange, beside `ep_size` 1, where ZeRO-3 gathers the experts.
+
+    python benchmarks/exchange.py
+
+Four ranks, ZeRO-3, bf16, three layers that read one input (as q, k and v do), random routers, `ep_size` 4. Bytes are
+what a rank puts into its collectives in a forward pass, counted by DeepSpeed's comms logger (for `ep_size` 1: gathering
+the experts), beside what `parallel.exchange` expects. Times are of forward and backward over gloo on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.comm.comm import comms_logger
+from timing import seconds
+from torch import Tensor, nn
+from worker import run_ranks
+
+from dsmoelora.adapters import inject
+from dsmoelora.config import AdapterConfig, ModelConfig, OptimConfig, ParallelConfig, Recipe, TrainConfig
+from dsmoelora.optim import ShardOptimizer, trainables
+from dsmoelora.parallel import comm, ranks, zero
+from dsmoelora.parallel.exchange import (
+    ALL_TO_ALL_LOG,
+    GATHER_LOG,
+    TokenExchange,
+    all_to_all_bytes,
+    gather_bytes,
+)
+from dsmoelora.parallel.layout import make_layout
+
+WORLD_SIZE = 4
+WIDTH = 1024  # in- and out-features
+NUM_LAYERS = 3
+ITEMSIZE = torch.bfloat16.itemsize
+NUM_TOKENS = (128, 1024)
+EXPERTS = ((20, 10, 4), (8, 7, 4), (8, 2, 16), (16, 2, 64))  # E, K, R
+
+
+class Block(nn.Module):
+    """Three linear layers with one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(NUM_LAYERS))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> scalar, to go backward from."""
+        return sum(layer(x_TD).float().square().mean() for layer in (self.q, self.k, self.v))
+
+
+@dataclass
+class Measured:
+    """What one way of running the block takes.
+
+    Args:
+        mebibytes: that a rank puts into its collectives, forward, in the mean over ranks
+        expected: by the formulas
+        milliseconds: of forward and backward
+    """
+
+    mebibytes: float
+    expected: float
+    milliseconds: float
+
+
+def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) -> tuple[Measured, str]:
+    """Run the block one way; `way` is an exchange, or `ep_size 1`. Also says which way `auto` takes."""
+    recipe = Recipe(
+        model=ModelConfig(dtype="bf16"),
+        adapter=AdapterConfig(r=rank, num_experts=num_experts, top_k=top_k, target_modules=["q", "k", "v"]),
+        parallel=ParallelConfig(1) if way == "ep_size 1" else ParallelConfig(WORLD_SIZE, cast(Any, way)),
+        train=TrainConfig(batch_size=WORLD_SIZE, micro_batch_size=1),
+    )
+    layout = make_layout(recipe)
+    exchange = TokenExchange(layout, recipe.parallel.exchange, top_k)
+    torch.manual_seed(0)
+    model = Block()
+    inject(model, recipe.adapter, layout.local_experts, exchange)
+    found = trainables(model)
+    zero.place_experts(found, layout)
+    config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=ShardOptimizer(found, OptimConfig()),
+        model_parameters=[parameter for _, parameter in found],
+        config=zero.merge_config(recipe, config, WORLD_SIZE),
+    )
+    torch.manual_seed(comm.rank())
+    x_TD = torch.randn(num_tokens, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    if layout.ep_size > 1:
+        exchange.announce(num_tokens)
+
+    def forward_and_backward() -> None:
+        engine.backward(engine(x_TD))
+        engine.step()
+
+    for _ in range(3):  # ZeRO learns the order of its parameters
+        forward_and_backward()
+    milliseconds = 1e3 * min(seconds(forward_and_backward) for _ in range(5))
+    dist.configure(enabled=True, prof_all=True, verbose=False)
+    comms_logger.comms_dict = {}
+    engine(x_TD)
+    dist.configure(enabled=False)
+    logged = {
+        name: sum(size * found[0] for size, found in sizes.items()) for name, sizes in comms_logger.comms_dict.items()
+    }
+    sizes = (num_tokens, layout, WIDTH, WIDTH, ITEMSIZE)
+    if way == "ep_size 1":
+        num_bytes = WORLD_SIZE * sum(n for name, n in logged.items() if "all_gather" in name) - base_bytes()
+        expected = NUM_LAYERS * ITEMSIZE * num_experts * (2 * WIDTH * rank + WIDTH)  # factors, router
+        return Measured(mean_over_ranks(num_bytes) / 2**20, expected / 2**20, milliseconds), ""
+    num_bytes = WORLD_SIZE * logged.get(GATHER_LOG, 0) + logged.get(ALL_TO_ALL_LOG, 0)
+    both = {
+        "gather": gather_bytes(*sizes, NUM_LAYERS),
+        "all_to_all": all_to_all_bytes(*sizes, top_k, NUM_LAYERS),
+    }
+    exchange.kind = "auto"
+    chosen = exchange.kind_for(WIDTH, WIDTH, ITEMSIZE)
+    return Measured(mean_over_ranks(num_bytes) / 2**20, both[way] / 2**20, milliseconds), chosen
+
+
+def mean_over_ranks(value: float) -> float:
+    """Tokens are not routed quite alike on all ranks."""
+    return comm.all_reduce_sum([value])[0] / WORLD_SIZE
+
+
+def base_bytes() -> int:
+    """Gathering the frozen weights of the block."""
+    return NUM_LAYERS * WIDTH * WIDTH * ITEMSIZE
+
+
+def worker() -> None:
+    """Measure all rows, print on rank 0."""
+    ranks.adopt_launcher_environment()
+    comm.init()
+    if comm.rank() == 0:
+        print(
+            "| tokens a rank | E, K, R | way | MiB | formula | off by | ms | auto takes |\n"
+            "|---|---|---|---|---|---|---|---|"
+        )
+    for num_tokens, (num_experts, top_k, rank) in product(NUM_TOKENS, EXPERTS):
+        rows = {
+            way: measure(num_tokens, num_experts, top_k, rank, way) for way in ("gather", "all_to_all", "ep_size 1")
+        }
+        cheaper = min(("gather", "all_to_all"), key=lambda way: rows[way][0].mebibytes)
+        for way, (found, chosen) in rows.items():
+            takes = "" if way == "ep_size 1" else f"{chosen} ({'cheaper' if chosen == cheaper else 'DEARER'})"
+            if comm.rank() == 0:
+                print(
+                    f"| {num_tokens} | {num_experts}, {top_k}, {rank} | {way} | {found.mebibytes:.2f} "
+                    f"| {found.expected:.2f} | {100 * (found.mebibytes / found.expected - 1):+.1f}% "
+                    f"| {found.milliseconds:.0f} | {takes} |",
+                    flush=True,
+                )
+    comm.barrier()
+    comm.shutdown()
+
+
+def main() -> None:
+    """Start the ranks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_args().worker:
+        worker()
+    else:
+        run_ranks(__file__, WORLD_SIZE)
+
+
+if __name__ == "__main__":
+    main()
