@@ -303,6 +303,8 @@ class TrainConfig:
             evaluation is before step 1 and the last after the final step)
         save_every: optimizer steps between checkpoints, 0 for none but the last
         keep_checkpoints: how many of the newest checkpoints stay
+        health_every: optimizer steps between looks at how experts are used, 0 for none
+        dead_after: optimizer steps without a token after which an expert counts as dead
         activation_checkpointing: recompute activations in the backward pass
         num_samples: held-out prompts that are answered before and after training
         sample_max_new_tokens: tokens of such an answer at most
@@ -318,6 +320,8 @@ class TrainConfig:
     eval_every: int = 25
     save_every: int = 50
     keep_checkpoints: int = 2
+    health_every: int = 10
+    dead_after: int = 50
     activation_checkpointing: bool = False
     num_samples: int = 0
     sample_max_new_tokens: int = 64
@@ -333,10 +337,11 @@ class TrainConfig:
             "batch_size",
             "micro_batch_size",
             "keep_checkpoints",
+            "dead_after",
             "sample_max_new_tokens",
             "hang_timeout_s",
         )
-        for name in ("eval_every", "save_every", "num_samples"):
+        for name in ("eval_every", "save_every", "num_samples", "health_every"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}", value, "0 or more", f"0 switches train.{name} off.")
         if isinstance(self.report_to, str):

@@ -21,7 +21,7 @@ from dsmoelora.adapters import adapted_layers, batch_context, inject
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, router_buffers, write_adapter
 from dsmoelora.adapters.routers.prompt import prompt_tokens
-from dsmoelora.adapters.routing_log import RoutingLog
+from dsmoelora.adapters.routing_log import Routing, RoutingLog
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
@@ -224,6 +224,10 @@ class Engine:
             "condition": max(conditions),
             "eigh_fallbacks": float(round(sum(num_fallbacks))),
         }
+
+    def take_routing(self) -> Routing:
+        """How routers have used their experts since the last call, on all ranks together; the same on all."""
+        return self._routing.take_window()
 
     def evaluate(self, micro_batches: list[MicroBatch]) -> float:
         """Mean negative log likelihood per supervised token, in nats, over all ranks' micro-batches."""

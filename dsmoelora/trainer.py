@@ -17,6 +17,7 @@ from dsmoelora.callbacks import (
     MetricsFile,
     PeakMemory,
     ProgressBar,
+    RouterHealth,
     Samples,
     Summary,
     TrainingRun,
@@ -40,9 +41,11 @@ def default_callbacks(console: Console, trackers: Sequence[Callback]) -> list[Ca
         trackers: from `open_trackers`, on rank 0
     """
     if comm.rank() > 0:
-        return [Canary(), Samples(console)]
-    # The canary adds to the metrics, so it comes before those who write them. The bar ends before tables are printed.
-    return [Canary(), ProgressBar(console), MetricsFile(), *trackers, Samples(console), Summary(console)]
+        return [Canary(), RouterHealth(), Samples(console)]
+    # Canary and health add to the metrics, so they come before those who write them. The bar ends before tables are
+    # printed.
+    health: list[Callback] = [Canary(), RouterHealth()]
+    return [*health, ProgressBar(console), MetricsFile(), *trackers, Samples(console), Summary(console)]
 
 
 class Trainer:
@@ -166,6 +169,7 @@ class Trainer:
     def _finish_metrics(self) -> None:
         self.run.metrics["memory/peak(GiB)"] = self._memory.gib()
         self._call("on_metrics")
+        self.run.tables.clear()
 
     def _save(self) -> None:
         state = {

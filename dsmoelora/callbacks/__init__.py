@@ -1,7 +1,8 @@
-"""What hangs on the training loop: progress, metrics, curves, canary, samples, summary."""
+"""What hangs on the training loop: progress, metrics, curves, canary, health, samples, summary."""
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
 from dsmoelora.callbacks.canary import Canary
+from dsmoelora.callbacks.health import RouterHealth
 from dsmoelora.callbacks.memory import PeakMemory
 from dsmoelora.callbacks.metrics import MetricsFile
 from dsmoelora.callbacks.progress import ProgressBar
@@ -16,6 +17,7 @@ __all__ = [
     "MetricsFile",
     "PeakMemory",
     "ProgressBar",
+    "RouterHealth",
     "Samples",
     "Summary",
     "TrainingRun",

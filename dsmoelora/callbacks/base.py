@@ -24,6 +24,7 @@ class TrainingRun:
         is_open: the line of metrics of `start_step` was not complete when its checkpoint was written
         evaluations: (step, held-out loss) so far, in order, those before a resume included
         metrics: the line of the present step; callbacks may add to it in `on_step_end`
+        tables: what belongs into that line but is more than a number; JSON-able
     """
 
     recipe: Recipe
@@ -34,6 +35,7 @@ class TrainingRun:
     is_open: bool = False
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     metrics: dict[str, float | None] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:

@@ -14,7 +14,7 @@ from dsmoelora.metrics_file import METRICS_FILE, read_metrics
 
 
 class MetricsFile(Callback):
-    """Appends `run.metrics` to `metrics.jsonl` (rank 0).
+    """Appends `run.metrics` and `run.tables` to `metrics.jsonl` (rank 0).
 
     A resumed run drops the lines after its checkpoint first: those steps are taken again. A number that is not
     finite becomes `null`, for JSON has no other word for it.
@@ -31,7 +31,7 @@ class MetricsFile(Callback):
 
     def on_metrics(self, run: TrainingRun) -> None:
         assert self._file is not None
-        row = {name: _finite(value) for name, value in run.metrics.items()}
+        row = {name: _finite(value) for name, value in run.metrics.items()} | run.tables
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
 from dsmoelora.callbacks.metrics import scalars
 
 TENSORBOARD_FOLDER = "tensorboard"
+_PIXELS = 8  # of one expert in a heat map, in both directions
 
 
 class TensorBoard(Callback):
-    """Writes `run.metrics` as scalars to `tensorboard/` in the run folder (rank 0)."""
+    """Writes `run.metrics` as scalars, and how experts are used as heat maps, to `tensorboard/` (rank 0)."""
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
@@ -25,6 +29,19 @@ class TensorBoard(Callback):
         assert self._writer is not None
         for name, value in scalars(run.metrics).items():
             self._writer.add_scalar(name, value, run.step)
+        if "experts" in run.tables:
+            self._add_experts(run.tables["experts"], run.step)
+
+    def _add_experts(self, table: dict[str, Any], step: int) -> None:
+        """Heat maps of layers by experts, and the entropy of each layer's gates."""
+        assert self._writer is not None
+        for what in ("share", "gate"):
+            rows = [torch.tensor(row) for row in table[what]]
+            heat = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            image = (heat / heat.max().clamp(min=1e-9)).kron(torch.ones(_PIXELS, _PIXELS))
+            self._writer.add_image(f"experts/{what}", image, step, dataformats="HW")
+        for layer, entropy in zip(table["layers"], table["entropy"], strict=True):
+            self._writer.add_scalar(f"experts_entropy/{layer}", entropy, step)
 
     def on_train_end(self, run: TrainingRun) -> None:
         assert self._writer is not None
