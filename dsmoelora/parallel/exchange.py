@@ -3,7 +3,7 @@
 Two ways. Below, T is the number of tokens of a rank, P the ranks of an expert-parallel group, E the experts, L = E / P
 those of a rank, K those of a token, n the layers that read the same input (D features, O outputs each), `b` the bytes
 of an activation. Bytes are what a rank puts into its collectives in a forward pass, its own part included (`(P-1)/P`
-of it leaves the rank); the backward pass moves the same once more, counts and places aside.
+of it leaves the rank); the backward pass moves the same once more, counts aside.
 
 - `gather`: all tokens to all ranks of the group.
 
@@ -138,7 +138,7 @@ class GatherRoute:
         """A reduce-scatter: pieces to their ranks, which add them up in fp32 and round once."""
         counts = [self.longest] * self._num_ranks
         pieces = _all_to_all(y_NX, counts, counts, self._group)
-        return pieces.view(self._num_ranks, self.longest, -1).sum(0)[: self._own]
+        return pieces.view(self._num_ranks, self.longest, y_NX.shape[1]).sum(0)[: self._own]
 
 
 class ChosenRoute:
