@@ -33,6 +33,7 @@ REQUIRES = [
     "protobuf>=6.31",  # transformers reads sentencepiece models through it
     "jsonargparse[signatures]>=4.53,<5",  # typed YAML recipes with command-line overrides, out of our dataclasses
     "numpy>=2",  # per-sample token counts; the order of samples
+    "packaging>=24",  # doctor.py compares versions
     "pyyaml>=6",  # recipes as text: `--print_config`, messages with line numbers
     "rich>=14",  # progress bar and tables
     "tensorboard>=2.20",  # curves in a browser

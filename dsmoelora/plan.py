@@ -24,7 +24,7 @@ from dsmoelora.data.readers import open_source
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
 from dsmoelora.model import load_tokenizer, model_without_weights, without_dropout
 from dsmoelora.optim import trainables
-from dsmoelora.run_folder import check_run_folder, existing_parent, run_folder
+from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_all, run_folder
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _FP32_BYTES = 4
@@ -65,6 +65,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     plan = Plan()
     _check_batches(plan, recipe, world_size)
     check_run_folder(recipe, resume)
+    _check_access(plan, run_folder(recipe))
     _check_trackers(recipe.train.report_to)
     _check_data(plan, recipe)
     zero.merge_config(recipe, deepspeed, world_size)
@@ -125,6 +126,11 @@ def _check_trackers(names: list[str] | str) -> None:
                 f"train.report_to has {name!r}, but the package {name} is not installed. "
                 f"Install it (pip install {name}), or take it out of train.report_to."
             )
+
+
+def _check_access(plan: Plan, folder: Path) -> None:
+    if folder.is_dir() and is_open_to_all(folder):
+        plan.notes.append(f"{folder} may be written by every user. Close it: chmod -R o-w {folder}")
 
 
 def _check_data(plan: Plan, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def existing_parent(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
+
+
+def is_open_to_all(folder: Path) -> bool:
+    """Whether every user of the machine may put files there, and replace those of others."""
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _check_writable(folder: Path) -> None:
