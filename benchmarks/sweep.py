@@ -141,13 +141,10 @@ class Training:
 
     def nll_sum(self, batch: MicroBatch) -> Tensor:
         """Sum over the supervised tokens."""
-        first = batch.first_supervised
-        num_logits = batch.labels.shape[1] - first + 1
-        logits_BSV = self.model(batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=num_logits).logits
-        targets_BS = batch.labels[:, first:]
-        learned_BS = targets_BS != -100
-        logits_TV = logits_BSV[:, :-1][learned_BS].float()
-        return nn.functional.cross_entropy(logits_TV, targets_BS[learned_BS], reduction="sum")
+        places_BP, targets_BP = batch.targets()
+        logits_BPV = self.model(batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=places_BP).logits
+        logits_TV, targets_T = logits_BPV.flatten(0, 1).float(), targets_BP.flatten()
+        return nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=-100, reduction="sum")
 
     def step(self, micro_batches: list[MicroBatch]) -> bool:
         """One optimizer step; False where the loss is not finite."""

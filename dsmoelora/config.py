@@ -264,6 +264,7 @@ class DataConfig:
         max_length: tokens of a sample; what is longer is cut at the end
         on_bad_row: `error` stops at the first wrong row, `skip` leaves wrong rows out and reports how many
         num_proc: processes that tokenise; `null` for as many as there are cores and rows for
+        packing: let training samples share rows of `max_length` tokens, without seeing each other
     """
 
     train: list[DataSource] = field(default_factory=list)
@@ -271,6 +272,7 @@ class DataConfig:
     max_length: int = 512
     on_bad_row: Literal["error", "skip"] = "error"
     num_proc: int | None = None
+    packing: bool = False
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more", "Common values: 512 to 4096.")
@@ -297,8 +299,8 @@ class TrainConfig:
 
     Args:
         max_steps: optimizer steps
-        batch_size: sequences of all ranks per optimizer step
-        micro_batch_size: sequences of one rank per forward; accumulation follows from both
+        batch_size: sequences of all ranks per optimizer step; with `data.packing` rows of `data.max_length` tokens
+        micro_batch_size: sequences (rows) of one rank per forward; accumulation follows from both
         eval_every: optimizer steps between evaluations, 0 for none (where `data.eval` is given, the first
             evaluation is before step 1 and the last after the final step)
         save_every: optimizer steps between checkpoints, 0 for none but the last
@@ -398,5 +400,12 @@ class Recipe:
             self.optim.max_grad_norm_router,
             "null where adapter.num_experts is 1, for there are no routers",
             "Drop it.",
+        )
+        _require(
+            self.adapter.router != "prompt" or not self.data.packing,
+            "data.packing",
+            self.data.packing,
+            "false with adapter.router `prompt`, which decides once for a whole row",
+            "Set data.packing to false, or take another router.",
         )
         check_losses(self.adapter, asdict(self.losses))

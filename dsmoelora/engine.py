@@ -26,6 +26,7 @@ from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, lo
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.heartbeat import Heartbeat, Phase
+from dsmoelora.inputs import check_probe, model_inputs, probe
 from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
@@ -121,7 +122,9 @@ class Engine:
         found = trainables(model)
         self.num_trainable = sum(math.prod(trainable.shape) for trainable, _ in found)
         self._context = batch_context(model)
-        self._can_keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # What code that comes with a model takes for `logits_to_keep` is its own affair.
+        own_code = not type(model).__module__.startswith("transformers.")
+        self._can_keep_logits = not own_code and "logits_to_keep" in inspect.signature(model.forward).parameters
         self.optimizer = ShardOptimizer(found, recipe.optim)
         self.schedule = build_schedule(self.optimizer, recipe.optim, recipe.train.max_steps)
         config = zero.merge_config(recipe, deepspeed_config, comm.world_size())
@@ -239,6 +242,19 @@ class Engine:
         self._context.clear()
         return comm.all_reduce_sum([total.item()])[0] / micro_batches[0].num_supervised_global
 
+    def check_packing(self) -> None:
+        """Make sure, in one short forward pass, that samples of a packed row do not see each other.
+
+        Raises:
+            ModelError: they do in this model, with this attention implementation
+        """
+        micro_batch = probe(self.model.config.get_text_config().vocab_size)
+        places_BP = torch.arange(micro_batch.input_ids.shape[1], device=self.device).expand_as(micro_batch.input_ids)
+        with self._inference():
+            logits_BSV = self._logits(micro_batch, places_BP)
+        self._context.clear()
+        comm.together(lambda: check_probe(self.model, logits_BSV))
+
     def generate(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[str]:
         """Greedy answers of the assistant to conversations that end in a user's turn; the same on all ranks."""
         self._heartbeat.enter(Phase.GENERATE, self.step)
@@ -339,19 +355,27 @@ class Engine:
 
     def _nll_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar)."""
-        # Prompts have no targets, and logits are large: the output head starts where the first target is predicted.
-        first = micro_batch.first_supervised
-        num_logits = micro_batch.labels.shape[1] - first + 1
-        batch = micro_batch.to(self.device)
-        self._context.token_keys = token_keys(self.recipe.run.seed, batch.sequence_ids, batch.attention_mask)
-        self._context.real_BS = batch.attention_mask.bool()
-        self._context.prompt_BS = prompt_tokens(batch.attention_mask, batch.labels)
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        # Few tokens are targets, and logits are large: the output head computes what the loss wants, nothing else.
+        places_BP, targets_BP = (tensor.to(self.device) for tensor in micro_batch.targets())
+        logits_BPV = self._logits(micro_batch, places_BP)
+        logits_TV, targets_T = logits_BPV.flatten(0, 1).float(), targets_BP.flatten()
+        return nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_LABEL, reduction="sum")
+
+    def _logits(self, micro_batch: MicroBatch, places_BP: Tensor) -> Tensor:
+        """(B, P, V): the logits at `places_BP` of each row."""
+        # All of this is made on the host, where nothing has to wait for the accelerator, and sent.
+        inputs = model_inputs(micro_batch, self.model.config._attn_implementation)
+        inputs = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        keys_BS = token_keys(
+            self.recipe.run.seed, micro_batch.sequence_ids, micro_batch.attention_mask, micro_batch.position_ids
+        )
+        self._context.token_keys = keys_BS.to(self.device)
+        self._context.real_BS = micro_batch.attention_mask.bool().to(self.device)
+        self._context.prompt_BS = prompt_tokens(micro_batch.attention_mask, micro_batch.labels).to(self.device)
         if self._can_keep_logits:
-            inputs["logits_to_keep"] = num_logits
-        logits_BSV = self._deepspeed(**inputs).logits[:, -num_logits:-1]
-        logits_TV, targets_T = logits_BSV.flatten(0, 1), batch.labels[:, first:].flatten()
-        return nn.functional.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORED_LABEL, reduction="sum")
+            logits: Tensor = self._deepspeed(**inputs, logits_to_keep=places_BP).logits
+            return logits
+        return torch.take_along_dim(self._deepspeed(**inputs).logits, places_BP.unsqueeze(-1), dim=1)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

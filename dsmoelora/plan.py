@@ -22,6 +22,7 @@ from dsmoelora.data.fallback_template import is_fallback
 from dsmoelora.data.formats import read_conversations
 from dsmoelora.data.readers import open_source
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
+from dsmoelora.inputs import check_takes_positions
 from dsmoelora.model import load_tokenizer, model_without_weights, without_dropout
 from dsmoelora.optim import trainables
 from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_all, run_folder
@@ -71,6 +72,8 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     zero.merge_config(recipe, deepspeed, world_size)
     _check_model_folder(plan, recipe.model)
     model = model_without_weights(recipe.model)
+    if recipe.data.packing:
+        check_takes_positions(model)
     base = sum(parameter.numel() for parameter in model.parameters())
     _note_what_is_off(plan, model)
     plan.notes += untouched(model)
@@ -106,7 +109,8 @@ def _check_batches(plan: Plan, recipe: Recipe, world_size: int) -> None:
     accumulation = train.accumulation_steps(world_size)
     plan.add("ranks", str(world_size))
     split = f"{train.micro_batch_size} a forward x {accumulation} forwards x {world_size} ranks"
-    plan.add("batch", f"{train.batch_size} sequences a step = {split}")
+    what = f"rows of {recipe.data.max_length} tokens, packed," if recipe.data.packing else "sequences"
+    plan.add("batch", f"{train.batch_size} {what} a step = {split}")
     warmup = f", {recipe.optim.warmup_steps} of them warm-up" if recipe.optim.warmup_steps else ""
     plan.add("steps", f"{train.max_steps}{warmup}")
     plan.add("optimizer", f"{recipe.optim.name}, lr {recipe.optim.lr:g}, {recipe.optim.schedule}")

@@ -22,7 +22,7 @@ from dsmoelora.callbacks import (
     Summary,
     TrainingRun,
 )
-from dsmoelora.data import InstructionDataset, MicroBatch, eval_micro_batches, train_steps
+from dsmoelora.data import InstructionDataset, MicroBatch, Packing, eval_micro_batches, train_steps
 from dsmoelora.engine import Engine, StepResult
 from dsmoelora.errors import CheckpointError
 from dsmoelora.parallel import comm
@@ -57,6 +57,7 @@ class Trainer:
         train_data: what is learned
         eval_data: held-out samples; without them nothing is evaluated
         callbacks: called in this order; the same kinds of collective callbacks on every rank
+        packing: which training samples share a row, where the recipe says `data.packing`
     """
 
     def __init__(
@@ -66,10 +67,13 @@ class Trainer:
         train_data: InstructionDataset,
         eval_data: InstructionDataset | None,
         callbacks: Sequence[Callback],
+        packing: Packing | None = None,
     ) -> None:
+        assert (packing is not None) == engine.recipe.data.packing, "the recipe says whether rows are packed"
         self._engine = engine
         self._callbacks = callbacks
         self._train_data = train_data
+        self._packing = packing
         self._eval_batches = [] if eval_data is None else eval_micro_batches(eval_data, **self._layout())
         self._memory = PeakMemory()
         self._saved_in: Path | None = None
@@ -86,6 +90,7 @@ class Trainer:
 
         Raises:
             CheckpointError: the checkpoint belongs to other data, another seed or another batch size
+            ModelError: rows are packed, and the model's samples would see each other
         """
         try:
             self._train(resume_from)
@@ -94,6 +99,8 @@ class Trainer:
 
     def _train(self, resume_from: Path | None) -> None:
         run, recipe = self.run, self._engine.recipe.train
+        if self._packing is not None:
+            self._engine.check_packing()
         if resume_from is not None:
             self._resume(resume_from)
         self._mark_done(False)
@@ -124,6 +131,7 @@ class Trainer:
             seed=recipe.run.seed,
             batch_size=recipe.train.batch_size,
             start_step=self.run.step,
+            packing=self._packing,
             **self._layout(),
         )
 
@@ -228,6 +236,7 @@ class Trainer:
         recipe = self._engine.recipe
         return {
             "train.batch_size": recipe.train.batch_size,
+            "data.packing": recipe.data.packing,
             "run.seed": recipe.run.seed,
             "data.train (fingerprint)": self._train_data.fingerprint,
         }

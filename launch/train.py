@@ -22,7 +22,7 @@ from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_w
 
 if TYPE_CHECKING:
     from dsmoelora.config import Recipe
-    from dsmoelora.data import InstructionDataset
+    from dsmoelora.data import InstructionDataset, Packing
     from dsmoelora.heartbeat import Heartbeat
     from dsmoelora.parallel.stopping import StopRequest
     from dsmoelora.trainer import Trainer
@@ -105,6 +105,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
         Stopped: there was a request before anything was ready
     """
     from dsmoelora.callbacks import open_trackers
+    from dsmoelora.data import packing_report
     from dsmoelora.data.report import all_losses
     from dsmoelora.engine import Engine
     from dsmoelora.parallel import comm, zero
@@ -119,6 +120,9 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     console.print(f"{len(train_data):,} training samples, {num_held_out:,} held out")
     for line in all_losses([*train_data.reports, *(eval_data.reports if eval_data else [])]):
         console.print(f"lost: {line}", markup=False, soft_wrap=True)
+    packing = stop.together(lambda: load_rows(recipe, train_data))
+    if packing is not None:
+        console.print(packing_report(train_data, packing, recipe), soft_wrap=True)
     config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
     comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
     trackers = comm.together(lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else [])
@@ -130,7 +134,8 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
         f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers; "
         f"a checkpoint of them takes {mebibytes:.1f} MiB"
     )
-    return Trainer(engine, folder, train_data, eval_data, default_callbacks(console, trackers)), checkpoint
+    callbacks = default_callbacks(console, trackers)
+    return Trainer(engine, folder, train_data, eval_data, callbacks, packing), checkpoint
 
 
 def load_data(recipe: Recipe) -> tuple[InstructionDataset, InstructionDataset | None]:
@@ -148,6 +153,17 @@ def load_data(recipe: Recipe) -> tuple[InstructionDataset, InstructionDataset | 
         progress=on_first_node(),
     )
     return load(data.train, "data.train"), load(data.eval, "data.eval") if data.eval else None
+
+
+def load_rows(recipe: Recipe, samples: InstructionDataset) -> Packing | None:
+    """Which training samples share a row, if `data.packing` says that some do."""
+    from dsmoelora.data import load_packing
+
+    if not recipe.data.packing:
+        return None
+    return load_packing(
+        samples.num_tokens, samples.mixture, samples.fingerprint, recipe.run.seed, recipe.data.max_length
+    )
 
 
 if __name__ == "__main__":

@@ -24,18 +24,22 @@ def _as_int32(x: Tensor) -> Tensor:
     return torch.where(x > 0x7FFFFFFF, x - (1 << 32), x).to(torch.int32)
 
 
-def token_keys(seed: int, sequence_ids_B: Tensor, attention_mask_BS: Tensor) -> Tensor:
+def token_keys(
+    seed: int, sequence_ids: Tensor, attention_mask_BS: Tensor, position_ids_BS: Tensor | None = None
+) -> Tensor:
     """(B, S) int32: one key a token, from the seed, the number of its sequence and its place among the real tokens.
 
     Args:
         seed: of the run
-        sequence_ids_B: (B,) int64, the number of each sequence in the whole run
+        sequence_ids: int64, the number of each sequence in the whole run: (B,), or (B, S) where rows are packed
         attention_mask_BS: (B, S), 1 for real tokens; places are counted over these, so padding side does not matter
+        position_ids_BS: (B, S) where rows are packed, the place of each token in its sequence, from 0
     """
-    low, high = sequence_ids_B & _MASK_32, (sequence_ids_B >> 32) & _MASK_32
-    sequence_B = _mix(_mix(low ^ (seed & _MASK_32)) ^ _mix(high ^ ((seed >> 32) & _MASK_32)))
-    place_BS = attention_mask_BS.long().cumsum(-1)
-    return _as_int32(_mix(sequence_B.unsqueeze(-1) ^ _mix(place_BS)))
+    low, high = sequence_ids & _MASK_32, (sequence_ids >> 32) & _MASK_32
+    sequence = _mix(_mix(low ^ (seed & _MASK_32)) ^ _mix(high ^ ((seed >> 32) & _MASK_32)))
+    if position_ids_BS is None:
+        return _as_int32(_mix(sequence.unsqueeze(-1) ^ _mix(attention_mask_BS.long().cumsum(-1))))
+    return _as_int32(_mix(sequence ^ _mix(position_ids_BS + 1)))
 
 
 def _hash(keys_T: Tensor, layer_key: int, num_columns: int) -> Tensor:

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from dsmoelora.data.cache import cache_file
+from dsmoelora.data.mixing import Mixture
+from dsmoelora.errors import DataError
 from dsmoelora.seeds import derive_seed
 
 PLAN_VERSION = 1  # raise it when the same samples would be packed in another way
@@ -28,10 +30,14 @@ class Packing:
     Args:
         samples: (num_samples,) numbers of the samples, row after row
         starts: (num_rows + 1,) where each row begins in `samples`, and the end
+        capacity: tokens that a row can hold
+        mixture: which rows make up an epoch
     """
 
     samples: np.ndarray
     starts: np.ndarray
+    capacity: int
+    mixture: Mixture
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -45,33 +51,74 @@ class Packing:
         return np.add.reduceat(values[self.samples], self.starts[:-1])
 
 
-def load_packing(num_tokens: np.ndarray, fingerprint: str, seed: int, max_length: int) -> Packing:
+def load_packing(num_tokens: np.ndarray, mixture: Mixture, fingerprint: str, seed: int, max_length: int) -> Packing:
     """Pack the samples of a dataset, or take the plan of an earlier time from the cache (on every rank at once).
 
     Args:
         num_tokens: (num_samples,) tokens of each sample
+        mixture: which samples make up an epoch
         fingerprint: of the dataset
         seed: decides which of the samples of equal length share a row
         max_length: tokens of a row
 
     Raises:
-        DataError: the cache folder cannot be written
+        DataError: the cache folder cannot be written, or a set has too little weight for a row
     """
     # The lengths take part: another version of a tokenizer's library may change them under the same fingerprint.
     digest = hashlib.sha256(np.ascontiguousarray(num_tokens, dtype=np.int64).tobytes()).hexdigest()
     with cache_file(["packing", PLAN_VERSION, fingerprint, digest, seed, max_length], ".npz") as file:
         if not file.exists():
-            _write(pack(num_tokens, max_length, seed), file)
+            _write(pack_sets(num_tokens, mixture, max_length, seed), file)
         with np.load(file) as arrays:
-            return Packing(arrays["samples"], arrays["starts"])
+            rows = _mixture_of_rows(mixture, arrays["sizes"].tolist())
+            return Packing(arrays["samples"], arrays["starts"], max_length, rows)
 
 
 def _write(packing: Packing, file: Path) -> None:
     """Under another name first: a process that is killed here leaves nothing half-done."""
     partial = file.with_suffix(".part")
     with partial.open("wb") as stream:
-        np.savez(stream, samples=packing.samples, starts=packing.starts)
+        np.savez(stream, samples=packing.samples, starts=packing.starts, sizes=np.array(packing.mixture.sizes))
     partial.replace(file)
+
+
+def pack_sets(num_tokens: np.ndarray, mixture: Mixture, capacity: int, seed: int) -> Packing:
+    """Pack joined sets together, and sets with weights each for itself, so that rows can be mixed as samples would.
+
+    Args:
+        num_tokens: (num_samples,) tokens of each sample
+        mixture: which samples make up an epoch
+        capacity, seed: as in `pack`
+
+    Raises:
+        DataError: a set has too little weight for a row
+    """
+    sizes = mixture.sizes if _is_weighted(mixture) else [len(num_tokens)]
+    firsts = np.cumsum([0, *sizes])
+    parts = [pack(num_tokens[first : first + size], capacity, seed) for first, size in zip(firsts, sizes, strict=False)]
+    samples = np.concatenate([first + part.samples for first, part in zip(firsts, parts, strict=False)])
+    counts = np.concatenate([np.diff(part.starts) for part in parts])
+    rows = _mixture_of_rows(mixture, [len(part) for part in parts])
+    return Packing(samples, np.cumsum([0, *counts]), capacity, rows)
+
+
+def _is_weighted(mixture: Mixture) -> bool:
+    return list(mixture.quotas) != list(mixture.sizes)
+
+
+def _mixture_of_rows(mixture: Mixture, sizes: list[int]) -> Mixture:
+    """Rows of each set in a proportion that gives each as many samples as `mixture` does."""
+    if not _is_weighted(mixture):
+        return Mixture(sizes)
+    per_set = zip(mixture.quotas, mixture.sizes, sizes, strict=True)
+    rows = Mixture(sizes, [quota * num_rows / size for quota, size, num_rows in per_set])
+    for place, quota in enumerate(rows.quotas):
+        if not quota:
+            raise DataError(
+                f"data.train[{place}].weight is too small for one of the {rows.num_places} rows of an epoch. "
+                "Raise it, set data.packing to false, or take the set out."
+            )
+    return rows
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> Packing:
@@ -99,7 +146,7 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> Packing:
         blocks.append(block.ravel())
         widths.append(np.full(len(block), block.shape[1]))
     starts = np.concatenate([[0], np.cumsum(np.concatenate(widths))])
-    return Packing(np.concatenate(blocks), starts)
+    return Packing(np.concatenate(blocks), starts, capacity, Mixture([len(starts) - 1]))
 
 
 @dataclass(frozen=True)

@@ -204,19 +204,18 @@ def test_targets_are_counted_as_the_loss_sees_them() -> None:
     assert batch.num_supervised_local == 2
 
 
-def test_micro_batch_moves_to_a_device(dataset: InstructionDataset) -> None:
-    batch = steps(dataset, 1)[0][0]
-    moved = batch.to("meta")
-    tensors = (moved.input_ids, moved.attention_mask, moved.labels, moved.sequence_ids)
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert moved.num_supervised_global == batch.num_supervised_global
+def batch_with(labels: list[list[int]]) -> MicroBatch:
+    tensor = torch.tensor(labels)
+    return MicroBatch(tensor, torch.ones_like(tensor), tensor, torch.arange(len(labels)), 1, 1)
 
 
-def test_the_first_supervised_place_is_that_of_any_sequence() -> None:
-    def batch_with(labels: list[list[int]]) -> MicroBatch:
-        tensor = torch.tensor(labels)
-        return MicroBatch(tensor, torch.ones_like(tensor), tensor, torch.arange(len(labels)), 1, 1)
+def test_targets_stand_where_they_are_predicted() -> None:
+    places, targets = batch_with([[9, -100, 6, -100, 7], [-100, 5, 4, 3, -100]]).targets()
+    assert targets.tolist() == [[6, 7, -100], [5, 4, 3]]  # the 9 is the first token: nothing predicts it
+    assert places[0, :2].tolist() == [1, 3] and places[1].tolist() == [0, 1, 2]
+    assert places.max() < 5
 
-    assert batch_with([[-100, -100, -100, 7], [-100, -100, 5, 5]]).first_supervised == 2
-    assert batch_with([[3, -100, -100, 7]]).first_supervised == 3  # the first token of all is never predicted
-    assert batch_with([[-100, -100, -100]]).first_supervised == 2
+
+def test_a_batch_without_targets_has_one_place() -> None:
+    places, targets = batch_with([[-100, -100, -100], [4, -100, -100]]).targets()
+    assert places.shape == (2, 1) and (targets == -100).all()

@@ -1,0 +1,90 @@
+"""A micro-batch as models of transformers want it, and proof that samples of a packed row do not see each other.
+
+Position ids that restart tell transformers where a sample begins (`masking_utils.find_packed_sequence_indices`). Given
+no attention mask *and no cache* it builds the block-diagonal causal mask, for sdpa and eager attention, for full and
+sliding windows. Flash attention looks at position ids in batches of a single row only, so it gets the borders.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsmoelora.data import MicroBatch
+from dsmoelora.errors import ModelError
+
+_PROBE_LENGTH = 4
+
+
+def model_inputs(batch: MicroBatch, attention: str) -> dict[str, Any]:
+    """Keyword arguments of the model's forward.
+
+    Args:
+        batch: micro-batch
+        attention: name of the attention implementation
+    """
+    if batch.position_ids is None:
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    return inputs | _borders(batch.position_ids) if attention.startswith("flash_attention") else inputs
+
+
+def _borders(position_ids_BS: Tensor) -> dict[str, Any]:
+    """Where samples begin in the rows laid end to end, as kernels for sequences of uneven length take it."""
+    flat_T = position_ids_BS.flatten()
+    begins = (flat_T == 0).nonzero().flatten()
+    borders = torch.cat([begins, begins.new_tensor([len(flat_T)])]).int()
+    longest = int(borders.diff().max())
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
+def check_takes_positions(model: nn.Module) -> None:
+    """Refuse to pack for a model that could not be told where samples begin.
+
+    Raises:
+        ModelError: its forward has no argument `position_ids`
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise _cannot_pack(model, "it takes no position_ids, so it cannot be told where a sample begins")
+
+
+def probe(vocab_size: int) -> MicroBatch:
+    """Three rows that end in the same sample, for `check_probe`.
+
+    Another sample stands before it in the first row, yet another one in the second; in the third row the first sample
+    and the common one are a single sample.
+    """
+    tokens = torch.randint(
+        vocab_size // 4, vocab_size // 2, (3, _PROBE_LENGTH), generator=torch.Generator().manual_seed(0)
+    )
+    first, second, common = tokens
+    ids = torch.stack([torch.cat([before, common]) for before in (first, second, first)])
+    positions = torch.arange(_PROBE_LENGTH)
+    apart, joined = torch.cat([positions, positions]), torch.arange(2 * _PROBE_LENGTH)
+    return MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros_like(ids), 1, ids.numel(), torch.stack([apart, apart, joined]))
+
+
+def check_probe(model: nn.Module, logits_BSV: Tensor) -> None:
+    """Check that a sample does not see the one before it in its row.
+
+    Args:
+        model: for the message
+        logits_BSV: what it makes of `probe`
+
+    Raises:
+        ModelError: the logits of the common sample depend on its neighbour
+    """
+    first, second, joined = logits_BSV[:, -_PROBE_LENGTH:].float()
+    leak, effect = (first - second).abs().max(), (first - joined).abs().max()
+    if leak > effect / 4:  # an isolated sample leaves rounding errors
+        raise _cannot_pack(model, "its samples see each other: the logits of one change with the sample before it")
+
+
+def _cannot_pack(model: nn.Module, reason: str) -> ModelError:
+    return ModelError(
+        f"data.packing is true, but {type(model).__name__} cannot be trained on packed rows: {reason}. "
+        "Set data.packing to false."
+    )
