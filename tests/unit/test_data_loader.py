@@ -2,13 +2,25 @@ from __future__ import annotations
 
 import json
 from itertools import islice, pairwise
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 
 from dsmoelora.config import DataSource
-from dsmoelora.data import InstructionDataset, MicroBatch, eval_micro_batches, load_instructions, train_steps
+from dsmoelora.data import (
+    InstructionDataset,
+    MicroBatch,
+    Packing,
+    eval_micro_batches,
+    load_instructions,
+    padding_share,
+    train_steps,
+)
+from dsmoelora.data.mixing import Mixture
+from dsmoelora.data.packing import pack_sets
 from tests.helpers import tiny_tokenizer
 
 PAD = 0
@@ -40,7 +52,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> InstructionDataset:
 
 
 def steps(
-    dataset: InstructionDataset, count: int, *, batch_size: int = 8, micro: int = 2, world_size: int = 1, start: int = 0
+    dataset: InstructionDataset,
+    count: int,
+    *,
+    batch_size: int = 8,
+    micro: int = 2,
+    world_size: int = 1,
+    start: int = 0,
+    packing: Packing | None = None,
 ) -> list[list[MicroBatch]]:
     """`count` steps, each with the micro-batches of all ranks: one round after the other, rank by rank."""
     ranks = [
@@ -54,6 +73,7 @@ def steps(
                 world_size=world_size,
                 pad_token_id=PAD,
                 start_step=start,
+                packing=packing,
             ),
             count,
         )
@@ -63,13 +83,32 @@ def steps(
 
 
 def rows_of(batches: list[MicroBatch]) -> dict[int, tuple[list[int], list[int]]]:
-    """Sequence id -> tokens and labels without the padding."""
-    found = {}
+    """Sequence id -> tokens and labels without the padding, whether samples have rows of their own or share them."""
+    found: dict[int, tuple[list[int], list[int]]] = {}
     for batch in batches:
+        if batch.position_ids is not None:
+            found |= _samples_of(batch)
+            continue
         for i, sequence in enumerate(batch.sequence_ids.tolist()):
             length = int(batch.attention_mask[i].sum())
             assert sequence not in found
             found[sequence] = (batch.input_ids[i, :length].tolist(), batch.labels[i, :length].tolist())
+    return found
+
+
+def _samples_of(batch: MicroBatch) -> dict[int, tuple[list[int], list[int]]]:
+    """The samples of packed rows, as `rows_of` has them; a sample begins wherever the positions do."""
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    assert batch.position_ids is not None
+    columns = (batch.position_ids, batch.sequence_ids, batch.input_ids, batch.labels, batch.attention_mask)
+    for row in zip(*(tensor.tolist() for tensor in columns), strict=True):
+        for place, sequence, token, label, is_real in zip(*row, strict=True):
+            if not is_real:
+                continue
+            ids, labels = found.setdefault(sequence, ([], []))
+            assert place == len(ids), "positions count from 0 in every sample"
+            ids.append(token)
+            labels.append(label)
     return found
 
 
@@ -219,3 +258,122 @@ def test_targets_stand_where_they_are_predicted() -> None:
 def test_a_batch_without_targets_has_one_place() -> None:
     places, targets = batch_with([[-100, -100, -100], [4, -100, -100]]).targets()
     assert places.shape == (2, 1) and (targets == -100).all()
+
+
+CAPACITY = 128  # tokens of a packed row; the samples have 23 to 45
+
+
+def packing_of(dataset: InstructionDataset) -> Packing:
+    return pack_sets(dataset.num_tokens, dataset.mixture, CAPACITY, 3)
+
+
+def test_packed_rows_hold_every_sample_once_per_epoch(dataset: InstructionDataset) -> None:
+    packing = packing_of(dataset)
+    assert len(packing) < NUM_ROWS / 2
+    expected = sorted(dataset.sample(i) for i in range(NUM_ROWS))
+    orders = []
+    for epoch in range(2):
+        (step,) = steps(dataset, 1, batch_size=len(packing), micro=1, start=epoch, packing=packing)
+        assert sorted(rows_of(step).values()) == expected
+        orders.append([rows_of(step)[sequence] for sequence in sorted(rows_of(step))])
+        for batch in step:
+            assert batch.input_ids.shape[1] <= CAPACITY
+            assert batch.num_supervised_global == dataset.num_supervised.sum()
+    assert orders[0] != orders[1]
+
+
+def test_padding_of_packed_rows_is_a_sample_of_its_own(dataset: InstructionDataset) -> None:
+    padded = 0
+    for batch in steps(dataset, 1, batch_size=4, micro=4, packing=packing_of(dataset))[0]:
+        assert batch.position_ids is not None
+        for i, length in enumerate(batch.attention_mask.sum(1).tolist()):
+            rest = batch.input_ids.shape[1] - length
+            assert batch.attention_mask[i].tolist() == [1] * length + [0] * rest
+            assert batch.position_ids[i, length:].tolist() == list(range(rest))
+            assert (batch.input_ids[i, length:] == PAD).all() and (batch.labels[i, length:] == -100).all()
+            padded += rest
+    assert padded > 0
+
+
+def test_no_first_token_of_a_packed_sample_is_a_target(dataset: InstructionDataset) -> None:
+    for batch in steps(dataset, 1, batch_size=4, micro=4, packing=packing_of(dataset))[0]:
+        assert batch.position_ids is not None
+        assert (batch.labels[batch.position_ids == 0] == -100).all()
+        assert batch.num_supervised_local == batch.num_supervised_global  # all on one rank in one micro-batch
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 8), (2, 1), (2, 4), (4, 2), (8, 1)])
+def test_packed_global_batch_does_not_depend_on_ranks_or_accumulation(
+    any_dataset: InstructionDataset, world_size: int, micro: int
+) -> None:
+    packing = packing_of(any_dataset)
+    seen: set[int] = set()
+    for one, other in zip(
+        steps(any_dataset, 7, packing=packing),
+        steps(any_dataset, 7, micro=micro, world_size=world_size, packing=packing),
+        strict=True,
+    ):
+        assert rows_of(one) == rows_of(other)
+        assert not seen & rows_of(one).keys(), "a sequence id came a second time"
+        seen |= rows_of(one).keys()
+        counts = {batch.num_supervised_global for batch in one + other}
+        assert counts == {sum(batch.num_supervised_local for batch in one)}
+        assert counts == {sum(batch.num_supervised_local for batch in other)}
+
+
+@pytest.mark.parametrize("start", [1, 3, 9])
+def test_seeking_packed_rows_equals_running_through(any_dataset: InstructionDataset, start: int) -> None:
+    packing = packing_of(any_dataset)
+    straight = steps(any_dataset, 10, world_size=2, packing=packing)[start:]
+    resumed = steps(any_dataset, 10 - start, world_size=2, start=start, packing=packing)
+    for one, other in zip(straight, resumed, strict=True):
+        for a, b in zip(one, other, strict=True):
+            for name in ("input_ids", "attention_mask", "labels", "sequence_ids", "position_ids"):
+                assert torch.equal(getattr(a, name), getattr(b, name))
+            assert a.num_supervised_global == b.num_supervised_global
+
+
+def test_seeking_far_in_packed_rows_reads_one_step_only(
+    any_dataset: InstructionDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packing = packing_of(any_dataset)
+    reads: list[int] = []
+    original = InstructionDataset.sample
+
+    def counted(self: InstructionDataset, index: int) -> tuple[list[int], list[int]]:
+        reads.append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(InstructionDataset, "sample", counted)
+    (step,) = steps(any_dataset, 1, start=10**9, packing=packing)
+    assert len(reads) == len(rows_of(step))
+
+
+def test_a_sample_cut_at_max_length_fills_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"instruction": "q", "output": "a" * count} for count in (100, 3, 2)]  # 122, 25 and 24 tokens
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    cut = load_instructions([DataSource(str(tmp_path / "a.jsonl"))], "data.train", tiny_tokenizer(tmp_path), 50)
+    assert cut.num_tokens.tolist() == [50, 25, 24]
+    packing = pack_sets(cut.num_tokens, cut.mixture, 50, 0)
+    assert sorted(sorted(packing.row(i).tolist()) for i in range(len(packing))) == [[0], [1, 2]]
+    (step,) = steps(cut, 1, batch_size=2, micro=2, packing=packing)
+    assert sorted(rows_of(step).values()) == sorted(cut.sample(i) for i in range(3))
+
+
+def test_share_of_padding_by_hand() -> None:
+    """4 rows in micro-batches of 2: sorted, 8 + 6 and 3 + 1 tokens cost 8 + 8 and 3 + 3, whatever their order."""
+    assert padding_share(np.array([3, 8, 1, 6]), Mixture([4]), 0, 4, 2) == pytest.approx(1 - 18 / 22)
+    assert padding_share(np.array([3, 8, 1, 6]), Mixture([4]), 0, 4, 1) == 0
+
+
+def test_share_of_padding_is_that_of_the_batches(any_dataset: InstructionDataset) -> None:
+    packing = packing_of(any_dataset)
+    for rows, mixture, plan in (
+        (any_dataset.num_tokens, any_dataset.mixture, None),
+        (packing.sums(any_dataset.num_tokens), packing.mixture, packing),
+    ):
+        num_steps = -(-mixture.num_places // 8)
+        masks = [batch.attention_mask for step in steps(any_dataset, num_steps, packing=plan) for batch in step]
+        real, all_ = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        assert padding_share(rows, mixture, 3, 8, 2) == pytest.approx(1 - real / all_)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from dsmoelora.data import packing as packing_module
-from dsmoelora.data.packing import Packing, load_packing, pack
+from dsmoelora.data.mixing import Mixture
+from dsmoelora.data.packing import Packing, load_packing, pack, pack_sets
+from dsmoelora.errors import DataError
 
 
 def lengths_of(case: int) -> tuple[np.ndarray, int]:
@@ -81,6 +83,32 @@ def test_a_million_samples_are_packed_in_seconds_and_densely() -> None:
     assert np.array_equal(np.sort(packing.samples), np.arange(len(lengths)))
 
 
+def test_sets_without_weights_share_rows() -> None:
+    lengths = np.array([6, 6, 6, 4, 4, 4])
+    packing = pack_sets(lengths, Mixture([3, 3]), 10, 0)
+    assert packing.sums(lengths).tolist() == [10, 10, 10]
+    assert packing.mixture.quotas == [3]
+
+
+def test_sets_with_weights_keep_apart_and_give_as_many_samples_as_without_packing() -> None:
+    """Set 0 has two samples a row, set 1 one: for 3 times as many samples of it, its rows come 6 times as often."""
+    lengths = np.array([5] * 400 + [10] * 400)
+    packing = pack_sets(lengths, Mixture([400, 400], [1.0, 3.0]), 10, 0)
+    assert list(packing.mixture.sizes) == [200, 400] and len(packing) == 600
+    samples = np.array([len(packing.row(i)) for i in range(len(packing))])
+    assert (samples[:200] == 2).all() and (samples[200:] == 1).all()
+    assert all((packing.row(i) < 400).all() for i in range(200))
+    assert sorted(packing.samples.tolist()) == list(range(800))
+    drawn = packing.mixture.epoch(0, 0)
+    of_first, of_second = (int(samples[drawn[part]].sum()) for part in (drawn < 200, drawn >= 200))
+    assert of_second / of_first == pytest.approx(3, rel=0.01)
+
+
+def test_a_set_that_would_get_no_row_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data.train\[1\].weight is too small"):
+        pack_sets(np.ones(200, dtype=int), Mixture([100, 100], [99.0, 1.0]), 100, 0)
+
+
 def test_the_plan_is_made_once_for_the_same_data_seed_and_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,13 +121,15 @@ def test_the_plan_is_made_once_for_the_same_data_seed_and_length(
 
     monkeypatch.setattr(packing_module, "pack", counted)
     lengths = np.random.default_rng(1).integers(1, 20, 100)
-    first = load_packing(lengths, "data", 0, 64)
-    again = load_packing(lengths, "data", 0, 64)
+    sets = Mixture([60, 40])
+    first = load_packing(lengths, sets, "data", 0, 64)
+    again = load_packing(lengths, sets, "data", 0, 64)
     assert rows_of(first) == rows_of(again) == rows_of(pack(lengths, 64, 0))
+    assert first.capacity == again.capacity == 64 and first.mixture.quotas == again.mixture.quotas == [len(first)]
     assert made == [64]
-    load_packing(lengths, "other data", 0, 64)
-    load_packing(lengths, "data", 1, 64)
-    load_packing(lengths, "data", 0, 65)
-    load_packing(np.append(lengths[1:], lengths[:1]), "data", 0, 64)
+    load_packing(lengths, sets, "other data", 0, 64)
+    load_packing(lengths, sets, "data", 1, 64)
+    load_packing(lengths, sets, "data", 0, 65)
+    load_packing(np.append(lengths[1:], lengths[:1]), sets, "data", 0, 64)
     assert made == [64, 64, 64, 65, 64]
     assert not list(tmp_path.rglob("*.part"))
