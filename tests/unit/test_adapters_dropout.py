@@ -96,6 +96,14 @@ def test_a_token_keeps_its_key_in_any_split_and_with_padding_on_either_side() ->
     assert len(torch.cat(alone).unique()) == sum(lengths)
 
 
+def test_a_token_of_a_packed_row_keeps_the_key_of_its_sample_and_place() -> None:
+    apart = token_keys(5, torch.tensor([70, 71]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    sequences, positions = torch.tensor([[70, 70, 70, 71, 71]]), torch.tensor([[0, 1, 2, 0, 1]])
+    packed = token_keys(5, sequences, torch.ones(1, 5, dtype=torch.int64), positions)
+    assert packed.tolist() == [[*apart[0].tolist(), *apart[1, :2].tolist()]]
+    assert packed.dtype is torch.int32 and len(set(packed.flatten().tolist())) == 5
+
+
 def adapted_linear(probability: float) -> RoutedLinear:
     config = AdapterConfig(r=2, num_experts=3, top_k=2, lora_dropout=probability)
     layer = RoutedLinear(
