@@ -16,9 +16,9 @@ from dsmoelora.data import (
     Packing,
     eval_micro_batches,
     load_instructions,
-    padding_share,
     train_steps,
 )
+from dsmoelora.data.loader import padding_share
 from dsmoelora.data.mixing import Mixture
 from dsmoelora.data.packing import pack_sets
 from tests.helpers import tiny_tokenizer
