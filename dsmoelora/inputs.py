@@ -64,7 +64,9 @@ def probe(vocab_size: int) -> MicroBatch:
     ids = torch.stack([torch.cat([before, common]) for before in (first, second, first)])
     positions = torch.arange(_PROBE_LENGTH)
     apart, joined = torch.cat([positions, positions]), torch.arange(2 * _PROBE_LENGTH)
-    return MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros_like(ids), 1, ids.numel(), torch.stack([apart, apart, joined]))
+    return MicroBatch(
+        ids, torch.ones_like(ids), ids, torch.zeros_like(ids), 1, ids.numel(), torch.stack([apart, apart, joined])
+    )
 
 
 def check_probe(model: nn.Module, logits_BSV: Tensor) -> None:

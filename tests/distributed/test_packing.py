@@ -75,7 +75,7 @@ def unpacked(batch: Any) -> Any:
     for i, here in enumerate(places):
         length = int(here.sum())
         ids[i, :length], mask[i, :length], labels[i, :length] = batch.input_ids[here], 1, batch.labels[here]
-    return MicroBatch(ids, mask, labels, sequences, batch.num_supervised_global)
+    return MicroBatch(ids, mask, labels, sequences, batch.num_supervised_global, batch.num_tokens_global)
 
 
 def train_on_rank(job: Job) -> Outcome:

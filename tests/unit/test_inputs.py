@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_flash_a
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import adapted_layers, batch_context
 from dsmoelora.adapters.dropout import token_keys
+from dsmoelora.config import DataConfig, Recipe
 from dsmoelora.data import MicroBatch
-from dsmoelora.errors import ModelError
+from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.inputs import check_probe, check_takes_positions, model_inputs, probe
 
 VOCABULARY = 100
@@ -71,7 +72,7 @@ def packed_batch() -> MicroBatch:
             sequences[i, here] = number
             begin, number = begin + length, number + 1
         positions[i, begin:] = torch.arange(num_columns - begin)
-    return MicroBatch(ids, mask, labels, sequences, int((labels != -100).sum()), positions)
+    return MicroBatch(ids, mask, labels, sequences, int((labels != -100).sum()), int(mask.sum()), positions)
 
 
 def alone(batch: MicroBatch) -> list[MicroBatch]:
@@ -80,7 +81,7 @@ def alone(batch: MicroBatch) -> list[MicroBatch]:
     for sequence in batch.sequence_ids[batch.attention_mask == 1].unique().tolist():
         here = (batch.sequence_ids == sequence) & (batch.attention_mask == 1)
         ids, labels = batch.input_ids[here].unsqueeze(0), batch.labels[here].unsqueeze(0)
-        found.append(MicroBatch(ids, torch.ones_like(ids), labels, torch.tensor([sequence]), 1))
+        found.append(MicroBatch(ids, torch.ones_like(ids), labels, torch.tensor([sequence]), 1, ids.numel()))
     return found
 
 
@@ -212,3 +213,8 @@ def test_rows_of_one_sample_are_told_by_their_mask() -> None:
     batch = alone(packed_batch())[0]
     inputs = model_inputs(batch, "sdpa")
     assert inputs.keys() == {"input_ids", "attention_mask", "use_cache"} and inputs["use_cache"] is False
+
+
+def test_a_router_that_decides_for_a_whole_row_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.packing is True, .* false with adapter.router `prompt`"):
+        Recipe(adapter=AdapterConfig(router="prompt"), data=DataConfig(packing=True))
