@@ -61,10 +61,13 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     Raises:
         UserError: something cannot work
     """
-    from dsmoelora.parallel import zero  # imports deepspeed, which takes a second: not before cheaper errors were found
+    # imports deepspeed, which takes a second: not before cheaper errors were found
+    from dsmoelora.parallel import zero
+    from dsmoelora.parallel.layout import check_layout
 
     plan = Plan()
     _check_batches(plan, recipe, world_size)
+    check_layout(recipe, world_size)
     check_run_folder(recipe, resume)
     _check_access(plan, run_folder(recipe))
     _check_trackers(recipe.train.report_to)
@@ -238,6 +241,10 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
     plan.add("adapted layers", f"{len(layers)}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     for_a_token = "" if config.top_k is None else f", {config.top_k} for a token"
     plan.add("experts", f"{config.num_experts} of rank {config.r} a layer{for_a_token}")
+    if recipe.parallel.ep_size > 1:
+        held = config.num_experts // recipe.parallel.ep_size
+        parallel = f"parallel.ep_size {recipe.parallel.ep_size}, exchange {recipe.parallel.exchange}"
+        plan.add("experts of a rank", f"{held} a layer ({parallel})")
     if config.num_experts > 1:
         plan.add("router", config.router)
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
