@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from dsmoelora.adapters.base_experts import base_experts
 from dsmoelora.adapters.linear import is_linear
@@ -83,7 +82,7 @@ def _decoder_name(model: nn.Module) -> str:
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder else None
     # some models call their output layer `decoder`, which is what get_decoder finds then
-    if not isinstance(decoder, PreTrainedModel):
+    if not hasattr(decoder, "config"):
         return ""
     return next((name for name, module in model.named_modules() if module is decoder), "")
 

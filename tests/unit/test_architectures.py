@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,6 +180,33 @@ def test_routed_experts_that_are_linear_layers_are_left_out_or_refused() -> None
     assert match_targets(model, ["gate"]) == ["0.gate", "1.gate"], "a router that is asked for by name is a layer"
 
 
+class FusedExperts(nn.Module):
+    """All routed experts in one parameter, as transformers keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 8, 8))
+
+
+class BlockOfExperts(nn.Module):
+    """Fused experts beside a linear router, a shared expert and a layer that is neither; `config` tells the number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_local_experts=3, num_experts_per_tok=2)
+        self.chooser = nn.Linear(8, 3)
+        self.shared_expert = nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 8))
+        self.shared_expert_gate = nn.Linear(8, 1)
+        self.experts = FusedExperts()
+        self.latent = nn.Linear(8, 4)
+
+
+def test_a_router_is_told_by_its_place_and_its_number_of_outputs() -> None:
+    model = BlockOfExperts()
+    assert match_targets(model, "all-linear") == ["shared_expert.0", "shared_expert.1", "latent"]
+    assert [sentence.split(": ")[1] for sentence in untouched(model)] == ["experts.", "chooser, shared_expert_gate."]
+
+
 def test_a_model_that_reads_weights_past_the_layer_is_refused() -> None:
     config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, use_mambapy=False)
     model = MambaForCausalLM(config).eval()
@@ -188,7 +216,7 @@ def test_a_model_that_reads_weights_past_the_layer_is_refused() -> None:
     assert not hasattr(next(adapted_layers(model))[1], "weight")
 
 
-class ListOfQuantised(nn.Linear):
+class Quantised(nn.Linear):
     """Stands for layers with a forward pass of their own."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -196,8 +224,8 @@ class ListOfQuantised(nn.Linear):
 
 
 def test_layers_with_a_forward_pass_of_their_own_are_none() -> None:
-    model = nn.Sequential(ListOfQuantised(4, 4), nn.MultiheadAttention(4, 1))
-    with pytest.raises(ConfigError, match=r"no plain linear layer\. It has ListOfQuantised, NonDynamic.* instead"):
+    model = nn.Sequential(Quantised(4, 4), nn.MultiheadAttention(4, 1))
+    with pytest.raises(ConfigError, match=r"no plain linear layer\. It has NonDynamic.*, Quantised instead"):
         inject(model, AdapterConfig(target_modules="all-linear"))
 
 
