@@ -1,4 +1,4 @@
-"""The routers' losses as anyone would write them in plain torch, on a whole global batch at once."""
+"""The routers' losses and biases as anyone would write them in plain torch, on a whole global batch at once."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ class PlainRouterLosses:
 
     def _remember(self, name: str, router: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
         self._logits[name], self._selected[name] = inputs[0] @ router.weight.T, output[2]
+
+    def move_biases(self, model: Any, mask_BS: Tensor) -> None:
+        """Selection biases, where the routers have them, one step towards balance."""
+        for name, layer in adapted_layers(model):
+            if hasattr(layer.router, "bias_steps"):
+                counts_E = self._selected[name][mask_BS.flatten().bool()].sum(0).tolist()
+                for expert, count in enumerate(counts_E):
+                    mean = sum(counts_E) / len(counts_E)
+                    layer.router.bias_steps[expert] += (count < mean) - (count > mean)
 
     def of_step(self, mask_BS: Tensor, config: LossesConfig) -> Tensor | float:
         """What the step's losses add to that of the text."""

@@ -143,6 +143,7 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
         max_norm = recipe.optim.max_grad_norm or torch.inf
         grad_norms.append(float(torch.nn.utils.clip_grad_norm_(trainable.values(), max_norm)))
         optimizer.step()
+        router_losses.move_biases(model, global_batch(step)[1])
         losses.append(loss.item())
         lrs.append(share * recipe.optim.lr)
     with torch.no_grad():
@@ -184,8 +185,8 @@ def _share_of_lr(step: int, recipe: Recipe) -> float:
 def _torch_optimizer(trainable: dict[str, torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     lr_router = config.lr if config.lr_router is None else config.lr_router
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trainable.items() if name.endswith(end)], "lr": lr, "full_lr": lr}
-        for end, lr in [("experts.a", config.lr), ("experts.b", config.lr * config.lr_b_ratio), ("weight", lr_router)]
+        {"params": [p for name, p in trainable.items() if part in name], "lr": lr, "full_lr": lr}
+        for part, lr in [("experts.a", config.lr), ("experts.b", config.lr * config.lr_b_ratio), ("router.", lr_router)]
     ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
