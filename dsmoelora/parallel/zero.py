@@ -194,9 +194,14 @@ def shard_groups(
     groups = []
     for trainables, shard, process_group in partitions:
         by_name = {of.name: of for of in trainables if of.factor in (Factor.A, Factor.B)}
-        cut_rows = [(by_name[name], row) for name, row in cut if name in by_name]
         is_expert_group = layout.ep_size > 1 and process_group is layout.expert_data_group
         experts = layout.local_experts if is_expert_group else None
+        cut_rows = [
+            (by_name[name], row)
+            for name, row in cut
+            # the same tensors have other experts in other groups
+            if name in by_name and (experts is None or row // by_name[name].shape[1] in experts)
+        ]
         groups.append(ShardGroup(trainables, [shard], cut_rows, _all_reduce_in(process_group), experts))
     return groups
 
