@@ -19,7 +19,7 @@ from dsmoelora.adapters.layer import Factor
 from dsmoelora.config import OptimConfig
 from dsmoelora.optim.clip import RouterClip
 from dsmoelora.optim.packed import GroupStep, Part
-from dsmoelora.optim.preconditioner import Preconditioner, StepReport
+from dsmoelora.optim.preconditioner import Preconditioner, RouterReport, StepReport
 from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, joined_spans, trainables, whole
 
 
@@ -55,7 +55,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         self.config = config
         self.trainables = [trainable for trainable, _ in found]
         self.shards: list[Shard] = []
-        self._preconditioners: list[Preconditioner] = []
+        self._reporters: list[Preconditioner | RouterReport] = []
         self.skip = False
         self.num_steps = 0
         self._spans: dict[Tensor, dict[float, list[slice]]] = {}
@@ -78,7 +78,7 @@ class ShardOptimizer(torch.optim.Optimizer):
             self.shards += group.shards
             # ZeRO steps one process group at a time, with the gradients of that group alone at hand
             self._group_steps[group.shards[0].tensor] = GroupStep(group, self._parts_of(group))
-        if self.config.preconditioner != "none" and not self._preconditioners:
+        if self.config.preconditioner != "none" and not any(isinstance(one, Preconditioner) for one in self._reporters):
             raise ValueError("there is no pair (a, b) to precondition in any process group")
         for shard in self.shards:
             if shard.tensor.dtype != torch.float32:
@@ -93,16 +93,16 @@ class ShardOptimizer(torch.optim.Optimizer):
         has_routers = any(trainable.factor is Factor.ROUTER for trainable in group.trainables)
         if self.config.max_grad_norm_router and has_routers:
             parts.append(RouterClip(group, self.config.max_grad_norm_router))
-        has_factors = any(trainable.factor is not Factor.ROUTER for trainable in group.trainables)
-        if self.config.preconditioner != "none" and has_factors:
-            self._preconditioners.append(Preconditioner(group, self.config))
-            parts.append(self._preconditioners[-1])
+        if self.config.preconditioner != "none":
+            has_factors = any(trainable.factor is not Factor.ROUTER for trainable in group.trainables)
+            self._reporters.append(Preconditioner(group, self.config) if has_factors else RouterReport(group))
+            parts.append(self._reporters[-1])
         return parts
 
     @property
     def reports(self) -> list[StepReport]:
-        """Of the preconditioners in the last step, one for each process group."""
-        return [one.report for one in self._preconditioners if one.report is not None]
+        """Of the last step with a preconditioner, one for each process group."""
+        return [one.report for one in self._reporters if one.report is not None]
 
     def _spans_by_multiplier(self, runs: list[Run]) -> dict[float, list[slice]]:
         """Where the numbers of each learning-rate multiplier lie; neighbours are joined, padding is left out."""

@@ -66,7 +66,7 @@ class GroupStep:
         self.buffer.flat.zero_()
         for part in self._parts:
             part.pack(self.buffer)
-        if self._all_reduce is not None:
+        if self._all_reduce is not None and self.buffer.flat.numel():
             self._all_reduce(self.buffer.flat)
         for part in self._parts:
             part.finish(self.buffer)

@@ -26,7 +26,7 @@ class StepReport:
     """What the preconditioner met in a step.
 
     Args:
-        condition: largest condition number of a damped Gram matrix, estimated from below (scalar tensor)
+        condition: largest condition number of a damped Gram matrix, estimated from below; 0 without any (scalar tensor)
         num_fallbacks: matrices that wanted an eigendecomposition
         square_norm: squared norm of the new gradient of this rank's shards, routers included (scalar tensor)
     """
@@ -172,6 +172,33 @@ class Preconditioner:
             rest: list[Tensor | slice] = [part.cut.in_shard, part.mixers.in_shard, *part.routers]
             squares.append(torch.stack(torch._foreach_norm([part.grad[where] for where in rest])).square().sum())
         return torch.stack(squares).sum()
+
+
+class RouterReport:
+    """The report of a process group that has routers and nothing to precondition; nothing travels for it.
+
+    Args:
+        group: shards of one process group
+
+    Attributes:
+        shapes: of what it packs: none
+        report: of the last step
+    """
+
+    def __init__(self, group: ShardGroup) -> None:
+        self._spans = [(shard.tensor, joined_spans(shard.runs)) for shard in group.shards]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.report: StepReport | None = None
+
+    def pack(self, buffer: PackedBuffer) -> None:
+        """Nothing."""
+
+    def finish(self, buffer: PackedBuffer) -> None:
+        """Take the norm of the gradients as they are."""
+        zero = self._spans[0][0].new_zeros(())
+        grads = [tensor.grad.view(-1)[span] for tensor, spans in self._spans for span in spans]  # type: ignore[union-attr]
+        square_norm = sum((grad.square().sum() for grad in grads), start=zero)
+        self.report = StepReport(zero, 0, square_norm)
 
 
 def _pair_up(group: ShardGroup) -> tuple[dict[tuple[str, Factor], int], int]:
