@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmoelora.config import Recipe
-from tests.plain_training import BATCH_SIZE, Training, micro_batches
+from tests.plain_training import BATCH_SIZE, Training, micro_batch, micro_batches
 
 Pieces = dict[str, list[tuple[int, int, Tensor]]]
 
@@ -26,6 +26,7 @@ class Job:
         first_step, last_step: the steps [first, last) are taken, up to the recipe's last by default
         zero: more keys of `zero_optimization`
         partitioned: the weights are streamed into partitions; otherwise a whole model is handed to the engine
+        rows: of each rank, where a global batch is not dealt out evenly (without accumulation)
         load_from: checkpoint to go on from
         save_to: where a checkpoint is written after the last step
     """
@@ -36,6 +37,7 @@ class Job:
     last_step: int | None = None
     zero: dict[str, Any] = field(default_factory=dict)
     partitioned: bool = True
+    rows: tuple[int, ...] = ()
     load_from: Path | None = None
     save_to: Path | None = None
 
@@ -76,6 +78,9 @@ def batches_of(job: Job, step: int) -> Any:
     """This rank's micro-batches."""
     from dsmoelora.parallel import comm
 
+    if job.rows:
+        first = sum(job.rows[: comm.rank()])
+        return [micro_batch(step, slice(first, first + job.rows[comm.rank()]))]
     return micro_batches(step, comm.rank(), comm.world_size(), job.accumulation)
 
 

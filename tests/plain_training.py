@@ -33,14 +33,14 @@ LENGTH = 6
 NUM_BATCHES = 2  # after which the tokens come again: with few of them it is easy to have none between two experts
 
 
-def make_base(folder: Path) -> Path:
+def make_base(folder: Path, **overrides: Any) -> Path:
     """A Llama with odd sizes, so that 3 or 4 ranks cut parameters inside of rows.
 
     Its norms are larger than usual, which puts the routers' logits further apart. (Still larger ones make the training
     so sensitive that rounding alone moves the losses.)
     """
     sizes: dict[str, Any] = {"hidden_size": 34, "intermediate_size": 50, "num_attention_heads": 2, "head_dim": 16}
-    tiny_llama(folder, num_hidden_layers=1, num_key_value_heads=1, initializer_range=0.1, **sizes)
+    tiny_llama(folder, num_hidden_layers=1, num_key_value_heads=1, initializer_range=0.1, **sizes | overrides)
     tensors = load_file(folder / "model.safetensors")
     larger = {name: 2 * tensor for name, tensor in tensors.items() if name.endswith("layernorm.weight")}
     save_file(tensors | larger, folder / "model.safetensors", metadata={"format": "pt"})
@@ -89,18 +89,20 @@ def global_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def micro_batches(step: int, rank: int, world_size: int, accumulation: int) -> list[MicroBatch]:
-    """A rank's part of a global batch, cut into micro-batches that are as long as their longest row."""
-    ids_BS, mask_BS, labels_BS = global_batch(step)
-    num_supervised, num_tokens = int((labels_BS[:, 1:] != -100).sum()), int(mask_BS.sum())
-    sequence_ids_B = step * BATCH_SIZE + torch.arange(BATCH_SIZE)
+    """A rank's part of a global batch, cut into micro-batches of equally many rows."""
     size = BATCH_SIZE // (world_size * accumulation)
-    found = []
-    for number in range(accumulation):
-        rows = slice((number * world_size + rank) * size, (number * world_size + rank + 1) * size)
-        longest = int(mask_BS[rows].sum(-1).max())
-        ids, mask, labels = (tensor[rows, :longest] for tensor in (ids_BS, mask_BS, labels_BS))
-        found.append(MicroBatch(ids, mask, labels, sequence_ids_B[rows], num_supervised, num_tokens))
-    return found
+    places = [number * world_size + rank for number in range(accumulation)]
+    return [micro_batch(step, slice(place * size, (place + 1) * size)) for place in places]
+
+
+def micro_batch(step: int, rows: slice) -> MicroBatch:
+    """Some rows of a global batch, cut to the longest of them."""
+    ids_BS, mask_BS, labels_BS = global_batch(step)
+    longest = int(mask_BS[rows].sum(-1).max())
+    ids, mask, labels = (tensor[rows, :longest] for tensor in (ids_BS, mask_BS, labels_BS))
+    sequence_ids_B = step * BATCH_SIZE + torch.arange(BATCH_SIZE)
+    num_supervised, num_tokens = int((labels_BS[:, 1:] != -100).sum()), int(mask_BS.sum())
+    return MicroBatch(ids, mask, labels, sequence_ids_B[rows], num_supervised, num_tokens)
 
 
 @dataclass

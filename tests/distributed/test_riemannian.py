@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dsmoelora.config import Recipe
-from dsmoelora.optim.preconditioner import Preconditioner
 from tests.conftest import PoolFactory
+from tests.counted_training import train_and_count
 from tests.engine_ranks import (
     Job,
     Pieces,
@@ -157,50 +154,6 @@ def test_bf16_stays_within_two_percent_of_fp32(
         torch.testing.assert_close([*share.losses, share.final_loss], expected, rtol=0.02, atol=0)
 
 
-class Collectives(TorchDispatchMode):
-    """Records every collective of torch.distributed, whoever asks for it: name and bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.found.append((func.__name__, sum(tensor.nbytes for tensor in tensors)))
-        return func(*args, **(kwargs or {}))
-
-
-@dataclass
-class Counts:
-    """What a rank has counted: the collectives of each call of `step`, and how often gradients were preconditioned."""
-
-    collectives: list[list[tuple[str, int]]] = field(default_factory=list)
-    num_applied: int = 0
-    reports: list[dict[str, float]] = field(default_factory=list)
-
-
-def train_and_count(job: Job) -> Counts:
-    engine, counts, recorder = build_engine(job), Counts(), Collectives()
-
-    def open_step(*_: Any) -> None:
-        recorder.found = []
-        recorder.__enter__()
-
-    def close_step(*_: Any) -> None:
-        recorder.__exit__(None, None, None)
-        counts.collectives.append(recorder.found)
-
-    engine.optimizer.register_step_pre_hook(open_step)
-    engine.optimizer.register_step_post_hook(close_step)
-    finish = Preconditioner.finish
-    with mock.patch.object(Preconditioner, "finish", autospec=True, side_effect=finish) as applied:
-        for step in range(job.recipe.train.max_steps):
-            counts.reports.append(engine.train_step(batches_of(job, step)).preconditioning)
-        counts.num_applied = applied.call_count
-    return counts
-
-
 def num_cut_rows(training: Training, world_size: int) -> int:
     """Rows of factors inside of which ZeRO-3 begins a new piece, each counted once."""
     rows = set()
@@ -230,12 +183,12 @@ def test_a_step_preconditions_once_with_one_all_reduce(
         assert counts.num_applied == 4, "once a step, not once a micro-batch"
         assert len(counts.collectives) == 4
         for found in counts.collectives:
-            assert [name for name, _ in found] == (["allreduce_.default"] if world_size > 1 else [])
-            for _, num_bytes in found:
+            assert [each.name for each in found] == (["allreduce_.default"] if world_size > 1 else [])
+            for each in found:
                 if stage == 3:
-                    assert num_bytes == in_common + a_row * num_cut_rows(reference.training, world_size)
+                    assert each.num_bytes == in_common + a_row * num_cut_rows(reference.training, world_size)
                 else:  # one piece a rank, so a row at most at each of their borders
-                    assert in_common <= num_bytes <= in_common + a_row * (world_size - 1)
+                    assert in_common <= each.num_bytes <= in_common + a_row * (world_size - 1)
         for report, norm in zip(counts.reports, reference.norms, strict=True):
             assert report["preconditioned_norm"] == pytest.approx(norm, rel=1e-4)
             assert report["condition"] >= 1.0
