@@ -35,7 +35,7 @@ check: $(VENV)/.installed-dev
 	mypy dsmoelora launch
 	lint-imports
 	codespell
-	@if command -v shellcheck >/dev/null; then set -x; shellcheck .ci/run slurm/*.sbatch; \
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck -x .ci/run slurm/*.sbatch slurm/*.sh tests/slurm/*.sh; \
 	else echo "shellcheck is not installed: shell scripts not checked"; fi
 
 format: $(VENV)/.installed-dev

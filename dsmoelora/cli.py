@@ -71,7 +71,7 @@ class Command:
 
 
 def parse_command(argv: list[str]) -> Command:
-    """Read the command line of `launch/train.py`. `--help` and `--print_config` print on rank 0 and exit.
+    """Read the command line of `launch/train.py`. `--help` and `--print_...` print on rank 0 and exit.
 
     Raises:
         ConfigError: recipe, DeepSpeed file or flag is missing, malformed, unknown or of the wrong type
@@ -84,8 +84,8 @@ def parse_command(argv: list[str]) -> Command:
     with quiet:
         parsed = _parse(parser, _recipe_first(argv))
         recipe = _instantiate(parser, parsed)
-        if parsed.print_config:
-            sys.stdout.write(recipe_yaml(recipe))
+        if parsed.print_config or parsed.print_folder:
+            sys.stdout.write(recipe_yaml(recipe) if parsed.print_config else f"{recipe.run.folder}\n")
             raise SystemExit(0)
     if parsed.world_size is not None and not parsed.dry_run:
         raise ConfigError("--world-size plans a dry run; a real run has the ranks of its launcher. Add --dry-run.")
@@ -161,6 +161,7 @@ def _build_parser() -> ArgumentParser:
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for in a dry run")
     parser.add_argument("--preview", type=int, default=0, metavar="N", help="print N tokenised samples, train nothing")
     parser.add_argument("--print_config", action="store_true", help="print the whole recipe and exit")
+    parser.add_argument("--print_folder", action="store_true", help="print the folder of the run and exit")
     parser.add_argument("--verbose", action="store_true", help="show the log messages of all libraries")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     for section in dataclasses.fields(Recipe):

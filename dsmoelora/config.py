@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         ok = bool(self.name) and "/" not in self.name and self.name not in (".", "..")
         _require(ok, "run.name", self.name, "a plain folder name", "Give run.name without slashes.")
+
+    @property
+    def folder(self) -> Path:
+        """`<dir>/<name>`, where everything of the run lies."""
+        return Path(self.dir) / self.name
 
 
 @dataclass

@@ -21,7 +21,7 @@ _RESULTS = ("metrics.jsonl", "adapter")
 
 def run_folder(recipe: Recipe) -> Path:
     """`runs/<name>`."""
-    return Path(recipe.run.dir) / recipe.run.name
+    return recipe.run.folder
 
 
 def check_run_folder(recipe: Recipe, resume: str) -> None:

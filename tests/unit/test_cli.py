@@ -110,6 +110,12 @@ def test_flags_are_read(tmp_path: Path) -> None:
     assert (command.resume, command.dry_run, command.preview, command.world_size) == ("auto", True, 3, 8)
 
 
+def test_print_folder_says_where_the_run_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_command(["--config", write(tmp_path, RECIPE), "--run.dir", "all", "--run.name", "this", "--print_folder"])
+    assert capsys.readouterr().out == "all/this\n"
+
+
 def test_print_config_prints_a_recipe_that_reads_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = parse_recipe(tmp_path, RECIPE, "--optim.lr", "3e-4")
     with pytest.raises(SystemExit) as caught:
