@@ -3,7 +3,7 @@
 # network and host-name namespaces of its own. Needs root with CAP_SYS_ADMIN, and Debian's slurmctld slurmd slurm-client
 # munge iproute2. No systemd, no cgroups.
 #
-#   cluster.sh up [NODES]      3 by default, called n1 n2 ...; partitions batch (the default) and urgent, which pre-empts it
+#   cluster.sh up [NODES]      3 by default, called n1 n2 ...; partitions batch (the default) and urgent, which preempts it
 #   cluster.sh env             prints the line that points sbatch and its like to it: eval "$(tests/slurm/cluster.sh env)"
 #   cluster.sh kill NODE       the node crashes: SIGKILL to its slurmd and to all of its jobs' processes
 #   cluster.sh start NODE      it comes back
@@ -51,7 +51,7 @@ KillWait=20
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# a pre-emption begins with the signal that a job asked for, not with SIGTERM
+# a preemption begins with the signal that a job asked for, not with SIGTERM
 SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 GresTypes=gpu
