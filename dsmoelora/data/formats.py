@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dsmoelora.config import DataSource
 from dsmoelora.data import rows
-from dsmoelora.data.problems import RowProblem, kind
+from dsmoelora.data.problems import FormatProblem, RowProblem, kind
 from dsmoelora.data.readers import RowSource, open_source
 from dsmoelora.data.rows import Message
 from dsmoelora.errors import DataError, listing
@@ -125,18 +125,26 @@ def _format_of(row: dict[str, Any]) -> str:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise RowProblem(
+        raise FormatProblem(
             f"its columns are {listing(row)}, which fit several formats. Say which one is meant beside the path, "
             f"e.g. format: {' or format: '.join(fitting)}."
         )
+    raise FormatProblem(_no_format(row))
+
+
+def _no_format(row: dict[str, Any]) -> str:
     nearest = [
         f"{name} lacks {listing(sorted(known.columns - row.keys()))}"
         for name, known in FORMATS.items()
         if known.columns & row.keys()
     ]
+    what = f"its columns are {listing(row) or '(none)'}, which fit no known format"
+    what += f" ({'; '.join(nearest)})." if nearest else "."
+    for key, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            return f"{what} The rows seem to be under {key!r}: save that list as a file of its own."
     known = "; ".join(f"{name}: {' + '.join(sorted(form.columns))}" for name, form in FORMATS.items())
-    raise RowProblem(
-        f"its columns are {listing(row) or '(none)'}, which fit no known format"
-        f"{' (' + '; '.join(nearest) + ')' if nearest else ''}. Known are {known}. Rename the columns, or name them "
-        "beside the path, e.g. fields: {instruction: question, output: reply}."
+    return (
+        f"{what} Known are {known}. Rename the columns (in CSV: in the first line), or name them beside the path, e.g. "
+        "fields: {instruction: question, output: reply}."
     )

@@ -15,6 +15,14 @@ class RowProblem(ValueError):
         return DataError(f"{name}, row {row}: {self} Correct the row or take it out, or set data.on_bad_row: skip.")
 
 
+class FormatProblem(RowProblem):
+    """A row whose format is unknown or unclear, and with it that of the whole file."""
+
+    def at(self, name: str, row: int) -> DataError:
+        """The same as a message; to leave the row out would not help."""
+        return DataError(f"{name}, row {row}: {self}")
+
+
 def found(row: dict[str, Any], key: str) -> str:
     """What stands under a key, for messages."""
     if key not in row:

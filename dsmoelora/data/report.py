@@ -34,15 +34,16 @@ class SetReport:
 
     def losses(self) -> str:
         """A line for the user, empty where nothing was lost."""
+        of = f"of {self.num_rows:,}"
         parts = []
         if self.num_skipped:
             more = " ..." if self.num_skipped > len(self.problems) else ""
-            parts.append(f"{self.num_skipped:,} of {self.num_rows:,} rows skipped ({' '.join(self.problems)}{more})")
+            parts.append(f"{self.num_skipped:,} {of} rows skipped ({' '.join(self.problems)}{more})")
         if self.num_truncated:
-            parts.append(f"{self.num_truncated:,} samples cut at data.max_length")
+            parts.append(f"{self.num_truncated:,} {of} cut at data.max_length")
         if self.num_dropped:
-            parts.append(f"{self.num_dropped:,} left out, for nothing to learn was left of them")
-        return f"{self.name}: {', '.join(parts)}" if parts else ""
+            parts.append(f"{self.num_dropped:,} {of} left out, for nothing to learn was left of them")
+        return f"{self.name}: {'; '.join(parts)}" if parts else ""
 
 
 def report_of(data: TokenisedSet) -> SetReport:

@@ -40,7 +40,7 @@ def test_what_is_learned_stands_between_marks(dataset: InstructionDataset, token
     assert "a.jsonl, row 2: 24 tokens, 3 of them learned\n" in text
     assert "<|im_start|>assistant\n⟦no<|im_end|>⟧\n" in text
     assert "row 4" not in text
-    assert "a.jsonl: 1 samples cut at data.max_length, 1 left out" in text
+    assert "a.jsonl: 1 of 4 cut at data.max_length; 1 of 4 left out" in text
 
 
 def test_more_than_there_is(dataset: InstructionDataset, tokenizer: PreTrainedTokenizerBase) -> None:

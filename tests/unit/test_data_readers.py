@@ -1,0 +1,234 @@
+"""Sources: what a user may name, and what is said of one that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+
+from dsmoelora.config import DataSource
+from dsmoelora.data.formats import Conversation, read_conversations
+from dsmoelora.data.readers import open_source
+from dsmoelora.errors import DataError
+
+ROW = {"instruction": "Hi", "output": "yo"}
+
+
+def contents(path: Path | str, **options: Any) -> list[tuple[int, str, str]]:
+    """(row, question, answer) of every row."""
+    rows = read_conversations(DataSource(str(path), **options))
+    return [(c.row, c.messages[-2]["content"], c.messages[-1]["content"]) for c in rows]
+
+
+def message_of(path: Path | str, **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        list(read_conversations(DataSource(str(path), **options)))
+    return str(caught.value)
+
+
+def file(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("plain.csv", "instruction,output\nHi,yo\nHo,ya\n"),
+        ("excel.csv", "\ufeffinstruction;output\r\nHi;yo\r\nHo;ya\r\n"),
+        ("tabs.tsv", "instruction\toutput\nHi\tyo\nHo\tya"),
+        ("bars.csv", "instruction|output\nHi|yo\nHo|ya"),
+        ("index.csv", ",instruction,output\n0,Hi,yo\n1,Ho,ya\n"),
+        ("spaces.csv", " instruction , output\nHi,yo\nHo,ya\n"),
+        ("quoted.csv", 'instruction,output\n"Hi","yo"\n"Ho","ya"\n'),
+    ],
+)
+def test_csv_as_programs_write_it(tmp_path: Path, name: str, content: str) -> None:
+    assert contents(file(tmp_path, name, content)) == [(2, "Hi", "yo"), (3, "Ho", "ya")]
+
+
+def test_csv_rows_are_numbered_by_the_line_they_begin_on(tmp_path: Path) -> None:
+    text = 'instruction,output\n"two\nlines",yo\n\nHo,"a ""b"", c"\n'
+    assert contents(file(tmp_path, "a.csv", text)) == [(2, "two\nlines", "yo"), (5, "Ho", 'a "b", c')]
+
+
+def test_huge_rows(tmp_path: Path) -> None:
+    text = "x" * 3_000_000
+    assert contents(file(tmp_path, "a.csv", f"instruction,output\n{text},yo\n")) == [(2, text, "yo")]
+    path = file(tmp_path, "a.jsonl", json.dumps({**ROW, "instruction": text}) + "\r\n")
+    assert contents(path) == [(1, text, "yo")]
+
+
+def test_nan_is_null(tmp_path: Path) -> None:
+    assert contents(file(tmp_path, "a.jsonl", '{"instruction": "Hi", "input": NaN, "output": "yo"}')) == [
+        (1, "Hi", "yo")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("empty.csv", "", ["holds no rows"]),
+        ("header.csv", "instruction,output\n", ["holds no rows"]),
+        ("twice.csv", "instruction,output,output\na,b,c\n", ["header is instruction, output, output", "Rename one"]),
+        ("wide.csv", "instruction,output\nHi,yo, man\n", ["row 2: it has 3 fields", "names 2", "double quotes"]),
+        ("open.csv", 'instruction,output\nHi,"yo\nHo,ya\n', ["row 2: no valid CSV", "Mend the quotes"]),
+        ("nohead.csv", "What?,That\nWhy?,So\n", ["columns are What?, That", "in CSV: in the first line"]),
+        ("latin.csv", "instruction,output\nHi,gr\u00fcn".encode("latin-1"), ["not UTF-8", "Save it as UTF-8"]),
+        ("latin.jsonl", b'{"instruction": "Hi", "output": "gr\xfcn"}', ["row 1: it is not UTF-8", "Save the file"]),
+        ("wide.jsonl", json.dumps(ROW).encode("utf-16"), ["it is UTF-16", "Save it as UTF-8"]),
+        ("fake.parquet", "PAR1", ["cannot be read as Parquet", "Write it anew"]),
+        ("wrapped.json", json.dumps({"data": [ROW], "v": 1}), ["columns are data, v", "rows seem to be under 'data'"]),
+        ("wrapped2.json", json.dumps({"data": [ROW]}, indent=1), ["one object over many lines", "list under 'data'"]),
+        ("dolly.jsonl", '{"instruction": "a", "response": "b"}', ["alpaca lacks output", "fields: {instruction:"]),
+        (
+            "both.jsonl",
+            '{"messages": [], "conversations": []}',
+            [
+                "row 1: its columns are messages, conversations, which fit several",
+                "format: messages or format: sharegpt",
+            ],
+        ),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str | bytes, parts: list[str]) -> None:
+    message = message_of(file(tmp_path, name, content))
+    assert name in message
+    for part in parts:
+        assert part in message
+
+
+def test_fields_say_what_the_columns_are_called(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.jsonl", '{"question": "Hi", "reply": "yo"}')
+    assert contents(path, fields={"instruction": "question", "output": "reply"}) == [(1, "Hi", "yo")]
+    message = message_of(path, fields={"instruction": "question", "output": "answer"})
+    assert "row 1: fields says that output is in column 'answer', but its columns are question, reply" in message
+
+
+def test_a_forced_format_decides(tmp_path: Path) -> None:
+    row = {**ROW, "choices": ["a", "b"], "answer": 1}
+    path = file(tmp_path, "a.jsonl", json.dumps(row))
+    assert contents(path) == [(1, "Hi", "yo")]  # the answer is written out: choices are but a remark
+    assert contents(path, format="multiple_choice") == [(1, "Hi\n\nA. a\nB. b", "B")]
+    assert "row 1: prompt is missing (found: instruction, output," in message_of(path, format="prompt_completion")
+
+
+CHOICE = {"question": "q", "choices": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({**CHOICE, "answer": 2}, "answer is 2, but it must be one of 0 to 1 (counted from 0) or one of A, B"),
+        ({**CHOICE, "answer": -1}, "answer is -1"),
+        ({**CHOICE, "answer": True}, "answer is True"),
+        ({**CHOICE, "answer": "C"}, "answer is 'C'"),
+        ({**CHOICE, "answer": None}, "answer is null"),
+        ({**CHOICE, "choices": ["a"], "answer": 0}, "choices has 1 entries"),
+        ({**CHOICE, "choices": ["a", ""], "answer": 0}, "choices[1] is empty"),
+        ({**CHOICE, "choices": ["a", 1], "answer": 0}, "choices[1] is a number"),
+        ({**CHOICE, "choices": "['a' 'b']", "answer": 0}, "choices has 1 entries"),  # as numpy prints an array
+        ({**CHOICE, "choices": "a or b", "answer": 0}, "choices is 'a or b', but it must be a list"),
+        ({**ROW, "history": [["a"]]}, "history[0] is a list, but it must be a list of a question and its answer"),
+        ({**ROW, "history": [["a", ""]]}, "history[0][1] is empty"),
+        ({**ROW, "system": 3}, "system is a number"),
+        ({"prompt": [{"role": "user"}], "completion": "x"}, "prompt is a list"),
+        ({"text": ""}, "text is empty"),
+        ({"conversations": []}, "conversations has no assistant turn"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "conversations[0].from is 'tool', but it must be one of"),
+        (
+            {"system": "a", "messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]},
+            "system is given, but the conversation has a system message of its own",
+        ),
+    ],
+)
+def test_wrong_rows_of_the_other_formats(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
+    path = file(tmp_path, "bad.jsonl", json.dumps(row))
+    assert f"bad.jsonl, row 1: {problem}" in message_of(path)
+
+
+def skipped(path: Path, **options: Any) -> list[Conversation]:
+    return list(read_conversations(DataSource(str(path), **options), "skip"))
+
+
+def test_wrong_rows_are_skipped_when_the_user_says_so(tmp_path: Path) -> None:
+    lines = ["null", json.dumps(ROW), '{"broken', json.dumps({"instruction": "x"}), json.dumps(ROW)]
+    rows = skipped(file(tmp_path, "a.jsonl", "\n".join(lines)))
+    assert [bool(row.problem) for row in rows] == [True, False, True, True, False]
+    assert [row.row for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[3].problem.startswith("output is missing (found: instruction)")
+
+
+def test_an_unknown_format_is_an_error_even_then(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.jsonl", '{"a": 1}\n{"b": 1}')
+    with pytest.raises(DataError, match="row 1: its columns are a, which fit no known format"):
+        skipped(path)
+
+
+# Folders and the hub
+
+
+def test_splits_of_a_saved_folder(tmp_path: Path) -> None:
+    parts = {name: datasets.Dataset.from_list([{**ROW, "output": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert contents(tmp_path / "saved", split="test") == [(1, "Hi", "test")]
+    for options in ({}, {"split": "dev"}):
+        message = message_of(tmp_path / "saved", **options)
+        assert "has the splits train, test, but its split is" in message and "split: train}" in message
+    datasets.DatasetDict({"only": parts["train"]}).save_to_disk(tmp_path / "single")
+    assert contents(tmp_path / "single") == [(1, "Hi", "train")]
+
+
+def test_other_folders(tmp_path: Path) -> None:
+    file(tmp_path, "rows.jsonl", json.dumps(ROW))
+    assert "none that save_to_disk" in message_of(tmp_path) and "rows.jsonl" in message_of(tmp_path)
+    file(tmp_path, "dataset_info.json", "{}")
+    assert "cannot be loaded as a saved dataset" in message_of(tmp_path)
+
+
+def test_a_file_has_no_split(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.jsonl", json.dumps(ROW))
+    assert "is a single file, but its split is 'train'. Drop the split." in message_of(path, split="train")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, datasets.DatasetDict]:
+    """A hub with a single dataset, `owner/set`, which has the configuration `main`."""
+    stored = {"owner/set": datasets.DatasetDict(train=datasets.Dataset.from_list([ROW, ROW]))}
+
+    def load_dataset(path: str, name: str | None, split: str | None) -> Any:
+        if name not in (None, "main"):
+            raise ValueError(f"BuilderConfig '{name}' not found. Available: ['main']")
+        return stored[path] if split is None else stored[path][split]
+
+    def dataset_info(self: object, name: str, timeout: float) -> None:
+        if name not in stored:
+            raise ConnectionError("404: Repository Not Found\nfor url ...")
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    return stored
+
+
+def test_hub_names(hub: object) -> None:
+    assert contents("owner/set") == contents("owner/set", split="train", subset="main")
+    assert contents("owner/set") == [(1, "Hi", "yo"), (2, "Hi", "yo")]
+    assert open_source(DataSource("owner/set", split="train")).name == "owner/set (train)"
+
+
+def test_hub_names_that_are_wrong(hub: object) -> None:
+    message = message_of("owner/sets")
+    assert "owner/sets is no local file or folder" in message and "(404: Repository Not Found)" in message
+    assert "BuilderConfig 'other' not found" in message_of("owner/set", subset="other")
+
+
+@pytest.mark.parametrize("path", ["data/train.jsonl", "./set", "/no/set", "a/b/c", "train.csv", "tests/set"])
+def test_paths_are_not_looked_for_on_the_hub(hub: object, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert "does not exist. Check the path" in message_of(path)
