@@ -123,7 +123,7 @@ def draw(runs: Sequence[Run]) -> Any:
     _describe(speed, "Throughput", "tokens per second, all ranks")
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter("{x:,.0f}")
-    _add_legends(loss, runs, colours)
+    _add_legend(figure, runs, colours)
     return figure
 
 
@@ -158,19 +158,18 @@ def _describe(axes: Any, title: str, unit: str) -> None:
     axes.spines[["left", "bottom"]].set_color("0.7")
 
 
-def _add_legends(axes: Any, runs: Sequence[Run], colours: Sequence[Any]) -> None:
-    """One legend tells runs apart by colour, the other training from held-out."""
+def _add_legend(figure: Any, runs: Sequence[Run], colours: Sequence[Any]) -> None:
+    """Above everything, where no curve runs: colours tell runs apart, line styles training from held-out."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=colours[place % len(colours)], linewidth=3, label=run.name)
         for place, run in enumerate(runs)
     ]
-    axes.add_artist(axes.legend(handles=handles, title="run", alignment="left", loc="upper right", frameon=False))
-    kinds = [Line2D([], [], color=GREY, linewidth=1.2, label="training")]
     if any("eval/loss" in row for run in runs for row in run.rows):
-        kinds.append(Line2D([], [], color=GREY, linewidth=1.8, marker="o", markersize=5, label="held out"))
-    axes.legend(handles=kinds, loc="lower left", frameon=False)
+        handles.append(Line2D([], [], color=GREY, linewidth=1.2, label="loss in training"))
+        handles.append(Line2D([], [], color=GREY, linewidth=1.8, marker="o", markersize=5, label="held-out loss"))
+    figure.legend(handles=handles, loc="outside upper right", ncols=min(4, len(handles)), frameon=False)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,8 @@ def test_axes_have_units_and_the_legend_the_names_of_the_runs(tmp_path: Path) ->
         figure.axes, ("nats per supervised token", "learning rate", "tokens per second"), strict=True
     ):
         assert unit in axes.get_ylabel() and axes.get_xlabel() == "optimizer step"
-    from matplotlib.legend import Legend
-
-    texts = [[text.get_text() for text in legend.get_texts()] for legend in figure.axes[0].findobj(Legend)]
-    assert sorted(texts) == [["a", "b"], ["training", "held out"]]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "loss in training", "held-out loss"]
 
 
 def test_a_long_curve_gets_its_running_mean() -> None:
