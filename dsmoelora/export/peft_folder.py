@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from dsmoelora.adapters.base_experts import base_experts
 from dsmoelora.adapters.linear import features, is_linear
 from dsmoelora.config import ModelConfig
-from dsmoelora.errors import ConfigError, ModelError
+from dsmoelora.errors import ConfigError, ModelError, listing
 from dsmoelora.model import model_without_weights
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# What PEFT moves onto the routed experts of a base, wherever in the model a target of that name lies.
+_NAMES_OF_ROUTED_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 _PREFIX = "base_model.model."  # what PEFT wraps a model in
 
 
@@ -67,20 +70,29 @@ def peft_base(path: str, shapes: Mapping[str, tuple[int, int]]) -> PeftBase:
         shapes: in-features D and out-features O by name of adapted layer
 
     Raises:
-        ModelError: there is no such model, or it has no such layers
+        ModelError: there is no such model, it has no such layers, or PEFT would not load them
     """
     try:
-        modules = dict(model_without_weights(ModelConfig(path=path, attention="eager")).named_modules())
+        model = model_without_weights(ModelConfig(path=path, attention="eager"))
     except ModelError as error:
         raise ModelError(f"The base model {path!r} is not to be had; give its folder with --model. {error}") from None
+    modules = dict(model.named_modules())
     for name, expected in shapes.items():
-        found = _in_out(modules.get(name))
+        module = modules.get(name)
+        found = features(module) if is_linear(module) else None
         if found != expected:
             has = "no such linear layer" if found is None else f"one of {found[0]} in- and {found[1]} out-features"
             raise ModelError(
                 f"The base model {path!r} does not fit: the adapter was trained on a layer {name} of {expected[0]} in- "
                 f"and {expected[1]} out-features, and the model has {has}. Give the right one with --model."
             )
+    taken = [name for name in shapes if name.rpartition(".")[2] in _NAMES_OF_ROUTED_EXPERTS]
+    if taken and base_experts(model).containers:
+        raise ModelError(
+            f"The adapter has experts on {listing(taken, 4)}, and the base model routed experts of its own: PEFT takes "
+            "such names for those and would leave ours out. Use the adapter with dsmoelora.load_adapter, or train one "
+            "whose adapter.target_modules are of the attention alone."
+        )
     suffixes = sorted({name.rpartition(".")[2] for name in shapes})
     meant = {name for name in modules if name.rpartition(".")[2] in suffixes}
     targets = suffixes if meant == set(shapes) else list(shapes)
@@ -130,10 +142,6 @@ def folder_names(count: int) -> Sequence[str]:
     """`expert-00`, `expert-01` and so on, of equal length."""
     width = max(2, len(str(count - 1)))
     return [f"expert-{expert:0{width}}" for expert in range(count)]
-
-
-def _in_out(module: nn.Module | None) -> tuple[int, int] | None:
-    return features(module) if is_linear(module) else None
 
 
 def _tensors(lora: Lora) -> dict[str, Tensor]:

@@ -11,18 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.folder import WEIGHTS_FILE, fingerprint, fingerprinted_layers, write_adapter
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import CheckpointError, ConfigError, ModelError
-from dsmoelora.export import ExpertFactors, expert_loras, peft_base, read_experts, write_loras
+from dsmoelora.export import ExpertFactors, expert_loras, peft_base, read_experts
 from dsmoelora.export.average import measured_gates, truncated, weighted_sum
 from dsmoelora.model import load_tokenizer
 from launch import export
-from tests.helpers import tiny_llama, tiny_tokenizer
+from tests.architectures import save_model
+from tests.helpers import tiny_llama
 
 CONFIG = AdapterConfig(
     r=3, lora_alpha=12, use_rslora=True, num_experts=4, top_k=2, target_modules=["q_proj", "up_proj"]
@@ -99,18 +100,26 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: str | Path) -> None:
     export.main()
 
 
-@pytest.mark.parametrize("use_rslora", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "targets", "use_rslora"),
+    [
+        ("llama", ["q_proj", "up_proj"], False),
+        ("llama", ["q_proj", "up_proj"], True),
+        ("gpt2", ["c_attn", "c_proj"], False),  # Conv1D: weights the other way round
+        ("phi3", "all-linear", False),  # q, k and v in one
+        ("qwen3-moe", ["q_proj", "o_proj"], False),
+    ],
+)
 def test_each_expert_alone_gives_the_logits_of_the_layer_with_its_gate_fixed(
-    base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_rslora: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, targets: list[str] | str, use_rslora: bool
 ) -> None:
-    config = AdapterConfig(
-        r=3, lora_alpha=12, use_rslora=use_rslora, num_experts=4, top_k=2, target_modules=["q_proj", "up_proj"]
-    )
+    base_path = save_model(architecture, tmp_path / "base")
+    config = AdapterConfig(r=3, lora_alpha=12, use_rslora=use_rslora, num_experts=4, top_k=2, target_modules=targets)
     adapter = make_adapter(base_path, tmp_path / "adapter", config)
     run(monkeypatch, "--adapter", adapter, "--format", "peft", "--out", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"expert-0{e}" for e in range(4)]
     base = logits(AutoModelForCausalLM.from_pretrained(base_path).eval())
-    for expert in range(4):
+    for expert in (0, 3):
         ours = logits(with_gates(base_path, adapter, torch.eye(4)[expert]))
         theirs = logits(with_peft(base_path, tmp_path / "out" / f"expert-0{expert}"))
         assert (ours - base).abs().max() > 1e-2
@@ -153,25 +162,6 @@ def test_a_mixer_is_folded_into_b(adapter: Path, tmp_path: Path) -> None:
     for name, (a_RD, b_OR) in loras["expert-01"].layers.items():
         a_DR, b_plain, m_RR = ((tensors | mixers)[f"{name}.experts.{factor}"][1].double() for factor in ("a", "b", "m"))
         torch.testing.assert_close(b_OR.double() @ a_RD.double(), (a_DR @ m_RR @ b_plain.t()).t(), rtol=1e-5, atol=1e-5)
-
-
-def test_gpt2_keeps_its_weights_the_other_way_round(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer(tmp_path / "gpt2")
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
-    base.save_pretrained(tmp_path / "gpt2")
-    names = [f"transformer.h.{i}.{part}" for i in range(2) for part in ("attn.c_attn", "mlp.c_fc")]
-    weights = {name: base.get_submodule(name).weight for name in names}
-    experts = {
-        name: ExpertFactors(torch.randn(2, w.shape[0], 3), torch.randn(2, w.shape[1], 3)) for name, w in weights.items()
-    }
-    described = peft_base(str(tmp_path / "gpt2"), {name: factors.in_out for name, factors in experts.items()})
-    config = AdapterConfig(r=3, lora_alpha=6, num_experts=2, top_k=1)
-    write_loras(tmp_path / "out", described, expert_loras(config, experts))
-    theirs = logits(with_peft(tmp_path / "gpt2", tmp_path / "out" / "expert-01"))
-    with torch.no_grad():
-        for name, weight_DO in weights.items():
-            weight_DO += 6 / 3 * experts[name].a_EDR[1] @ experts[name].b_EOR[1].t()
-    torch.testing.assert_close(theirs, logits(base), rtol=1e-5, atol=1e-5)
 
 
 def test_the_average_is_the_mixture_with_each_gate_at_its_mean(
@@ -302,6 +292,14 @@ def test_another_base_model_is_refused(adapter: Path, tmp_path: Path, monkeypatc
         run(monkeypatch, *flags, "--model", other)
     with pytest.raises(ModelError, match="--model"):
         run(monkeypatch, *flags, "--model", tmp_path / "nowhere")
+
+
+def test_layers_that_peft_would_leave_out_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base_path = save_model("qwen3-moe", tmp_path / "base")
+    config = AdapterConfig(r=2, num_experts=2, top_k=1, target_modules="all-linear")
+    adapter = make_adapter(base_path, tmp_path / "adapter", config)
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.gate_proj.*routed experts of its own.*of the attention"):
+        run(monkeypatch, "--adapter", adapter, "--format", "peft", "--out", tmp_path / "out")
 
 
 def test_tensors_that_lora_has_no_place_for_are_refused(adapter: Path, tmp_path: Path) -> None:
