@@ -1,40 +1,82 @@
-"""Every recipe and every DeepSpeed file that ships passes a dry run, as a user would start it."""
+"""Every recipe and every DeepSpeed file that ships passes a dry run, against a tiny model of its architecture."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from rich.console import Console
 
-from tests.helpers import tiny_llama
+from dsmoelora.cli import parse_command
+from dsmoelora.plan import make_plan, print_plan
+from tests.architectures import save_model
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "launch" / "recipes").rglob("*.yaml"))
 DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def own_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that put a small model and two rows in the place of what a recipe expects."""
-    folder = tmp_path_factory.mktemp("own")
-    tiny_llama(folder / "model")
+@dataclass(frozen=True)
+class StandIn:
+    """What is put in the place of the model and the rows that a recipe expects.
+
+    Args:
+        architecture: of the model, see tests/architectures.py
+        row: of the data, in the recipe's format and columns; of several sets, the columns of all
+        layers: what the plan says is adapted
+    """
+
+    architecture: str
+    row: dict[str, Any]
+    layers: str
+
+
+ALPACA = {"instruction": "Say yes.", "input": "", "output": "yes"}
+MESSAGES = {"messages": [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "yes"}]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "yes"}]}
+MATHS = {"query": "1+1?", "response": "2", "question": "2+2?", "answer": "4"}
+ATTENTION = "2 x q_proj, 2 x k_proj, 2 x v_proj, 2 x o_proj"
+ALL = f"{ATTENTION}, 2 x gate_proj, 2 x up_proj, 2 x down_proj"
+STAND_INS = {
+    "demo.yaml": StandIn("llama", ALPACA, ATTENTION),
+    "gpt2_tiny_text.yaml": StandIn("gpt2", {"text": "Once upon a time."}, "2 x c_attn, 4 x c_proj, 2 x c_fc"),
+    "llama2_7b_alpaca.yaml": StandIn("llama", ALPACA, ATTENTION),
+    "llama3_8b_chat.yaml": StandIn("llama", MESSAGES, ALL),
+    "mistral_7b_sharegpt.yaml": StandIn("mistral", SHAREGPT, ATTENTION),
+    "qwen2.5_7b_math.yaml": StandIn("qwen2", MATHS, ALL),
+}
+
+
+def stand_in(recipe: Path, folder: Path) -> list[str]:
+    """Overrides that put a tiny model and two rows in the place of what the recipe expects."""
+    chosen = STAND_INS[recipe.name]
     rows = folder / "rows.jsonl"
-    rows.write_text('{"instruction": "Say yes.", "input": "", "output": "yes"}\n' * 2)
-    source = json.dumps([{"path": str(rows)}])
-    return ["--model.path", str(folder / "model"), "--data.train", source, "--data.eval", source]
+    rows.write_text(2 * (json.dumps(chosen.row) + "\n"))
+    overrides = ["--model.path", str(save_model(chosen.architecture, folder / "model"))]
+    data = yaml.safe_load(recipe.read_text())["data"]
+    for key in ("train", "eval"):
+        sources = [{**source, "path": str(rows)} for source in data[key]]
+        for source in sources:  # a file has no parts
+            source.pop("split", None), source.pop("subset", None)
+        overrides += [f"--data.{key}", json.dumps(sources)]
+    return overrides
 
 
-def dry_run(recipe: Path, deepspeed: Path, world_size: int, overrides: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/train.py", "--config", str(recipe), "--deepspeed", str(deepspeed)]
-    command += ["--dry-run", "--world-size", str(world_size), *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def arguments(recipe: Path, deepspeed: Path, folder: Path) -> list[str]:
+    """A command line for `launch/train.py`, from its own folder."""
+    files = ["--config", str(recipe), "--deepspeed", str(deepspeed)]
+    return [*files, *stand_in(recipe, folder), "--run.dir", str(folder / "runs"), "--dry-run", "--world-size", "2"]
 
 
 def test_there_are_recipes_and_deepspeed_files() -> None:
-    assert {"demo.yaml", "llama2_7b_alpaca.yaml"} <= {path.name for path in RECIPES}
+    assert {path.name for path in RECIPES} == set(STAND_INS)
     assert {"zero3.json", "zero3_offload.json"} <= {path.name for path in DEEPSPEED_FILES}
 
 
@@ -44,10 +86,20 @@ def test_there_are_recipes_and_deepspeed_files() -> None:
     + [(RECIPES[0], deepspeed) for deepspeed in DEEPSPEED_FILES[1:]],
     ids=lambda path: path.name,
 )
-def test_dry_run(recipe: Path, deepspeed: Path, own_files: list[str], tmp_path: Path) -> None:
-    done = dry_run(recipe, deepspeed, 2, [*own_files, "--run.dir", str(tmp_path / "runs")])
+def test_every_recipe_can_be_planned(recipe: Path, deepspeed: Path, tmp_path: Path) -> None:
+    command, text = parse_command(arguments(recipe, deepspeed, tmp_path)), io.StringIO()
+    plan = make_plan(command.recipe, command.deepspeed, world_size=2, resume="none")
+    print_plan(plan, Console(file=text, width=200))
+    assert STAND_INS[recipe.name].layers in text.getvalue()
+    assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    recipe = ROOT / "launch" / "recipes" / "demo.yaml"
+    command = [sys.executable, "launch/train.py", *arguments(recipe, ROOT / "ds_configs" / "zero3.json", tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "2 x q_proj, 2 x k_proj, 2 x v_proj, 2 x o_proj" in done.stdout, done.stdout
+    assert STAND_INS[recipe.name].layers in done.stdout, done.stdout
     assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
 
 
