@@ -2,8 +2,8 @@
 
     python launch/plot.py runs/a runs/b --out plot.png
 
-Training and held-out loss, learning rate and throughput, a colour for each run, out of runs/<name>/metrics.jsonl. Works
-while a run goes on. Needs matplotlib and no screen.
+Training and held-out loss, learning rate and throughput, a colour for each run, and the load of the routers where a run
+wrote it down, out of runs/<name>/metrics.jsonl. Works while a run goes on. Needs matplotlib and no screen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,19 @@ GREY = "0.35"
 
 
 @dataclass(frozen=True)
+class Load:
+    """How often routers chose their experts.
+
+    Args:
+        step: at which it was written down
+        shares: for each routed layer, the share of tokens that used each expert; NaN where a layer has fewer experts
+    """
+
+    step: int
+    shares: list[list[float]]
+
+
+@dataclass(frozen=True)
 class Run:
     """The metrics of one run.
 
@@ -45,6 +58,15 @@ class Run:
         """Steps and values of one metric; a value that was not finite is NaN, which leaves a gap."""
         found = [(row["step"], row[key]) for row in self.rows if key in row]
         return [step for step, _ in found], [math.nan if value is None else value for _, value in found]
+
+    def load(self) -> Load | None:
+        """The newest table of the experts' use; None where there is none."""
+        rows = [row for row in self.rows if "experts" in row]
+        if not rows:
+            return None
+        shares = rows[-1]["experts"]["share"]
+        width = max(len(layer) for layer in shares)
+        return Load(rows[-1]["step"], [layer + [math.nan] * (width - len(layer)) for layer in shares])
 
 
 def main() -> None:
@@ -96,7 +118,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def draw(runs: Sequence[Run]) -> Any:
-    """A matplotlib figure: losses above, learning rate and throughput below.
+    """A matplotlib figure: losses above, learning rate and throughput below, then the routers' load.
 
     Raises:
         ConfigError: matplotlib is not installed
@@ -108,8 +130,10 @@ def draw(runs: Sequence[Run]) -> Any:
         raise ConfigError(
             "launch/plot.py draws with matplotlib, which is not installed. pip install matplotlib"
         ) from None
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    loss, rate, speed = figure.subplot_mosaic([["loss", "loss"], ["rate", "speed"]], height_ratios=[3, 2]).values()
+    loads = {run.name: load for run in runs if (load := run.load()) is not None}
+    figure = Figure(figsize=(10, 11 if loads else 7.5), layout="constrained")
+    grid = figure.add_gridspec(3 if loads else 2, 2, height_ratios=[3, 2, 3][: 3 if loads else 2])
+    loss, rate, speed = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     colours = matplotlib.color_sequences[COLOURS]
     for place, run in enumerate(runs):
         colour = colours[place % len(colours)]
@@ -124,7 +148,25 @@ def draw(runs: Sequence[Run]) -> Any:
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter("{x:,.0f}")
     _add_legend(figure, runs, colours)
+    if loads:
+        below = grid[2, :].subgridspec(1, len(loads))
+        _draw_loads([figure.add_subplot(below[0, place]) for place in range(len(loads))], loads)
     return figure
+
+
+def _draw_loads(all_axes: Sequence[Any], loads: Mapping[str, Load]) -> None:
+    """A heat map for each run, of one scale: which share of the tokens used which expert of which layer."""
+    largest = max(value for load in loads.values() for row in load.shares for value in row if not math.isnan(value))
+    for axes, (name, load) in zip(all_axes, loads.items(), strict=True):
+        image = axes.imshow(load.shares, aspect="auto", interpolation="nearest", vmin=0, vmax=largest)
+        axes.set_title(f"Router load, step {load.step}\n{name}", loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel("expert", color=GREY)
+        axes.tick_params(colors=GREY)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    all_axes[0].set_ylabel("routed layer, first to last", color=GREY)
+    bar = all_axes[0].figure.colorbar(image, ax=list(all_axes))
+    bar.set_label("share of tokens that use the expert", color=GREY)
 
 
 def _draw_smoothed(axes: Any, curve: tuple[list[float], list[float]], colour: Any) -> None:

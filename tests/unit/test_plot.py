@@ -56,6 +56,21 @@ def test_axes_have_units_and_the_legend_the_names_of_the_runs(tmp_path: Path) ->
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "loss in training", "held-out loss"]
 
 
+def test_the_load_of_routers_is_drawn_where_a_run_has_it(tmp_path: Path) -> None:
+    plain, routed = make_run(tmp_path / "plain"), make_run(tmp_path / "routed")
+    shares = [[0.5, 0.25, 0.25], [0.9, 0.1]]  # the second layer has two experts
+    with (routed / "metrics.jsonl").open("w") as file:
+        for step, factor in ((1, 0.0), (2, 1.0)):
+            table = {"layers": ["x", "y"], "share": [[factor * share for share in layer] for layer in shares]}
+            file.write(json.dumps({"step": step, "loss": 1.0, "experts": table}) + "\n")
+    assert len(plot.draw(plot.read_runs([plain])).axes) == 3
+    heat = plot.draw(plot.read_runs([plain, routed])).axes[3]
+    ((first, second),) = (image.get_array().tolist() for image in heat.get_images())
+    assert first == shares[0] and second[:2] == shares[1] and second[2] is None
+    assert heat.get_title("left") == "Router load, step 2\nrouted"
+    assert heat.get_xlabel() == "expert" and "layer" in heat.get_ylabel()
+
+
 def test_a_long_curve_gets_its_running_mean() -> None:
     assert plot.running_mean([1.0, 3.0, math.nan, 5.0, 7.0], 2) == [1.0, 2.0, 3.0, 5.0, 6.0]
     assert math.isnan(plot.running_mean([math.nan], 2)[0])
