@@ -21,8 +21,9 @@ from tests.conftest import PoolFactory
 from tests.engine_ranks import Job, Share, assert_parity, batches_of, build_engine, numbers_of
 from tests.plain_training import global_batch, make_recipe, preconditioned, train_plainly
 
-ADAMW: dict[str, Any] = {"name": "adamw", "lr": 3e-3, "lr_router": 1e-3, "max_grad_norm": 0.5, "warmup_steps": 0}
-SCALED = ADAMW | {"preconditioner": "scaled", "damping": 0.1, "damping_abs": 1e-3}
+# b starts at 0, and Adam's first step would make its rounding noise as large as the learning rate
+SGD: dict[str, Any] = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.5, "warmup_steps": 0}
+SCALED = SGD | {"preconditioner": "scaled", "damping": 0.1, "damping_abs": 1e-3}
 CHAT = [{"role": "user", "content": "abc"}]
 
 
@@ -86,7 +87,7 @@ def answer_of(model: Any, folder: Path) -> str:
 
 @pytest.mark.parametrize(
     ("name", "optim"),
-    [pytest.param(name, ADAMW, id=name) for name in ARCHITECTURES]
+    [pytest.param(name, SGD, id=name) for name in ARCHITECTURES]
     + [pytest.param(name, SCALED, id=f"{name}-scaled") for name in ("gpt2", "phi3")],
 )
 def test_two_ranks_train_as_plain_torch_does_and_save_an_adapter_that_loads(
@@ -130,7 +131,7 @@ def train_on_all_logits(recipe: Recipe) -> list[float]:
 
 
 def test_a_model_that_always_makes_all_logits_trains_as_well(worker_pool: PoolFactory, tmp_path: Path) -> None:
-    recipe = recipe_for("llama", save_model("llama", tmp_path / "base"), ADAMW)
+    recipe = recipe_for("llama", save_model("llama", tmp_path / "base"), SGD)
     expected = train_plainly(recipe).losses
     for losses in worker_pool(2).run(train_on_all_logits, recipe):
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
