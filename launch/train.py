@@ -118,8 +118,9 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     train_data, eval_data = stop.together(lambda: load_data(recipe))
     num_held_out = 0 if eval_data is None else len(eval_data)
     console.print(f"{len(train_data):,} training samples, {num_held_out:,} held out")
-    for line in all_losses([*train_data.reports, *(eval_data.reports if eval_data else [])]):
-        console.print(f"lost: {line}", markup=False, soft_wrap=True)
+    for key, data in (("data.train", train_data), ("data.eval", eval_data)):
+        for line in all_losses(data.reports if data else []):
+            console.print(f"{key}: {line}", markup=False, soft_wrap=True)
     packing = stop.together(lambda: load_rows(recipe, train_data))
     if packing is not None:
         console.print(packing_report(train_data, packing, recipe), soft_wrap=True)

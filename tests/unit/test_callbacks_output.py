@@ -89,6 +89,16 @@ def test_samples_may_hold_markup(tmp_path: Path) -> None:
     assert "[/bold] list[int]" in file.getvalue()
 
 
+def test_rows_of_plain_text_are_no_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = FakeDataset.messages
+    monkeypatch.setattr(FakeDataset, "messages", lambda self, i: [] if i == 0 else talk(self, i))
+    console, file = paper()
+    run, samples = make_run(tmp_path, num_samples=1), Samples(console)
+    samples.on_train_begin(run)
+    samples.on_train_end(run)
+    assert "question 1" in file.getvalue() and "question 0" not in file.getvalue()
+
+
 def test_no_samples_no_table(tmp_path: Path) -> None:
     console, file = paper()
     run, samples = make_run(tmp_path, num_samples=0), Samples(console)
