@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,8 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         parallel = f"parallel.ep_size {recipe.parallel.ep_size}, exchange {recipe.parallel.exchange}"
         plan.add("experts of a rank", f"{held} a layer ({parallel})")
     if config.num_experts > 1:
-        plan.add("router", config.router)
+        losses = [f"{name} loss {weight:g}" for name, weight in asdict(recipe.losses).items() if weight]
+        plan.add("router", ", ".join([config.router, *losses]))
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
 
 

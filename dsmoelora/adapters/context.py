@@ -104,8 +104,10 @@ class PromptMemory:
         prompt_BS: bool, which tokens of the call at hand are the prompt
         gates: by layer, the gates (B, E) and selected experts (B, E) of that prompt, once it was routed
         goes_on: the call at hand goes on from the prompt: its gates hold
+        is_generating: `generate` runs, all whose calls but the first go on
     """
 
     prompt_BS: Tensor | None = None
     gates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     goes_on: bool = False
+    is_generating: bool = False

@@ -52,7 +52,7 @@ def inject(
         wrapped.train(base.training)
         setattr(parent, name.rpartition(".")[2], wrapped)
     if config.router == "prompt":
-        watch_prompts(model, context)
+        watch_prompts(model)
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -115,3 +116,14 @@ def test_in_training_what_comes_after_the_prompt_does_not_move_its_gates(model: 
 def test_a_part_of_the_model_does_not_know_the_prompt(model: Any) -> None:
     with pytest.raises(ModelError, match=r"(?s)q_proj.*router `prompt`.*as a whole"):
         model.model(token_ids())
+
+
+def test_a_copy_of_the_model_remembers_its_own_prompt(model: Any) -> None:
+    kwargs: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        before = model.generate(token_ids(), **kwargs)
+        copied = copy.deepcopy(model)
+        for _, layer in adapted_layers(model):
+            layer.experts.b.data.zero_()
+        assert torch.equal(copied.generate(token_ids(), **kwargs), before)
+        assert not torch.equal(model.generate(token_ids(), **kwargs), before)

@@ -27,7 +27,7 @@ def make_router(router: str = "softmax_topk", num_experts: int = 6, **options: A
     """A router in training, with larger random parameters than it starts with, so that its gates differ."""
     mask_BS = torch.ones(4, NUM_TOKENS // 4, dtype=torch.int64)
     prompt_BS = torch.arange(NUM_TOKENS // 4) < torch.tensor([[1], [5], [7], [12]])
-    context = BatchContext(token_keys(3, torch.arange(4), mask_BS), prompt_BS)
+    context = BatchContext(token_keys(3, torch.arange(4), mask_BS), prompt_BS=prompt_BS)
     place = RouterPlace("layer", NUM_FEATURES, num_experts, torch.empty(0), 0, context)
     module = build_router(place, AdapterConfig(num_experts=num_experts, router=router, **options))  # type: ignore[arg-type]
     with torch.no_grad():

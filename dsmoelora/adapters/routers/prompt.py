@@ -7,14 +7,14 @@ where the call goes on from a key-value cache, the last prompt's gates hold.
 
 from __future__ import annotations
 
-import functools
+import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.context import PromptMemory
 from dsmoelora.adapters.function import product_fp32
 from dsmoelora.adapters.routers.parts import Report, RouterPlace
 from dsmoelora.adapters.routers.rules import Rule
@@ -84,9 +84,14 @@ class PromptRouter(nn.Module):
         self._layer, self._context = place.layer, place.context
         self._rule, self._report = rule, Report(place)
 
+    @property
+    def memory(self) -> PromptMemory:
+        """What all routers of the model remember of the last prompt."""
+        return self._context.prompts
+
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool, the same for a sequence."""
-        memory = self._context.prompts
+        memory = self.memory
         if self._context.prompt_BS is None and memory.goes_on:
             gate_BE, selected_BE = memory.gates[self._layer]
         else:
@@ -100,7 +105,7 @@ class PromptRouter(nn.Module):
     def _prompt(self, x_TD: Tensor) -> Tensor:
         prompt_BS = self._context.prompt_BS
         if prompt_BS is None:
-            prompt_BS = self._context.prompts.prompt_BS
+            prompt_BS = self.memory.prompt_BS
         if prompt_BS is None or prompt_BS.numel() != len(x_TD):
             raise ModelError(
                 f"{self._layer} has the router `prompt`, but does not know which of its {len(x_TD)} tokens are the "
@@ -113,45 +118,46 @@ def _for_all_tokens(value_BE: Tensor, num_tokens: int) -> Tensor:
     return value_BE.unsqueeze(1).expand(-1, num_tokens, -1).flatten(0, 1)
 
 
-def watch_prompts(model: nn.Module, context: BatchContext) -> None:
+def watch_prompts(model: nn.Module) -> None:
     """Let routers know, whenever the model is called, which tokens are the prompt or that they go on from one.
 
     Args:
-        model: a causal language model of transformers
-        context: of its adapted layers
+        model: a causal language model of transformers with this router in it
     """
-    memory = context.prompts
-    is_generating = False
+    model.register_forward_pre_hook(_before_call, with_kwargs=True)
+    if hasattr(model, "generate"):
+        # A method of this model alone: a copy of the model gets one of its own.
+        model.generate = types.MethodType(_generate_from_one_prompt, model)  # type: ignore[assignment]
 
-    def before_call(_: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        cache = inputs.get("past_key_values")
-        has_past = cache is not None and cache.get_seq_length() > 0
-        memory.goes_on = bool(memory.gates) and (has_past or is_generating)
-        if memory.goes_on:
-            return
-        memory.gates.clear()
-        tokens = args[0] if args else inputs.get("input_ids")
-        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-        assert tokens is not None, "a language model is called with tokens or embeddings"
-        mask_BS = inputs.get("attention_mask")
-        if mask_BS is None or mask_BS.dim() != 2:
-            mask_BS = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        memory.prompt_BS = prompt_tokens(mask_BS, inputs.get("labels"))
 
-    model.register_forward_pre_hook(before_call, with_kwargs=True)
-    generate = getattr(model, "generate", None)
-    if generate is None:
+def _memory_of(model: nn.Module) -> PromptMemory:
+    return next(module for module in model.modules() if isinstance(module, PromptRouter)).memory
+
+
+def _before_call(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    memory = _memory_of(model)
+    cache = inputs.get("past_key_values")
+    has_past = cache is not None and cache.get_seq_length() > 0
+    memory.goes_on = bool(memory.gates) and (has_past or memory.is_generating)
+    if memory.goes_on:
         return
+    memory.gates.clear()
+    tokens = args[0] if args else inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    assert tokens is not None, "a language model is called with tokens or embeddings"
+    mask_BS = inputs.get("attention_mask")
+    if mask_BS is None or mask_BS.dim() != 2:
+        mask_BS = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    memory.prompt_BS = prompt_tokens(mask_BS, inputs.get("labels"))
 
-    @functools.wraps(generate)
-    def generate_from_one_prompt(*args: Any, **kwargs: Any) -> Any:
-        nonlocal is_generating
+
+def _generate_from_one_prompt(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own `generate`, in which the gates of the first call hold for all others."""
+    memory = _memory_of(model)
+    memory.gates.clear()
+    memory.is_generating = True
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        memory.is_generating = False
         memory.gates.clear()
-        is_generating = True
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            is_generating = False
-            memory.gates.clear()
-
-    model.generate = generate_from_one_prompt  # type: ignore[assignment]  # on this model alone

@@ -1,0 +1,90 @@
+"""What each router costs, and what counting and the losses add: time of the whole layer beside `softmax_topk` alone.
+
+    python benchmarks/routers.py
+
+Everything runs in every round, in another order each time; printed are medians of ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast, get_args
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from timing import seconds
+from torch import Tensor, nn
+
+from dsmoelora import AdapterConfig, inject
+from dsmoelora.adapters import batch_context
+from dsmoelora.adapters.dropout import token_keys
+from dsmoelora.adapters.routing_log import RoutingLog
+from dsmoelora.config import LossesConfig
+from dsmoelora.router_options import RouterName
+
+NUM_SEQUENCES = 8
+
+
+def training_step(
+    router: RouterName, x_BSD: Tensor, grad_BSD: Tensor, losses: LossesConfig | None = None
+) -> Callable[[], None]:
+    """Forward and backward of one layer, with the gradient of the input; `losses` has its router listened to."""
+    size, device = x_BSD.shape[-1], x_BSD.device
+    model = nn.Sequential(nn.Linear(size, size, bias=False, device=device, dtype=torch.bfloat16))
+    inject(model, AdapterConfig(r=4, num_experts=20, router=router, target_modules="all-linear"))
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    context, real_BS = batch_context(model), torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=device)
+    context.token_keys = token_keys(0, torch.arange(len(x_BSD), device=device), real_BS)
+    context.real_BS = context.prompt_BS = real_BS
+    listening: Callable[[], AbstractContextManager[None]] = nullcontext
+    if losses is not None:
+        log = RoutingLog(model, losses, device)
+        log.begin_step(real_BS.numel(), scale=1.0)
+        context.log, listening = log, log.listening
+
+    def step() -> None:
+        x_BSD.grad = None
+        model.zero_grad(set_to_none=True)
+        with listening():
+            y_BSD = model(x_BSD)
+        y_BSD.backward(grad_BSD)
+
+    return step
+
+
+def main() -> None:
+    """Print a line for each router, and one for each thing that listens."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=2048, help="in- and out-features")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+    device = torch.device(get_accelerator().current_device_name())
+    shape = (NUM_SEQUENCES, args.tokens // NUM_SEQUENCES, args.size)
+    x_BSD = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad_BSD = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    names = cast(tuple[RouterName, ...], get_args(RouterName))
+    steps: dict[str, Callable[[], None]] = {name: training_step(name, x_BSD, grad_BSD) for name in names}
+    listened = {
+        "softmax_topk, counted": LossesConfig(),
+        "softmax_topk, counted, balance and z": LossesConfig(0.01, 0.001),
+    }
+    steps |= {name: training_step("softmax_topk", x_BSD, grad_BSD, losses) for name, losses in listened.items()}
+    for step in steps.values():
+        step()
+    rounds = [
+        {name: seconds(steps[name]) for name in random.sample(list(steps), len(steps))} for _ in range(args.rounds)
+    ]
+    print(f"bf16, D = O = {args.size}, {args.tokens} tokens, E=20 R=4 K=10, forward + backward of the layer")
+    for name in steps:
+        ratio = statistics.median(one[name] / one["softmax_topk"] for one in rounds)
+        print(f"{name:40s} {ratio:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
