@@ -70,6 +70,9 @@ class FakeEngine:
         num_tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
         return StepResult(math.nan if skipped else loss, 1.0, 1e-3, skipped, num_tokens, num_tokens // 2)
 
+    def check_packing(self) -> None:
+        self.calls.append(f"check_packing at {self.step}")
+
     def evaluate(self, micro_batches: list[MicroBatch]) -> float:
         self.stop.check()
         self.calls.append(f"evaluate at {self.step}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from dsmoelora.callbacks import Callback, MetricsFile, Samples, TrainingRun
-from dsmoelora.config import Recipe, RunConfig, TrainConfig
+from dsmoelora.config import DataConfig, Recipe, RunConfig, TrainConfig
+from dsmoelora.data.packing import pack
 from dsmoelora.engine import StepResult
 from dsmoelora.errors import CheckpointError
 from dsmoelora.metrics_file import read_metrics
@@ -129,6 +131,29 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path: Path) -> None:
     assert losses(broken) == losses(straight)
     assert calls_at(engine, "evaluate") == [6, 7]
     assert trainer.run.evaluations == [(0, 4.0), (3, 3.7), (6, 3.4), (7, 3.3)]
+
+
+def test_an_interrupted_run_on_packed_rows_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    """16 rows of three samples, and one of the last two; the loss tells which samples a step saw."""
+    recipe = replace(make_recipe(), data=DataConfig(packing=True))
+    packing = pack(FakeDataset(50).num_tokens, 10, seed=0)
+    assert len(packing) == 17
+
+    def fit(folder: Path, *callbacks: Callback, resume_from: Path | None = None) -> FakeEngine:
+        folder.mkdir(exist_ok=True)
+        engine, data = FakeEngine(recipe), FakeDataset(50)
+        metrics = [MetricsFile(), *callbacks]
+        Trainer(cast(Any, engine), folder, cast(Any, data), None, metrics, packing).fit(resume_from)
+        return engine
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert fit(straight).calls[0] == "check_packing at 0"
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, Interrupt(after=6))
+    fit(broken, resume_from=broken / "checkpoint-4")
+    assert losses(broken) == losses(straight)
+    with pytest.raises(CheckpointError, match=r"data\.packing True, but now it is False"):
+        make_trainer(FakeEngine(make_recipe()), broken, []).fit(broken / "checkpoint-4")
 
 
 def test_answers_of_before_survive_a_resume(tmp_path: Path) -> None:
