@@ -224,7 +224,8 @@ def _stage_3_partitions(
             experts = _experts_of(trainable, layout)
             wanted_shape = (len(experts), *trainable.shape[1:])
             assert tuple(parameter.ds_shape) == wanted_shape, f"{trainable.name} has another shape under ZeRO"
-            is_elsewhere = len(experts) < trainable.shape[0] and parameter.ds_process_group is not process_group
+            groups = {id(process_group), id(parameter.ds_process_group)}
+            is_elsewhere = len(experts) < trainable.shape[0] and groups != {id(layout.expert_data_group)}
             assert not is_elsewhere, f"ZeRO did not put {trainable.name} into its expert-data-parallel group"
             first = experts.start * math.prod(trainable.shape[1:])
             piece = parameter.partition_numel()

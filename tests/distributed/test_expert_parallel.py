@@ -15,9 +15,9 @@ from torch import Tensor
 from dsmoelora.config import Recipe
 from tests.conftest import PoolFactory
 from tests.counted_training import train_and_count
-from tests.engine_ranks import Job, assert_parity, batches_of, build_engine, train_on_rank
+from tests.engine_ranks import Job, Pieces, assert_parity, batches_of, build_engine, numbers_of, train_on_rank
 from tests.expert_parallel import MAX_STEPS, NUM_EXPERTS, RANK, SEEDS, TARGETS, on_one_device, partitioned, recipe_of
-from tests.plain_training import Training, make_base, make_recipe
+from tests.plain_training import Training, make_base, make_recipe, micro_batch
 
 
 def weight_tolerance(method: str) -> float:
@@ -128,6 +128,7 @@ def test_placement_and_exchange_change_nothing(worker_pool: PoolFactory, plainly
 def test_ways_of_zero_and_uneven_batches_change_nothing(
     worker_pool: PoolFactory, plainly: Plainly, ep_size: int, exchange: Any, settings: dict[str, Any]
 ) -> None:
+    assert micro_batch(0, slice(6, 6 + 3)).num_supervised_local == 0
     reference = plainly("adamw-tangent")
     shares = worker_pool(4).run(train_on_rank, Job(partitioned(reference.recipe, ep_size, exchange), **settings))
     assert_parity(shares, reference.training, weight_tolerance("adamw"))
@@ -169,6 +170,59 @@ def test_one_expert_may_get_all_tokens(worker_pool: PoolFactory, plainly: Plainl
         job = Job(partitioned(recipe, ep_size, exchange), accumulation=2)  # type: ignore[arg-type]
         for losses in worker_pool(4).run(train_with_one_expert, job, NUM_EXPERTS - 1):
             torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+
+
+def train_with_a_bad_gradient(job: Job) -> tuple[list[bool], list[dict[str, Pieces]]]:
+    """Three steps, the second with a gradient that is not finite in the experts of one rank, and nowhere else."""
+    from dsmoelora.adapters import adapted_layers
+    from dsmoelora.parallel import comm
+
+    engine = build_engine(job)
+    if comm.rank() == 1:
+        _, layer = next(adapted_layers(engine.model))
+        layer.experts.a.register_hook(lambda grad: grad * (torch.inf if engine.step == 1 else 1.0))
+    skipped, numbers = [], []
+    for step in range(3):
+        skipped.append(engine.train_step(batches_of(job, step)).skipped)
+        numbers.append(numbers_of(engine))
+    return skipped, numbers
+
+
+@pytest.mark.parametrize(("ep_size", "method"), [(4, "sgd-scaled"), (2, "adamw-tangent")])
+def test_a_bad_gradient_in_the_experts_of_one_rank_moves_nothing_on_any(
+    worker_pool: PoolFactory, plainly: Plainly, ep_size: int, method: str
+) -> None:
+    recipe = partitioned(plainly(method).recipe, ep_size)
+    recipe = replace(recipe, optim=replace(recipe.optim, warmup_steps=0))
+    for skipped, (before, after_bad, after_next) in worker_pool(4).run(train_with_a_bad_gradient, Job(recipe)):
+        assert skipped == [False, True, False]
+        for kind, tensors in before.items():
+            for name, pieces in tensors.items():
+                for (*_, old), (*_, kept), (*_, new) in zip(
+                    pieces, after_bad[kind][name], after_next[kind][name], strict=True
+                ):
+                    assert torch.equal(old, kept), f"{kind} of {name}"
+                    assert new.isfinite().all() and not torch.equal(kept, new), f"{kind} of {name}"
+
+
+def error_of_engine_without_placement(job: Job) -> str:
+    from unittest import mock
+
+    from dsmoelora.parallel import zero
+
+    with mock.patch.object(zero, "place_experts"):
+        try:
+            build_engine(job)
+        except AssertionError as error:
+            return str(error)
+    return "none"
+
+
+def test_experts_that_zero_did_not_place_are_noticed(worker_pool: PoolFactory, plainly: Plainly) -> None:
+    """ZeRO would average gradients of different experts, and nothing would look wrong."""
+    job = Job(partitioned(plainly("sgd-none").recipe, 2))
+    for message in worker_pool(4).run(error_of_engine_without_placement, job):
+        assert "experts.a" in message and "expert-data-parallel group" in message
 
 
 # Matrices of an expert in a step: a^T a, b^T b, and a^T grad_a for `tangent` alone.
