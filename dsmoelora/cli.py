@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dsmoelora.parallel.ranks import env_rank
 from dsmoelora.recipe_file import (
     DERIVED,
     check_derived,
+    check_list,
     check_recipe_file,
     did_you_mean,
     in_words,
@@ -234,9 +236,12 @@ def _whole_lists(argv: list[str]) -> list[str]:
     """
     lists = {f"--{key}" for key, annotation in key_types().items() if dataclasses.is_dataclass(list_item(annotation))}
     words: list[str] = []
-    for word in argv:
-        flag = word.split("=")[0]
-        words += ([f"{flag}=[]"] if flag in lists else []) + [word]
+    for word, after in zip_longest(argv, argv[1:], fillvalue=""):
+        flag, equals, value = word.partition("=")
+        if flag in lists:
+            check_list(flag, value if equals else after)
+            words.append(f"{flag}=[]")
+        words.append(word)
     return words
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -63,6 +64,8 @@ def _check_node(path: Path, node: yaml.Node, annotation: Any, key: str) -> None:
             _check_node(path, child, item, f"{key}[{place}]")
         return
     if not dataclasses.is_dataclass(annotation):
+        if "[" in key:  # of values inside a list jsonargparse would say only that the list is wrong
+            _check_value(path, node, annotation, key)
         return
     if not isinstance(node, yaml.MappingNode):
         allowed = ", ".join(field.name for field in dataclasses.fields(annotation))
@@ -82,6 +85,40 @@ def _check_node(path: Path, node: yaml.Node, annotation: Any, key: str) -> None:
             raise ConfigError(f"{_at(path, name_node)}: {full} is set twice. Keep one of the two.")
         seen.add(name)
         _check_node(path, child, hints[name], full)
+
+
+def check_list(flag: str, text: str) -> None:
+    """The same for a list of mappings that is given on the command line.
+
+    Raises:
+        ConfigError: naming flag, entry and remedy
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return  # jsonargparse says it better
+    if isinstance(node, yaml.SequenceNode):
+        _check_node(Path(flag), node, key_types()[flag.removeprefix("--")], flag.removeprefix("--"))
+
+
+def _check_value(path: Path, node: yaml.Node, annotation: Any, key: str) -> None:
+    value = yaml.safe_load(yaml.serialize(node))
+    if not _fits(value, annotation):
+        raise ConfigError(f"{_at(path, node)}: {key} is {value!r}, but it must be {in_words(annotation)}. Correct it.")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    if _is_union(annotation):
+        return any(_fits(value, option) for option in typing.get_args(annotation))
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return value in typing.get_args(annotation)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+    if annotation is float and isinstance(value, str):  # `1e-3` is text in YAML 1.1
+        return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value, flags=re.IGNORECASE) is not None
+    kinds = (int, float) if annotation is float else (type(None) if annotation is None else annotation,)
+    return isinstance(value, kinds) and not (isinstance(value, bool) and annotation is not bool)
 
 
 def check_derived(key: str) -> None:
@@ -149,6 +186,8 @@ def in_words(annotation: Any) -> str:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(str(argument) for argument in arguments)
     if origin is list:
         return f"a list ({in_words(arguments[0])} each)"
+    if origin is dict:
+        return "{name: text, ...}"
     if origin is tuple:
         return f"a list of {len(arguments)} ({in_words(arguments[0])} each)"
     if dataclasses.is_dataclass(annotation):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 
 import pytest
 
 from dsmoelora.cli import DEFAULT_DEEPSPEED, parse_command, run_guarded
 from dsmoelora.config import DataSource, Recipe
+from dsmoelora.data.formats import FORMATS
 from dsmoelora.errors import ConfigError
 from dsmoelora.recipe_file import recipe_yaml
 
@@ -68,6 +70,35 @@ def test_an_override_replaces_a_whole_list(tmp_path: Path, num_sets: int) -> Non
 )
 def test_wrong_weights_are_named(tmp_path: Path, override: str, message: str) -> None:
     assert message in message_of(["--config", write(tmp_path, RECIPE), "--data.train", override])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("format: alpaka", "data.train[1].format is 'alpaka', but it must be one of auto, alpaca, messages"),
+        ("weight: high", "data.train[1].weight is 'high', but it must be a number or null"),
+        ("weight: true", "data.train[1].weight is True, but it must be a number or null"),
+        ("fields: [x]", "data.train[1].fields is ['x'], but it must be {name: text, ...}"),
+        ("split: 3", "data.train[1].split is 3, but it must be text or null"),
+        ("pth: b", "unknown key data.train[1].pth. Did you mean path?"),
+    ],
+)
+def test_wrong_entries_of_a_list_are_named(tmp_path: Path, entry: str, message: str) -> None:
+    sets = f"[{{path: a}}, {{{entry}}}]"
+    assert message in message_of(["--config", write(tmp_path, f"data: {{train: {sets}}}")])
+    assert message in message_of(["--config", write(tmp_path, RECIPE), "--data.train", sets])
+    assert message in message_of(["--config", write(tmp_path, RECIPE), f"--data.train={sets}"])
+
+
+def test_numbers_in_a_list_may_be_written_in_any_way(tmp_path: Path) -> None:
+    sources = parse_recipe(
+        tmp_path, RECIPE, "--data.train", "[{path: a, weight: 1e-3}, {path: b, weight: 2}]"
+    ).data.train
+    assert [source.weight for source in sources] == [0.001, 2.0]
+
+
+def test_the_formats_of_a_recipe_are_those_that_are_read() -> None:
+    assert set(typing.get_args(typing.get_type_hints(DataSource)["format"])) == {"auto", *FORMATS}
 
 
 def test_held_out_sets_have_no_weight(tmp_path: Path) -> None:
