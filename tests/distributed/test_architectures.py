@@ -115,8 +115,9 @@ def test_two_ranks_train_as_plain_torch_does_and_save_an_adapter_that_loads(
 class AllLogits(LlamaForCausalLM):
     """A model whose forward pass cannot be told which logits are wanted."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    def forward(self, input_ids: Tensor, **others: Any) -> Any:  # type: ignore[override]
+        assert "logits_to_keep" not in others
+        return super().forward(input_ids=input_ids, **others)
 
 
 def train_on_all_logits(recipe: Recipe) -> list[float]:
