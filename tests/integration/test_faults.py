@@ -1,7 +1,12 @@
-"""A rank that is killed or hangs: the others say which and end in time, and the run goes on as if nothing had been."""
+"""Ranks that are killed or hang, disks that fill up, files that rot or vanish: it is said, and the run goes on later.
+
+"Goes on" means: to the same losses and the same adapter as a run that nothing happened to, to the last bit.
+"""
 
 from __future__ import annotations
 
+import resource
+import shutil
 import signal
 import stat
 import time
@@ -11,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dsmoelora.cli import parse_command
+from dsmoelora.errors import UserError
 from dsmoelora.heartbeat import Phase, read_sign
 from dsmoelora.metrics_file import read_metrics
 from dsmoelora.watchdog import HANG_EXIT_CODE
@@ -18,7 +24,7 @@ from launch import train
 from tests.conftest import PoolFactory
 from tests.launched import Ranks, make_workshop
 
-HANG_TIMEOUT_S = 25.0
+HANG_TIMEOUT_S = 40.0  # nothing beats while DeepSpeed is imported and initialised, which a busy machine does slowly
 NUM_STEPS = 12
 COMPARED = ("step", "loss", "grad_norm", "lr", "eval/loss")
 
@@ -28,15 +34,32 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
-def argv_of(workshop: Path, name: str, *more: str) -> list[str]:
+def argv_of(workshop: Path, name: str) -> list[str]:
     settings = {"--run.name": name, "--train.max_steps": NUM_STEPS, "--train.num_samples": 0}
-    overrides = [str(word) for pair in settings.items() for word in pair]
-    return ["--config", str(workshop / "recipe.yaml"), *overrides, "--train.hang_timeout_s", str(HANG_TIMEOUT_S), *more]
+    return ["--config", str(workshop / "recipe.yaml"), *(str(word) for pair in settings.items() for word in pair)]
 
 
 def run_command(*argv: str) -> None:
     """`launch/train.py` in a process that has met the others already."""
     train.run(parse_command(list(argv)))
+
+
+def attempt(argv: list[str], largest_file: int = resource.RLIM_INFINITY) -> str:
+    """Run the command; the message of the user's error that ended it, empty if none did.
+
+    Args:
+        argv: command line
+        largest_file: bytes after which a file cannot grow, as if the disk were full
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
+    try:
+        run_command(*argv)
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +112,8 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
     workshop: Path, undisturbed: Path, worker_pool: PoolFactory
 ) -> None:
     folder, argv = workshop / "runs" / "hung", argv_of(workshop, "hung")
-    with Ranks(argv, argv) as ranks:
+    short = [*argv, "--train.hang_timeout_s", str(HANG_TIMEOUT_S)]
+    with Ranks(short, short) as ranks:
         ranks.wait_for_step(folder, 4)
         ranks.processes[1].send_signal(signal.SIGSTOP)
         begin = time.monotonic()
@@ -102,4 +126,58 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
     assert "Without a sign of life: rank 1 (host " in survivor.stderr and f"pid {pid}, " in survivor.stderr
 
     worker_pool(2).run(run_command, *argv, "--resume", "auto")
+    assert_ends_like(folder, undisturbed)
+
+
+def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(
+    workshop: Path, undisturbed: Path, worker_pool: PoolFactory
+) -> None:
+    folder, argv = workshop / "runs" / "full", argv_of(workshop, "full")
+    shutil.copytree(undisturbed, folder)
+    for name in ("checkpoint-12", "adapter"):
+        shutil.rmtree(folder / name)
+    argv += ["--resume", "auto"]
+    largest = (folder / "checkpoint-9" / "rank-00000.safetensors").stat().st_size
+    for message in worker_pool(2).run(attempt, argv, largest - 1):
+        assert "File too large. Check room and permissions there" in message
+        assert "older checkpoints are untouched" in message
+    assert {path.name for path in folder.glob("*checkpoint*")} == {"checkpoint-9"}
+    assert worker_pool(2).run(attempt, argv) == ["", ""]
+    assert_ends_like(folder, undisturbed)
+
+
+def test_a_flipped_byte_and_half_a_folder_cost_the_steps_since_the_last_whole_checkpoint(
+    workshop: Path, undisturbed: Path, worker_pool: PoolFactory
+) -> None:
+    folder, argv = workshop / "runs" / "rotten", argv_of(workshop, "rotten")
+    shutil.copytree(undisturbed, folder)
+    shutil.rmtree(folder / "adapter")
+    rotten = folder / "checkpoint-12" / "rank-00001.safetensors"
+    data = bytearray(rotten.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    rotten.write_bytes(data)
+    (folder / "checkpoint-15").mkdir()
+    shutil.copy(folder / "checkpoint-12" / "rank-00000.safetensors", folder / "checkpoint-15")
+    messages = worker_pool(2).run(attempt, [*argv, "--resume", str(folder / "checkpoint-15")])
+    assert all("checkpoint-15 is no whole checkpoint" in message for message in messages)
+    assert worker_pool(2).run(attempt, [*argv, "--resume", "auto"]) == ["", ""]
+    assert_ends_like(folder, undisturbed)
+
+
+def test_a_data_file_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(
+    workshop: Path, undisturbed: Path, worker_pool: PoolFactory
+) -> None:
+    folder, argv = workshop / "runs" / "vanished", argv_of(workshop, "vanished")
+    shutil.copytree(undisturbed, folder)
+    shutil.rmtree(folder / "checkpoint-12")
+    before = sorted(folder.rglob("*"))
+    data, elsewhere = workshop / "train.jsonl", workshop / "elsewhere.jsonl"
+    data.rename(elsewhere)
+    try:
+        for message in worker_pool(2).run(attempt, [*argv, "--resume", "auto"]):
+            assert "data.train" in message and str(data) in message
+        assert sorted(folder.rglob("*")) == before
+    finally:
+        elsewhere.rename(data)
+    assert worker_pool(2).run(attempt, [*argv, "--resume", "auto"]) == ["", ""]
     assert_ends_like(folder, undisturbed)
