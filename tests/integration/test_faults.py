@@ -26,6 +26,7 @@ from tests.launched import Ranks, make_workshop
 
 HANG_TIMEOUT_S = 40.0  # nothing beats while DeepSpeed is imported and initialised, which a busy machine does slowly
 NUM_STEPS = 12
+PATIENCE_S = 240.0  # of a run in the pool, on a busy machine
 COMPARED = ("step", "loss", "grad_norm", "lr", "eval/loss")
 
 
@@ -65,7 +66,7 @@ def attempt(argv: list[str], largest_file: int = resource.RLIM_INFINITY) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(workshop: Path, worker_pool: PoolFactory) -> Path:
     """The run folder of a run that nothing happened to."""
-    worker_pool(2).run(run_command, *argv_of(workshop, "undisturbed"))
+    worker_pool(2).run(run_command, *argv_of(workshop, "undisturbed"), timeout_s=PATIENCE_S)
     return workshop / "runs" / "undisturbed"
 
 
@@ -102,7 +103,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(
 
     open_to_all = [path for path in (folder, *folder.rglob("*")) if path.stat().st_mode & stat.S_IWOTH]
     assert not open_to_all, "no file of a run may be written by others, even with umask 0"
-    worker_pool(2).run(run_command, *argv, "--resume", "auto")
+    worker_pool(2).run(run_command, *argv, "--resume", "auto", timeout_s=PATIENCE_S)
     assert_ends_like(folder, undisturbed)
     sign = read_sign(folder, victim)
     assert sign is not None and (sign.phase, sign.step) == (Phase.DONE, NUM_STEPS)
@@ -125,7 +126,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(
     assert "in train_step" in survivor.stderr, "the stacks show where the rank waits"
     assert "Without a sign of life: rank 1 (host " in survivor.stderr and f"pid {pid}, " in survivor.stderr
 
-    worker_pool(2).run(run_command, *argv, "--resume", "auto")
+    worker_pool(2).run(run_command, *argv, "--resume", "auto", timeout_s=PATIENCE_S)
     assert_ends_like(folder, undisturbed)
 
 
