@@ -1,10 +1,11 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts: one attempt at a run, how it is asked to stop, and whether there is to be another one.
 #
-# A job is over for one of four reasons, and the files in the run folder say which:
+# A job is over for one of five reasons, and the files in the run folder say which:
 #   DONE is there                                    the run is finished
 #   no DONE, a newer checkpoint, ranks left with 0   it was asked to stop: requeued, at most MAX_REQUEUES times
 #   no DONE, a newer checkpoint, ranks failed        requeued in the same way if REQUEUE_ON_FAILURE=1
+#   no DONE, a node does not answer                  requeued in the same way, newer checkpoint or not
 #   no DONE and no newer checkpoint                  not requeued: the next attempt would come no further
 # Exit codes cannot tell: with --kill-on-bad-exit and under torchrun those of the ranks get lost.
 
@@ -69,11 +70,12 @@ end_attempt() {
         sleep 3600
     fi
     local code=$((status ? status : 1))
-    if ((status)) && ((REQUEUE_ON_FAILURE != 1)); then
+    if ((status)) && ! nodes_answer; then
+        echo "A node does not answer."
+    elif ((status)) && ((REQUEUE_ON_FAILURE != 1)); then
         echo "The ranks failed, see $log. They are started again by themselves only with REQUEUE_ON_FAILURE=1."
         exit "$code"
-    fi
-    if ((newest <= checkpoint_before)); then
+    elif ((newest <= checkpoint_before)); then
         echo "No checkpoint newer than $checkpoint_before has appeared, so another attempt would come no further."
         exit "$code"
     fi
@@ -85,6 +87,12 @@ end_attempt() {
     trap - TERM # a requeue ends this script by it
     timeout 60 scontrol requeue "$SLURM_JOB_ID" # the commands of Slurm wait for ever when its controller is down
     sleep 3600
+}
+
+# Whether a command can be started on every node of the job. Slurm itself takes minutes to give up a node (SlurmdTimeout),
+# and the ranks that are left have failed long before.
+nodes_answer() {
+    timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true 2>/dev/null
 }
 
 # The folder of the run that these arguments of launch/train.py describe.

@@ -1,0 +1,129 @@
+"""The batch scripts on a real Slurm: runs to the end, preempted, with a lost node, with a killed rank."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dsmoelora.metrics_file import read_metrics
+from tests.launched import ROOT, make_workshop
+from tests.slurm.jobs import Job, kill_rank, slurm
+
+CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
+COMPARED = ("step", "loss", "grad_norm", "lr", "eval/loss")
+# A step takes a third of a second where two cores carry four ranks: time enough to disturb a run in the middle.
+SETTINGS = ("--train.max_steps", "40", "--train.eval_every", "15", "--train.save_every", "5")
+SETTINGS += ("--train.num_samples", "0", "--adapter.target_modules", "[q_proj, v_proj]")
+Submit = Callable[..., Job]
+
+
+def nodes() -> list[str]:
+    if shutil.which("sinfo") is None:
+        return []
+    try:
+        return sorted(set(slurm("sinfo", "-h", "-N", "-o", "%N").splitlines()))  # a line for each partition
+    except (AssertionError, subprocess.TimeoutExpired):
+        return []
+
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(len(nodes()) < 2, reason="sinfo shows no Slurm cluster of two nodes or more"),
+]
+
+
+@pytest.fixture(scope="module")
+def workshop() -> Path:
+    """Model, data and recipe below the project, which all nodes see; a temporary folder may be each node's own."""
+    folder = ROOT / ".cache" / "slurm-tests"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return make_workshop(folder)
+
+
+@pytest.fixture(scope="module")
+def submit(workshop: Path) -> Iterator[Submit]:
+    """`submit(script, name, *argv, **variables)` starts a run; what is left at the end is cancelled."""
+    jobs: list[Job] = []
+
+    def start(script: str, name: str, *argv: str, **variables: str) -> Job:
+        jobs.append(Job(script, workshop / "recipe.yaml", workshop / "runs" / name, *SETTINGS, *argv, **variables))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.cancel()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(submit: Submit) -> Path:
+    """The run folder of a run that nothing happened to, on four ranks of two nodes."""
+    return submit("train.sbatch", "undisturbed").finish().folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed_with_placed_experts(submit: Submit) -> Path:
+    return submit("train.sbatch", "undisturbed-ep2", "--parallel.ep_size", "2").finish().folder
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """Losses of all steps and the adapter are equal to the last bit."""
+    for row, wanted in zip(*(read_metrics(each / "metrics.jsonl") for each in (folder, expected)), strict=True):
+        assert [row.get(name) for name in COMPARED] == [wanted.get(name) for name in COMPARED]
+    found, wanted = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (folder, expected))
+    assert found.keys() == wanted.keys()
+    assert all(bool((found[name] == wanted[name]).all()) for name in wanted)
+
+
+def test_srun_trains_on_two_nodes(undisturbed: Path) -> None:
+    assert [row["step"] for row in read_metrics(undisturbed / "metrics.jsonl")] == list(range(41))
+    assert len(list((undisturbed / "heartbeat").glob("rank-*"))) == 4
+
+
+@pytest.mark.parametrize("script", ["train_torchrun.sbatch", "train_deepspeed.sbatch"])
+def test_other_launchers_train_the_same(script: str, submit: Submit, undisturbed: Path) -> None:
+    assert_same_run(submit(script, script.partition(".")[0]).finish().folder, undisturbed)
+
+
+def test_a_preempted_job_is_requeued_and_ends_the_same(submit: Submit, undisturbed: Path) -> None:
+    if "urgent" not in slurm("sinfo", "-h", "-o", "%R"):
+        pytest.skip("the cluster has no partition `urgent` that preempts the default one")
+    job = submit("train.sbatch", "preempted")
+    job.wait_for_step(5)
+    urgent = ("--partition", "urgent", "--exclusive", "--nodes", str(len(nodes())), "--output", "/dev/null")
+    slurm("sbatch", *urgent, "--wrap", "sleep 2")
+    job.finish()
+    said = job.said()
+    assert job.field("Restarts") == "1", said
+    assert "asked to stop" in said and "Going on from" in said
+    (seconds,) = re.findall(r"Stopped ([\d.]+) s after the request: step \d+ of 40 lies in", said)
+    assert float(seconds) < 20
+    assert_same_run(job.folder, undisturbed)
+
+
+def test_a_killed_rank_ends_the_job_and_it_is_requeued_when_asked(submit: Submit, undisturbed: Path) -> None:
+    job = submit("train.sbatch", "killed", REQUEUE_ON_FAILURE="1")
+    job.wait_for_step(7)
+    kill_rank(job, 3)
+    job.finish()
+    assert job.field("Restarts") == "1" and "Going on from" in job.said(), job.said()
+    assert_same_run(job.folder, undisturbed)
+
+
+def test_a_run_survives_the_loss_of_a_node(submit: Submit, undisturbed_with_placed_experts: Path) -> None:
+    if subprocess.run([CLUSTER, "env"], capture_output=True).returncode or len(nodes()) < 3:
+        pytest.skip("only nodes of tests/slurm/cluster.sh may be killed, and one must be left over")
+    job = submit("train.sbatch", "lost-node", "--parallel.ep_size", "2")
+    job.wait_for_step(7)
+    lost = job.field("NodeList").replace("[", "").replace("]", "").replace("n", "").replace("-", ",").split(",")[-1]
+    subprocess.run([CLUSTER, "kill", f"n{lost}"], check=True, timeout=60)
+    job.finish()
+    assert int(job.field("Restarts")) >= 1 and "Going on from" in job.said(), job.said()
+    subprocess.run([CLUSTER, "start", f"n{lost}"], check=True, timeout=60)
+    assert_same_run(job.folder, undisturbed_with_placed_experts)

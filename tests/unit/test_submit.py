@@ -1,0 +1,79 @@
+"""What `launch/submit.py` hands to sbatch, and how it sees runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsmoelora.errors import ConfigError
+from dsmoelora.heartbeat import Phase, Sign, clear_signs, write_sign
+from launch import submit
+
+RECIPE = "run: {name: mine}\ntrain: {batch_size: 32, micro_batch_size: 2, max_steps: 100}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_a_dry_run_prints_the_command(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--config", recipe, "--nodes", "2", "--gpus-per-node", "4", "--partition", "gpu", "--optim.lr", "1e-3"]
+    monkeypatch.setattr(sys, "argv", ["submit.py", "--dry-run", "--requeue-on-failure", *argv])
+    submit.main()
+    assert capsys.readouterr().out == (
+        "MAX_REQUEUES=20 REQUEUE_ON_FAILURE=1 sbatch --job-name mine --nodes 2 --ntasks-per-node 4 --gpus-per-node 4 "
+        f"--signal=B:USR1@300 --partition gpu slurm/train.sbatch --config {recipe} --optim.lr 1e-3\n"
+    )
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_launchers_get_one_task_a_node(recipe: str, launcher: str) -> None:
+    options, rest = submit.parse_options(["--launcher", launcher, "--config", recipe])
+    command, _ = submit.sbatch_command(options, rest)
+    assert command[command.index("--ntasks-per-node") + 1] == "1"
+    assert command[-3] == f"slurm/train_{launcher}.sbatch"
+    assert (submit.ROOT / command[-3]).exists()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_before_it_is_submitted(recipe: str) -> None:
+    options, rest = submit.parse_options(["--nodes", "3", "--config", recipe])
+    with pytest.raises(ConfigError, match=r"train\.batch_size is 32, but it must be a multiple of .* 2 x 24"):
+        submit.sbatch_command(options, rest)
+
+
+def make_run(root: Path, name: str, steps: int) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    rows = [{"step": step, "loss": 3 - step / 100} for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_status_tells_state_step_loss_and_time_left(tmp_path: Path) -> None:
+    (make_run(tmp_path, "finished", 100) / "DONE").touch()
+    make_run(tmp_path, "preempted", 40)
+    make_run(tmp_path, "left", 10)
+    running = make_run(tmp_path, "running", 60)
+    now = time.time()
+    clear_signs(running)
+    write_sign(running, Sign(0, 60, Phase.TRAIN, now, now))
+    (running / "checkpoint-50").mkdir()
+    os.utime(running / "checkpoint-50", (now - 30, now - 30))  # ten steps in 30 s: 40 more take two minutes
+    os.utime(running / "metrics.jsonl", (now, now))
+    jobs = {"preempted": ("pending", "1:00:00"), "running": ("running", "20:00"), "new": ("pending", "5:00")}
+    runs = {run.name: run for run in submit.find_runs(tmp_path, jobs)}
+    assert runs["finished"] == submit.Run("finished", "done", "100/100", "2.0000", "-", "-")
+    assert runs["preempted"] == submit.Run("preempted", "pending", "40/100", "2.6000", "-", "1:00:00")
+    assert runs["left"] == submit.Run("left", "stopped", "10/100", "2.9000", "-", "-")
+    assert runs["running"] == submit.Run("running", "running (train)", "60/100", "2.4000", "0:02:00", "20:00")
+    assert runs["new"] == submit.Run("new", "pending", "-", "-", "-", "5:00")
