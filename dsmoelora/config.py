@@ -17,7 +17,7 @@ from dsmoelora.errors import bad_value
 from dsmoelora.router_options import RouterName, check_losses, settle_router
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def _require(ok: bool, key: str, value: Any, allowed: str, remedy: str) -> None:
@@ -61,13 +61,14 @@ class ModelConfig:
 
     Args:
         path: folder of a transformers model (config.json, tokenizer, safetensors), or a hub name
-        dtype: dtype of weights and activations; masters and gradients are fp32 either way
+        dtype: dtype of weights and activations; masters and gradients are fp32 either way. fp16 scales the loss, and
+            the accelerator must know it
         attention: attention implementation of transformers
         trust_remote_code: run Python code that comes with the model
     """
 
     path: str = ""
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
 

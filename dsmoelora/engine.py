@@ -193,7 +193,8 @@ class Engine:
         routing = totals[3:]
         nll_sum, num_tokens, num_asked, *values = torch.cat((totals[:3], self._routing.loss_values(routing))).tolist()
         self.stop.agreed |= num_asked > 0
-        self.optimizer.skip = not math.isfinite(nll_sum)
+        own_norm = zero.unchecked_grad_norm(self._deepspeed)
+        self.optimizer.skip = not (math.isfinite(nll_sum) and math.isfinite(own_norm or 0.0))
         self._deepspeed.step()
         skipped = self.optimizer.skip or not zero.step_was_applied(self._deepspeed)
         self.optimizer.skip = False
@@ -201,7 +202,7 @@ class Engine:
         self.step += 1
         self.skipped_steps += skipped
         num_supervised = micro_batches[0].num_supervised_global
-        grad_norm = zero.global_grad_norm(self._deepspeed)
+        grad_norm = zero.global_grad_norm(self._deepspeed) if own_norm is None else own_norm
         report = {} if skipped else self._preconditioning()
         if not skipped:
             self._routing.finish_step(routing)

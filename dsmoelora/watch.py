@@ -44,21 +44,21 @@ class AdapterWatch:
         for shard, start in zip(self._optimizer.shards, self._start, strict=True):
             difference = (shard.tensor.detach() - start).view(-1)
             for run in shard.runs:
-                moved[run.of.name] += float(difference[run.span].square().sum())
+                moved[run.of.name] += float(difference[run.span].square().sum()) / shard.num_copies
         grads = [float(self._grad_square.get(name, 0.0)) for name in names]
         sums = comm.all_reduce_sum([*grads, *moved.values()])
         norms = [square**0.5 for square in sums]
         return {name: {"grad_norm": norms[i], "moved": norms[len(names) + i]} for i, name in enumerate(names)}
 
     def _record(self, *_: object) -> None:
-        for run, grad in self._runs_with_gradients():
-            square = grad.square().sum()
+        for run, grad, num_copies in self._runs_with_gradients():
+            square = grad.square().sum() / num_copies
             before = self._grad_square.get(run.of.name)
             self._grad_square[run.of.name] = square if before is None else torch.maximum(before, square)
 
-    def _runs_with_gradients(self) -> Iterator[tuple[Run, Tensor]]:
+    def _runs_with_gradients(self) -> Iterator[tuple[Run, Tensor, int]]:
         shards: list[Shard] = self._optimizer.shards
         for shard in shards:
             if shard.tensor.grad is not None:
                 for run in shard.runs:
-                    yield run, shard.tensor.grad.view(-1)[run.span]
+                    yield run, shard.tensor.grad.view(-1)[run.span], shard.num_copies

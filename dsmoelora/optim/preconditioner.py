@@ -28,7 +28,8 @@ class StepReport:
     Args:
         condition: largest condition number of a damped Gram matrix, estimated from below; 0 without any (scalar tensor)
         num_fallbacks: matrices that wanted an eigendecomposition
-        square_norm: squared norm of the new gradient of this rank's shards, routers included (scalar tensor)
+        square_norm: squared norm of the new gradient of this rank's shards, routers included, a share of it where other
+            ranks hold the same (scalar tensor): a sum over ranks counts every number once
     """
 
     condition: Tensor
@@ -158,20 +159,21 @@ class Preconditioner:
             buffer["cross"].index_add_(0, self._cut_slots % self._num_pairs, products)
 
     def _multiply(self, buffer: PackedBuffer, factors: RowFactors) -> Tensor:
-        """Put the new gradients in place; returns the sum of their squares, routers included (scalar)."""
+        """Put the new gradients in place; returns this rank's share of their squared norm, with routers (scalar)."""
         values, grads = buffer["cut_values"], buffer["cut_grads"]
         new_cut = torch.bmm(grads.unsqueeze(1), factors.times[self._cut_slots])
         if factors.minus is not None:
             new_cut.baddbmm_(values.unsqueeze(1), factors.minus[self._cut_slots], alpha=-1)
-        squares = []
+        shares = []
         for part in self._parts:
-            squares += [rmul_(part.grad, tile, factors.times, part.value, factors.minus) for tile in part.tiles]
+            squares = [rmul_(part.grad, tile, factors.times, part.value, factors.minus) for tile in part.tiles]
             part.cut.unpack(new_cut, part.grad)
             if factors.grad_m is not None:
                 part.mixers.unpack(factors.grad_m, part.grad)
             rest: list[Tensor | slice] = [part.cut.in_shard, part.mixers.in_shard, *part.routers]
             squares.append(torch.stack(torch._foreach_norm([part.grad[where] for where in rest])).square().sum())
-        return torch.stack(squares).sum()
+            shares.append(torch.stack(squares).sum() / part.shard.num_copies)
+        return torch.stack(shares).sum()
 
 
 class RouterReport:

@@ -64,10 +64,12 @@ class Shard:
             into `tensor.grad` before a step
         runs: in the order of their offsets in the flattened tensor; numbers outside every run are padding and mean
             nothing
+        num_copies: ranks that hold these same numbers; 1 where they are partitioned
     """
 
     tensor: torch.Tensor
     runs: list[Run]
+    num_copies: int = 1
 
 
 @dataclass
@@ -120,6 +122,6 @@ def trainables(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
     return sorted(found, key=lambda one: (one[0].factor.value, one[0].shape))
 
 
-def whole(trainable: Trainable, parameter: torch.Tensor) -> Shard:
+def whole(trainable: Trainable, parameter: torch.Tensor, num_copies: int = 1) -> Shard:
     """The shard of a parameter that is not partitioned."""
-    return Shard(parameter, [Run(trainable, 0, math.prod(trainable.shape), 0)])
+    return Shard(parameter, [Run(trainable, 0, math.prod(trainable.shape), 0)], num_copies)

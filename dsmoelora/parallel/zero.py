@@ -1,7 +1,7 @@
 """The only room that knows ZeRO's internals.
 
-Checked against deepspeed 0.19.8: `runtime/zero/stage3.py`, `runtime/zero/stage_1_and_2.py`,
-`runtime/zero/partition_parameters.py`, `runtime/engine.py`.
+Checked against deepspeed 0.19.8, in `runtime`: `zero/stage3.py`, `zero/stage_1_and_2.py`, `bf16_optimizer.py`,
+`zero/partition_parameters.py`, `engine.py`.
 Everything private that the project uses is used here, looked at before it is trusted, and refused on a version of
 DeepSpeed that nobody has read.
 """
@@ -12,11 +12,14 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
+import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from dsmoelora.adapters.layer import Factor
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, bad_value, listing
-from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by
+from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by, whole
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.layout import ExpertLayout
 
@@ -40,7 +43,7 @@ _FREE_KEYS = {
     "timers",
     "wall_clock_breakdown",
 }
-_RECIPE_SECTIONS = {"optimizer": "optim", "scheduler": "optim.schedule", "fp16": "model.dtype"}
+_RECIPE_SECTIONS = {"optimizer": "optim", "scheduler": "optim.schedule"}
 # One sub-group per process group, so that one call of the optimizer's step sees every gradient.
 _ONE_SUB_GROUP = int(1e12)
 
@@ -96,6 +99,7 @@ def _filled_in(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "gradient_clipping": float(recipe.optim.max_grad_norm),
         "bf16.enabled": recipe.model.dtype == "bf16",
         "bf16.check_grad_overflow": True,
+        "fp16.enabled": recipe.model.dtype == "fp16",
         "data_types.grad_accum_dtype": "fp32",
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
@@ -116,8 +120,7 @@ def _refuse_what_cannot_work(config: dict[str, Any], recipe: Recipe) -> None:
             allowed = listing(sorted(filled | _FREE_KEYS), limit=30)
             raise ConfigError(f"The DeepSpeed file has the key {key!r}; supported are: {allowed}. Drop it.")
     zero = config.get("zero_optimization", {})
-    if zero.get("stage") not in (2, 3):
-        raise bad_value("zero_optimization.stage of the DeepSpeed file", zero.get("stage"), "2 or 3", "Set it to 3.")
+    _check_stage(zero, recipe)
     if recipe.parallel.ep_size > 1 and zero.get("stage") != 3:
         raise bad_value(
             "zero_optimization.stage of the DeepSpeed file",
@@ -151,6 +154,38 @@ def _refuse_what_cannot_work(config: dict[str, Any], recipe: Recipe) -> None:
             raise ConfigError(f"bf16.{key} of the DeepSpeed file is not supported: masters are fp32. Drop it there.")
 
 
+def _check_stage(zero: dict[str, Any], recipe: Recipe) -> None:
+    """Stage, precision and offload go together."""
+    stage, dtype = zero.get("stage"), recipe.model.dtype
+    stage_key = "zero_optimization.stage of the DeepSpeed file"
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise bad_value(stage_key, stage, "0, 1, 2 or 3", "Set it to 3.")
+    if stage == 0 and dtype != "fp32":
+        # its wrappers for 16 bits copy the parameters, and nobody can tell afterwards what a copy is of
+        raise bad_value(
+            stage_key,
+            0,
+            f"1, 2 or 3 where model.dtype is {dtype}",
+            "Use ds_configs/zero2.json, or set model.dtype: fp32.",
+        )
+    for section, first_stage in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = (zero.get(section) or {}).get("device", "none")
+        if device != "none" and stage < first_stage:
+            raise bad_value(
+                f"zero_optimization.{section}.device of the DeepSpeed file",
+                device,
+                f"none below stage {first_stage} (the file has stage {stage})",
+                f"Drop {section} there, or set stage to {first_stage}.",
+            )
+    if dtype == "fp16" and not get_accelerator().is_fp16_supported():
+        raise bad_value(
+            "model.dtype",
+            dtype,
+            f"bf16 or fp32, for the accelerator `{get_accelerator().device_name()}` has no fp16",
+            "Set bf16.",
+        )
+
+
 def place_experts(found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout) -> None:
     """Before `deepspeed.initialize`: have ZeRO-3 partition expert parameters over their expert-data-parallel group.
 
@@ -178,8 +213,12 @@ def shard_groups(
     """
     known = {id(parameter): trainable for trainable, parameter in found}
     optimizer = engine.optimizer
+    if not engine.zero_optimization():
+        return [_replicated(found)]
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         partitions = list(_stage_3_partitions(optimizer, known, layout))
+    elif isinstance(optimizer, BF16_Optimizer):
+        partitions = list(_bf16_partitions(optimizer, known))
     else:
         partitions = list(_stage_2_partitions(optimizer, known))
     covered = [trainable.name for group, _, _ in partitions for trainable in group]
@@ -245,18 +284,41 @@ def _experts_of(trainable: Trainable, layout: ExpertLayout) -> range:
 
 
 def _stage_2_partitions(optimizer: DeepSpeedZeroOptimizer, known: dict[int, Trainable]) -> Iterator[_Partition]:
-    """Stage 2 strings all parameters together, with gaps where it aligns them, and cuts the whole into W pieces."""
+    """Stages 1 and 2 string all parameters together, with gaps where aligned, and cut the whole into W pieces."""
     for index, parameters in enumerate(optimizer.round_robin_bit16_groups):
         flat, process_group = optimizer.single_partition_of_fp32_groups[index], optimizer.real_dp_process_group[index]
-        first = dist.get_rank(group=process_group) * flat.numel()
-        trainables, runs = [], []
-        for parameter, offset in zip(parameters, optimizer.round_robin_bit16_offsets[index], strict=True):
-            trainable = known[id(parameter)]
-            start, stop = max(first - offset, 0), min(first + flat.numel() - offset, parameter.numel())
-            if start < stop:
-                runs.append(Run(trainable, start, stop, offset + start - first))
-            trainables.append(trainable)
-        yield trainables, Shard(flat, runs), process_group
+        offsets = optimizer.round_robin_bit16_offsets[index]
+        yield _piece_of_a_string(parameters, offsets, flat, process_group, known)
+
+
+def _bf16_partitions(optimizer: BF16_Optimizer, known: dict[int, Trainable]) -> Iterator[_Partition]:
+    """Stage 1 in bf16 strings all parameters together without gaps, and cuts the whole into W pieces."""
+    for index, parameters in enumerate(optimizer.bf16_groups):
+        flat, process_group = optimizer.fp32_groups_flat_partition[index], optimizer.real_dp_process_group[index]
+        offsets = list(accumulate((parameter.numel() for parameter in parameters), initial=0))[:-1]
+        yield _piece_of_a_string(parameters, offsets, flat, process_group, known)
+
+
+def _piece_of_a_string(
+    parameters: list[nn.Parameter], offsets: list[int], flat: Tensor, process_group: Any, known: dict[int, Trainable]
+) -> _Partition:
+    """This rank's piece, as long as all others, of parameters that lie at these offsets."""
+    first = dist.get_rank(group=process_group) * flat.numel()
+    trainables, runs = [], []
+    for parameter, offset in zip(parameters, offsets, strict=True):
+        trainable = known[id(parameter)]
+        start, stop = max(first - offset, 0), min(first + flat.numel() - offset, parameter.numel())
+        if start < stop:
+            runs.append(Run(trainable, start, stop, offset + start - first))
+        trainables.append(trainable)
+    return trainables, Shard(flat, runs), process_group
+
+
+def _replicated(found: Iterable[tuple[Trainable, nn.Parameter]]) -> ShardGroup:
+    """Stage 0: every rank holds and steps every parameter, with the averaged gradient."""
+    found = list(found)
+    shards = [whole(trainable, parameter, comm.world_size()) for trainable, parameter in found]
+    return ShardGroup([trainable for trainable, _ in found], shards)
 
 
 def _all_reduce_in(process_group: Any) -> Callable[[Tensor], None] | None:
@@ -276,6 +338,8 @@ def _all_reduce_in(process_group: Any) -> Callable[[Tensor], None] | None:
 def push_master_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     """Make the model's parameters follow the fp32 masters after these were written to (collective)."""
     optimizer = engine.optimizer
+    if not engine.zero_optimization():
+        return  # the parameters are the masters
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.update_lp_params()
         return
@@ -307,6 +371,17 @@ def full_numel(parameter: Tensor) -> int:
 def step_was_applied(engine: deepspeed.DeepSpeedEngine) -> bool:
     """Whether the last step went through; ZeRO drops a step whose gradient norm is not finite on any rank."""
     return bool(engine.was_step_applied())
+
+
+def unchecked_grad_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """Norm of the gradient that is about to be used where DeepSpeed does not look at it itself, the same on all ranks.
+
+    Stage 0 takes any gradient; the other stages drop a step whose gradient is not finite. None for these.
+    """
+    if engine.zero_optimization():
+        return None
+    grads = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads))
 
 
 def global_grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:

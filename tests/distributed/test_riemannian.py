@@ -98,7 +98,7 @@ def test_the_reference_learns_and_what_is_switched_on_does_something(plainly: Pl
 
 
 @pytest.mark.parametrize(
-    # of the 64 cases eight in which every pair of settings occurs; the two optimizers come with the methods
+    # of the 128 cases twelve in which every pair of stage and another setting occurs; optimizers come with the methods
     ("stage", "world_size", "accumulation", "method"),
     [
         (3, 1, 1, "scaled-clipped"),
@@ -109,6 +109,10 @@ def test_the_reference_learns_and_what_is_switched_on_does_something(plainly: Pl
         (2, 3, 4, "scaled-clipped"),
         (2, 4, 1, "scaled"),
         (3, 4, 4, "tangent-clipped"),
+        (0, 3, 4, "scaled"),
+        (0, 2, 1, "tangent-clipped"),
+        (1, 2, 4, "scaled"),
+        (1, 3, 1, "scaled-clipped"),
     ],
 )
 def test_stages_ranks_and_accumulation_change_nothing(
@@ -144,7 +148,7 @@ def in_bf16(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, dtype="bf16"))
 
 
-@pytest.mark.parametrize(("stage", "method"), [(3, "scaled-clipped"), (2, "tangent")])
+@pytest.mark.parametrize(("stage", "method"), [(3, "scaled-clipped"), (2, "tangent"), (1, "scaled-clipped")])
 def test_bf16_stays_within_two_percent_of_fp32(
     worker_pool: PoolFactory, plainly: Plainly, stage: int, method: str
 ) -> None:
@@ -239,7 +243,14 @@ def differences(one: dict[str, Pieces], other: dict[str, Pieces]) -> dict[str, f
 
 @pytest.mark.parametrize(
     ("stage", "dtype", "factor"),
-    [(3, "fp32", torch.inf), (2, "fp32", torch.inf), (2, "bf16", torch.nan), (3, "bf16", torch.nan)],
+    [
+        (0, "fp32", torch.inf),
+        (1, "bf16", torch.inf),
+        (2, "fp32", torch.inf),
+        (2, "bf16", torch.nan),
+        (3, "fp32", torch.inf),
+        (3, "bf16", torch.nan),
+    ],
 )
 def test_a_gradient_that_is_not_finite_on_one_rank_moves_nothing_on_any(
     worker_pool: PoolFactory, plainly: Plainly, stage: int, dtype: str, factor: float

@@ -64,7 +64,7 @@ def test_values_that_agree_with_the_recipe_are_fine() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_files_that_we_ship_go_with_any_recipe(file: Path) -> None:
     given = json.loads(file.read_text())
-    for dtype in ("bf16", "fp32"):
+    for dtype in ("fp32",) if given["zero_optimization"]["stage"] == 0 else ("bf16", "fp32"):
         assert zero.merge_config(make_recipe(dtype), given, 2)["train_batch_size"] == 24
 
 
@@ -78,6 +78,7 @@ CONFLICTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"gradient_accumulation_steps": 8}, ("gradient_accumulation_steps", "is 8", "4", "recipe")),
     ({"gradient_clipping": 1.0}, ("gradient_clipping", "is 1.0", "0.5", "recipe")),
     ({"bf16": {"enabled": False}}, ("bf16.enabled", "is False", "True", "recipe")),
+    ({"fp16": {"enabled": True}}, ("fp16.enabled", "is True", "False", "recipe")),
     ({"data_types": {"grad_accum_dtype": "bf16"}}, ("data_types.grad_accum_dtype", "'bf16'", "'fp32'")),
     ({"communication_data_type": "bf16"}, ("communication_data_type", "'bf16'", "'fp32'")),
     ({"zero_force_ds_cpu_optimizer": True}, ("zero_force_ds_cpu_optimizer", "is True", "False")),
@@ -86,7 +87,6 @@ CONFLICTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 SECTIONS_OF_THE_RECIPE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"optimizer": {"type": "AdamW"}}, ("'optimizer'", "set optim in the recipe")),
     ({"scheduler": {"type": "WarmupLR"}}, ("'scheduler'", "set optim.schedule in the recipe")),
-    ({"fp16": {"enabled": True}}, ("'fp16'", "set model.dtype in the recipe")),
 ]
 UNKNOWN: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"zero_optimisation": {}}, ("'zero_optimisation'", "zero_optimization")),
@@ -105,7 +105,10 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (with_zero(offload_optimizer={"device": "nvme"}), ("offload_optimizer.device", "NVMe")),
     ({"bf16": {"bf16_master_weights_and_grads": True}}, ("bf16_master_weights_and_grads", "fp32")),
     ({"bf16": {"bf16_optimizer_states": True}}, ("bf16_optimizer_states", "fp32")),
-    (with_zero(stage=0), ("zero_optimization.stage", "is 0")),
+    (with_zero(stage=0), ("zero_optimization.stage", "is 0", "1, 2 or 3", "bf16", "zero2.json")),
+    (with_zero(stage=4), ("zero_optimization.stage", "is 4", "0, 1, 2 or 3")),
+    (with_zero(stage=True), ("zero_optimization.stage", "is True")),
+    (with_zero(stage=2, offload_param={"device": "cpu"}), ("offload_param.device", "stage 3", "has stage 2")),
     ({"zero_optimization": {}}, ("zero_optimization.stage", "is None")),
 ]
 
@@ -120,6 +123,22 @@ def test_what_does_not_go_together_is_named(given: dict[str, Any], words: tuple[
         zero.merge_config(make_recipe(), with_zero() | given, 3)
     for word in words:
         assert word in str(error.value)
+
+
+def test_nothing_is_offloaded_without_partitions() -> None:
+    with pytest.raises(ConfigError, match=r"offload_optimizer\.device.*below stage 1"):
+        zero.merge_config(make_recipe("fp32"), with_zero(stage=0, offload_optimizer={"device": "cpu"}), 3)
+
+
+def test_fp16_needs_an_accelerator_that_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = with_zero() | {"fp16": {"initial_scale_power": 8}}
+    monkeypatch.setattr(zero.get_accelerator(), "is_fp16_supported", lambda: True)
+    config = zero.merge_config(make_recipe("fp16"), given, 3)
+    assert config["fp16"] == {"enabled": True, "initial_scale_power": 8}
+    assert config["bf16"]["enabled"] is False
+    monkeypatch.setattr(zero.get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match=r"model\.dtype is 'fp16'.*has no fp16.*bf16"):
+        zero.merge_config(make_recipe("fp16"), given, 3)
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
