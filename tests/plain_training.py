@@ -51,8 +51,8 @@ ADAMW = {"name": "adamw", "lr": 3e-3, "lr_router": 1e-3, "lr_b_ratio": 2.0, "wei
 SGD = {"name": "sgd", "lr": 0.1, "lr_router": 0.03, "momentum": 0.9, "weight_decay": 1e-3, "max_grad_norm": 0.0}
 # The seeds put no token of these runs within 1e-4 of the border between two experts, where rounding would choose.
 METHODS: dict[str, dict[str, Any]] = {
-    "adamw": {"adapter": {"lora_dropout": 0.1}, "optim": ADAMW, "seed": 33},
-    "adamw-short": {"adapter": {"lora_dropout": 0.1}, "optim": ADAMW, "seed": 33, "max_steps": 8},
+    "adamw": {"adapter": {"lora_dropout": 0.1}, "optim": ADAMW, "seed": 7},
+    "adamw-short": {"adapter": {"lora_dropout": 0.1}, "optim": ADAMW, "seed": 20, "max_steps": 8},
     "sgd": {"adapter": {}, "optim": SGD, "seed": 119},
     "all-experts": {  # K = E: no border at all
         "adapter": {"num_experts": 3, "top_k": 3, "lora_dropout": 0.2},

@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 # With these no token of a run comes within 1e-4 of the border between two experts, where rounding would choose.
-SEEDS = {"scaled-clipped": 13, "tangent": 48, "scaled": 6, "tangent-clipped": 11}
+SEEDS = {"scaled-clipped": 37, "tangent": 3, "scaled": 9, "tangent-clipped": 7}
 NUM_EXPERTS, RANK = 5, 3
 
 
