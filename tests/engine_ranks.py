@@ -58,6 +58,7 @@ class Share:
     num_optimizer_steps: int
     numbers: dict[str, Pieces]
     router_losses: list[dict[str, float]] = field(default_factory=list)
+    num_copies: int = 1
 
 
 def build_engine(job: Job) -> Any:
@@ -108,6 +109,7 @@ def train_on_rank(job: Job) -> Share:
         engine.optimizer.num_steps,
         numbers_of(engine),
         [result.router_losses for result in results],
+        engine.optimizer.shards[0].num_copies,
     )
 
 
