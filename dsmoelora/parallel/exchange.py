@@ -3,7 +3,7 @@
 Two ways. Below, T is the number of tokens of a rank, P the ranks of an expert-parallel group, E the experts, L = E / P
 those of a rank, K those of a token, n the layers that read the same input (D features, O outputs each), `b` the bytes
 of an activation. Bytes are what a rank puts into its collectives in a forward pass, its own part included (`(P-1)/P`
-of it leaves the rank); the backward pass moves the same once more, counts aside.
+of it leaves the rank); the backward pass moves the same once more, the counts of tokens aside.
 
 - `gather`: all tokens to all ranks of the group.
 
