@@ -392,6 +392,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.adapter.seed = self.run.seed
+        self._check_finite()
         num_experts, ep_size = self.adapter.num_experts, self.parallel.ep_size
         divisors = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
         _require(
@@ -416,3 +417,9 @@ class Recipe:
             "Set data.packing to false, or take another router.",
         )
         check_losses(self.adapter, asdict(self.losses))
+
+    def _check_finite(self) -> None:
+        for section, values in asdict(self).items():
+            for name, value in values.items():
+                ok = not isinstance(value, float) or math.isfinite(value)
+                _require(ok, f"{section}.{name}", value, "a finite number", "Take the default, or a number near it.")

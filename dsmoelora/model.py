@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +25,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from dsmoelora.config import ModelConfig
 from dsmoelora.data.fallback_template import ensure_chat_template
 from dsmoelora.data.sentencepiece_model import has_sentencepiece_alone, load_sentencepiece
-from dsmoelora.errors import ModelError, bad_value
+from dsmoelora.errors import ModelError, bad_value, listing
 from dsmoelora.heap import large_blocks_apart
 
 # Settings of transformers' configurations that make a training forward pass random; those of other heads do not.
@@ -58,20 +60,82 @@ def load_model(config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrai
     Its own dropout is off, see `without_dropout`.
 
     Raises:
-        ModelError: the folder is missing or holds no causal language model
+        ModelError: the folder is missing, damaged, or holds no causal language model
     """
     described = load_model_config(config)
     without_dropout(described)
     # transformers looks for a living object of this class to learn that ZeRO-3 is on
     zero_3_is_on = HfDeepSpeedConfig(deepspeed_config)
-    try:
-        with large_blocks_apart():
-            model = AutoModelForCausalLM.from_pretrained(config.path, config=described, **_options(config))
-    except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load("model", config, error) from error
+    with large_blocks_apart():
+        model = pretrained(config.path, "Check model.path.", config=described, **_options(config))
     del zero_3_is_on
     model.config.use_cache = False
     return model
+
+
+def pretrained(path: str, remedy: str, **options: Any) -> PreTrainedModel:
+    """A model with its weights, all of them: transformers itself fills gaps with random numbers.
+
+    Args:
+        path: folder or hub name
+        remedy: for the message where it cannot be had
+        options: of `from_pretrained`
+
+    Raises:
+        ModelError: it is missing, damaged, no causal language model, or lacks weights
+    """
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"The base model {path!r} cannot be loaded. {remedy} {reason}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"The weights of the base model {path!r} lack {listing(missing, 4)}, which would be random numbers. "
+            "Copy or download the model again; its config.json and its weights must belong together."
+        )
+    return cast(PreTrainedModel, model)
+
+
+def check_weights(config: ModelConfig, model: PreTrainedModel) -> None:
+    """Whether the safetensors files of a model folder are whole and fit its config.json; reads their headers alone.
+
+    Args:
+        config: names the folder; a hub name is not looked at
+        model: without weights, see `model_without_weights`
+
+    Raises:
+        ModelError: a file is damaged or missing, or has a tensor of another shape than the model
+    """
+    folder, again = Path(config.path), "Copy or download the model again."
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        absent = sorted({name for name in _files_of(index) if not (folder / name).is_file()})
+        if absent:
+            raise ModelError(f"{index} names files that are not there: {listing(absent, 4)}. {again}")
+    is_quantised = getattr(model.config, "quantization_config", None) is not None
+    shapes = {} if is_quantised else {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = shapes.keys() & file.keys()
+                found = {name: file.get_slice(name).get_shape() for name in sorted(names)}
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is damaged: {error}. {again}") from None
+        for name, shape in found.items():
+            if shape != shapes[name]:
+                raise ModelError(
+                    f"{path} has {name} in shape {shape}, but config.json describes {shapes[name]}. "
+                    "Give the folder of a model whose files belong together."
+                )
+
+
+def _files_of(index: Path) -> list[str]:
+    try:
+        return list(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: {error!r}. Copy or download the model again.") from None
 
 
 def random_model(shape: PretrainedConfig, config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from dsmoelora.data.formats import read_conversations
 from dsmoelora.data.readers import open_source
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
 from dsmoelora.inputs import check_takes_positions
-from dsmoelora.model import load_tokenizer, model_without_weights, without_dropout
+from dsmoelora.model import check_weights, load_model_config, load_tokenizer, model_without_weights, without_dropout
 from dsmoelora.optim import trainables
 from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_all, run_folder
 
@@ -75,6 +75,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     zero.merge_config(recipe, deepspeed, world_size)
     _check_model_folder(plan, recipe.model)
     model = model_without_weights(recipe.model)
+    check_weights(recipe.model, model)
     if recipe.data.packing:
         check_takes_positions(model)
     base = sum(parameter.numel() for parameter in model.parameters())
@@ -97,6 +98,19 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(what, Text(how_much))
     console.print(table)
     print_notes(plan, console)
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """What training needs beyond a plan.
+
+    Raises:
+        ModelError: the model folder has no weights
+    """
+    if not has_weights(recipe.model):
+        raise ModelError(
+            f"model.path is {recipe.model.path!r}, a folder without weights ({', '.join(_WEIGHTS)}). "
+            "Download them; without them there is only --dry-run."
+        )
 
 
 def print_notes(plan: Plan, console: Console) -> None:
@@ -180,13 +194,20 @@ def _check_model_folder(plan: Plan, config: ModelConfig) -> None:
         )
     if not folder.exists():
         _find_on_hub(config.path)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+    load_model_config(config)  # the tokenizer reads it too, and would blame itself
+    if not has_weights(config):
         plan.notes.append(f"{folder} holds no weights ({', '.join(_WEIGHTS)}): it can be planned with, not trained.")
     if is_fallback(load_tokenizer(config)):
         plan.notes.append(
             f"the tokenizer of {config.path} has no chat template: turns are written as ### User: and ### Assistant: "
             "(docs/data.md). --preview 3 shows what comes of it."
         )
+
+
+def has_weights(config: ModelConfig) -> bool:
+    """Whether there are weights to train with; of a hub name it is believed."""
+    folder = Path(config.path)
+    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
 
 
 def _find_on_hub(name: str) -> None:

@@ -18,13 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
 from dsmoelora.config import DataSource, ModelConfig
 from dsmoelora.data import InstructionDataset, load_instructions
-from dsmoelora.errors import ConfigError, ModelError, bad_value
+from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.export import (
     Average,
     average_experts,
@@ -34,7 +33,7 @@ from dsmoelora.export import (
     read_experts,
     write_loras,
 )
-from dsmoelora.model import load_tokenizer
+from dsmoelora.model import load_tokenizer, pretrained
 
 NOT_THE_MIXTURE = "A mixture that is routed token by token cannot be merged into one LoRA adapter exactly"
 DEFAULTS = {"rank": 0, "num_samples": 256, "max_length": 512}  # of the flags that only --format average has
@@ -121,11 +120,7 @@ def load_model(path: str) -> Any:
     Raises:
         ModelError: it cannot be loaded
     """
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"The base model {path!r} cannot be loaded. Give its folder with --model. {reason}") from None
+    model: Any = pretrained(path, "Give its folder with --model.", dtype="auto")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

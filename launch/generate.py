@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dsmoelora import load_adapter
 from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
-from dsmoelora.errors import ModelError, bad_value
+from dsmoelora.errors import bad_value
+from dsmoelora.model import pretrained
 
 
 def main() -> None:
@@ -60,11 +61,7 @@ def load(adapter: Path, base: str | None) -> tuple[Any, PreTrainedTokenizerBase]
         ModelError: the base model cannot be loaded
     """
     path = base or read_adapter_config(adapter)["base_model_name_or_path"]
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"The base model {path!r} cannot be loaded. Give its folder with --base. {reason}") from None
+    model: Any = pretrained(path, "Give its folder with --base.", dtype="auto")
     load_adapter(model, adapter)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

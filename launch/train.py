@@ -48,7 +48,7 @@ def run(command: Command) -> None:
     setup_logging(env_rank(), command.verbose)
     # Imports of seconds, which an error in the recipe need not wait for.
     from dsmoelora.parallel import comm
-    from dsmoelora.plan import make_plan, print_notes, print_plan
+    from dsmoelora.plan import check_trainable, make_plan, print_notes, print_plan
 
     recipe, console = command.recipe, Console(quiet=env_rank() > 0, highlight=False)
     world_size = env_world_size() if command.world_size is None else command.world_size
@@ -58,6 +58,7 @@ def run(command: Command) -> None:
     elif command.preview:
         comm.together(lambda: show_samples(command, console))
     else:
+        comm.together(lambda: check_trainable(recipe))
         print_notes(plan, console)
         train(command, console)
 

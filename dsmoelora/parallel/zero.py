@@ -9,6 +9,7 @@ DeepSpeed that nobody has read.
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dsmoelora.adapters.layer import Factor
@@ -75,6 +78,7 @@ def merge_config(recipe: Recipe, user_config: dict[str, Any], world_size: int) -
     Raises:
         ConfigError: the two files disagree, or the file asks for what the sharded optimizer step cannot do
     """
+    _check_names_and_types(user_config)
     _refuse_what_cannot_work(user_config, recipe)
     config = copy.deepcopy(user_config)
     for path, value in _filled_in(recipe, world_size).items():
@@ -184,6 +188,29 @@ def _check_stage(zero: dict[str, Any], recipe: Recipe) -> None:
             f"bf16 or fp32, for the accelerator `{get_accelerator().device_name()}` has no fp16",
             "Set bf16.",
         )
+
+
+def _check_names_and_types(config: dict[str, Any]) -> None:
+    """Let DeepSpeed read its section now, for it will do so only when the model is loaded."""
+    for key in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(config.get(key, {}), dict):
+            raise bad_value(f"{key} of the DeepSpeed file", config[key], "a JSON object", "See ds_configs/.")
+    section = config.get("zero_optimization", {})
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in section.items() if key != "stage"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, DeepSpeedZeroConfig.model_fields, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else "Drop it there."
+            raise ConfigError(
+                f"zero_optimization.{name} of the DeepSpeed file is no key that DeepSpeed knows. {remedy}"
+            ) from None
+        raise ConfigError(
+            f"zero_optimization.{name} of the DeepSpeed file is {first['input']!r}, but DeepSpeed wants another value: "
+            f"{first['msg']}. Correct it there."
+        ) from None
 
 
 def place_experts(found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout) -> None:
