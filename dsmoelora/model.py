@@ -85,11 +85,12 @@ def pretrained(path: str, remedy: str, **options: Any) -> PreTrainedModel:
         ModelError: it is missing, damaged, no causal language model, or lacks weights
     """
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"The base model {path!r} cannot be loaded. {remedy} {reason}") from error
-    missing = sorted(found["missing_keys"])
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"The weights of the base model {path!r} lack {listing(missing, 4)}, which would be random numbers. "

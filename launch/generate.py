@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dsmoelora import load_adapter
 from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
-from dsmoelora.errors import bad_value
+from dsmoelora.errors import CheckpointError, bad_value
 from dsmoelora.model import pretrained
 
 
@@ -61,9 +61,14 @@ def load(adapter: Path, base: str | None) -> tuple[Any, PreTrainedTokenizerBase]
         ModelError: the base model cannot be loaded
     """
     path = base or read_adapter_config(adapter)["base_model_name_or_path"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{adapter} holds no tokenizer that can be read. Copy the adapter folder again."
+        ) from error
     model: Any = pretrained(path, "Give its folder with --base.", dtype="auto")
     load_adapter(model, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

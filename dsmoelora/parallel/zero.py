@@ -78,8 +78,9 @@ def merge_config(recipe: Recipe, user_config: dict[str, Any], world_size: int) -
     Raises:
         ConfigError: the two files disagree, or the file asks for what the sharded optimizer step cannot do
     """
-    _check_names_and_types(user_config)
+    _check_sections(user_config)
     _refuse_what_cannot_work(user_config, recipe)
+    _check_names_and_types(user_config.get("zero_optimization", {}))
     config = copy.deepcopy(user_config)
     for path, value in _filled_in(recipe, world_size).items():
         *sections, key = path.split(".")
@@ -190,14 +191,16 @@ def _check_stage(zero: dict[str, Any], recipe: Recipe) -> None:
         )
 
 
-def _check_names_and_types(config: dict[str, Any]) -> None:
-    """Let DeepSpeed read its section now, for it will do so only when the model is loaded."""
+def _check_sections(config: dict[str, Any]) -> None:
     for key in ("zero_optimization", "bf16", "fp16", "data_types"):
         if not isinstance(config.get(key, {}), dict):
             raise bad_value(f"{key} of the DeepSpeed file", config[key], "a JSON object", "See ds_configs/.")
-    section = config.get("zero_optimization", {})
+
+
+def _check_names_and_types(section: dict[str, Any]) -> None:
+    """Let DeepSpeed read its section now, for it will do so only when the model is loaded."""
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in section.items() if key != "stage"})
+        DeepSpeedZeroConfig(**section)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
