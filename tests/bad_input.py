@@ -480,3 +480,5 @@ LATE: dict[str, Case] = {
     "a checkpoint of other data": resume_other_data,
     "a checkpoint of another seed": resume_with("--run.seed", 5),
 }
+# Between two processes.
+TOGETHER: dict[str, Case] = {"the port is taken": override("--run.name", "new")}

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 
 from dsmoelora.cli import parse_command, run_guarded
 from launch import export, generate, train
-from tests.bad_input import AFTER_A_RUN, EARLY, LATE, Bench, make_bench
+from tests.bad_input import AFTER_A_RUN, EARLY, LATE, TOGETHER, Bench, make_bench
 from tests.conftest import PoolFactory
 from tests.helpers_distributed import free_port
 
@@ -42,7 +43,7 @@ ROWS = rows_of_page()
 
 
 def test_every_row_has_a_case_and_every_case_a_row() -> None:
-    groups = (EARLY, AFTER_A_RUN, LATE)
+    groups = (EARLY, AFTER_A_RUN, LATE, TOGETHER)
     cases = [wrong for group in groups for wrong in group]
     assert sorted(ROWS) == sorted(cases)
     assert len(ROWS) >= 40
@@ -168,12 +169,17 @@ def launchers(port: int) -> dict[str, list[str]]:
     ours = [sys.executable, "-m"]
     return {
         "torchrun": [*ours, "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)],
+        "deepspeed": [*ours, "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)],
     }
 
 
 @pytest.mark.parametrize(
     ("launcher", "wrong"),
-    [("torchrun", "a weight file is cut short")],
+    [
+        ("torchrun", "a weight file is cut short"),
+        ("torchrun", "the weights lack a tensor"),
+        ("deepspeed", "dropout of 1"),
+    ],
 )
 def test_one_rank_speaks_and_both_end(launcher: str, wrong: str, finished: Path, tmp_path: Path) -> None:
     bench = copy_bench(finished, tmp_path / "bench")
@@ -183,3 +189,15 @@ def test_one_rank_speaks_and_both_end(launcher: str, wrong: str, finished: Path,
     assert done.returncode != 0
     assert len(said) == 1 and ROWS[wrong] in said[0], done.stderr
     assert "exitcode  : 1 " in done.stderr or "exits with return code = 1" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("wrong", TOGETHER)
+def test_the_port_is_taken(wrong: str, finished: Path, tmp_path: Path) -> None:
+    bench = copy_bench(finished, tmp_path / "bench")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        env = SINGLE | {"WORLD_SIZE": "2", "MASTER_PORT": port}
+        with patch.dict(os.environ, env):
+            done = both_ranks(bench, [sys.executable], TOGETHER[wrong](bench))
+    check(wrong, done.stderr)
+    assert done.returncode == 1
