@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -62,23 +63,28 @@ def load_model(config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrai
     Raises:
         ModelError: the folder is missing, damaged, or holds no causal language model
     """
+    from dsmoelora.parallel import comm  # imports deepspeed, which those who read a model without it need not have
+
     described = load_model_config(config)
     without_dropout(described)
     # transformers looks for a living object of this class to learn that ZeRO-3 is on
     zero_3_is_on = HfDeepSpeedConfig(deepspeed_config)
     with large_blocks_apart():
-        model = pretrained(config.path, "Check model.path.", config=described, **_options(config))
+        model = pretrained(config.path, "Check model.path.", comm.together, config=described, **_options(config))
     del zero_3_is_on
     model.config.use_cache = False
     return model
 
 
-def pretrained(path: str, remedy: str, **options: Any) -> PreTrainedModel:
+def pretrained(
+    path: str, remedy: str, agree: Callable[[Callable[[], None]], None] = lambda check: check(), **options: Any
+) -> PreTrainedModel:
     """A model with its weights, all of them: transformers itself fills gaps with random numbers.
 
     Args:
         path: folder or hub name
         remedy: for the message where it cannot be had
+        agree: runs a check that may fail on one rank alone (`comm.together`): under ZeRO-3 only rank 0 reads weights
         options: of `from_pretrained`
 
     Raises:
@@ -90,13 +96,16 @@ def pretrained(path: str, remedy: str, **options: Any) -> PreTrainedModel:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"The base model {path!r} cannot be loaded. {remedy} {reason}") from error
     model, report = loaded
-    missing = sorted(report["missing_keys"])
+    agree(lambda: _check_missing(path, sorted(report["missing_keys"])))
+    return cast(PreTrainedModel, model)
+
+
+def _check_missing(path: str, missing: list[str]) -> None:
     if missing:
         raise ModelError(
             f"The weights of the base model {path!r} lack {listing(missing, 4)}, which would be random numbers. "
             "Copy or download the model again; its config.json and its weights must belong together."
         )
-    return cast(PreTrainedModel, model)
 
 
 def check_weights(config: ModelConfig, model: PreTrainedModel) -> None:

@@ -72,6 +72,8 @@ def stand_in(recipe: Path, folder: Path) -> list[str]:
 def arguments(recipe: Path, deepspeed: Path, folder: Path) -> list[str]:
     """A command line for `launch/train.py`, from its own folder."""
     files = ["--config", str(recipe), "--deepspeed", str(deepspeed)]
+    if deepspeed.name == "zero0.json":  # takes fp32 alone
+        files += ["--model.dtype", "fp32"]
     return [*files, *stand_in(recipe, folder), "--run.dir", str(folder / "runs"), "--dry-run", "--world-size", "2"]
 
 
