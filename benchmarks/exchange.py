@@ -33,7 +33,6 @@ from dsmoelora.parallel.exchange import (
     all_to_all_bytes,
     gather_bytes,
 )
-from dsmoelora.parallel.layout import make_layout
 
 WORLD_SIZE = 4
 WIDTH = 1024  # in- and out-features
@@ -78,7 +77,7 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
         parallel=ParallelConfig(1) if way == "ep_size 1" else ParallelConfig(WORLD_SIZE, cast(Any, way)),
         train=TrainConfig(batch_size=WORLD_SIZE, micro_batch_size=1),
     )
-    layout = make_layout(recipe)
+    layout = zero.make_layout(recipe)
     exchange = TokenExchange(layout, recipe.parallel.exchange, top_k)
     torch.manual_seed(0)
     model = Block()

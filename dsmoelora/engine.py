@@ -31,7 +31,6 @@ from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.exchange import TokenExchange
-from dsmoelora.parallel.layout import make_layout
 from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.seeds import derive_seed
 from dsmoelora.watch import AdapterWatch
@@ -109,7 +108,7 @@ class Engine:
         model.register_forward_pre_hook(lambda *_: self._heartbeat.beat())
         model.register_forward_pre_hook(lambda *_: self.stop.poll())
         self.step = self.skipped_steps = 0
-        self.layout = make_layout(recipe)
+        self.layout = zero.make_layout(recipe)
         exchange = None
         if self.layout.ep_size > 1:
             exchange = TokenExchange(

@@ -10,11 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed.utils import groups
-
 from dsmoelora.config import Recipe
 from dsmoelora.errors import bad_value, listing
-from dsmoelora.parallel import comm
 
 
 @dataclass(frozen=True)
@@ -74,25 +71,4 @@ def check_layout(recipe: Recipe, world_size: int) -> None:
         ep_size,
         f"a divisor of both adapter.num_experts = {num_experts} and the number of ranks = {world_size}",
         f"Possible here: {listing([str(size) for size in allowed], limit=20)}.",
-    )
-
-
-def make_layout(recipe: Recipe) -> ExpertLayout:
-    """The layout of a run; makes the process groups at the first call for an `ep_size` (collective).
-
-    Raises:
-        ConfigError: experts or ranks do not divide by `parallel.ep_size`
-    """
-    check_layout(recipe, comm.world_size())
-    layout = ExpertLayout(recipe.adapter.num_experts, recipe.parallel.ep_size, comm.world_size(), comm.rank())
-    if layout.ep_size == 1:
-        return layout
-    groups._create_expert_and_data_parallel(layout.ep_size)
-    return ExpertLayout(
-        layout.num_experts,
-        layout.ep_size,
-        layout.world_size,
-        layout.rank,
-        groups._get_expert_parallel_group(layout.group_name),
-        groups._get_expert_data_parallel_group(layout.group_name),
     )

@@ -24,6 +24,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups as deepspeed_groups
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, bad_value, listing
 from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by, whole
 from dsmoelora.parallel import comm
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.layout import ExpertLayout, check_layout
 
 KNOWN_VERSIONS = ("0.19.8",)
 
@@ -214,6 +215,27 @@ def _check_names_and_types(section: dict[str, Any]) -> None:
             f"zero_optimization.{name} of the DeepSpeed file is {first['input']!r}, but DeepSpeed wants another value: "
             f"{first['msg']}. Correct it there."
         ) from None
+
+
+def make_layout(recipe: Recipe) -> ExpertLayout:
+    """The layout of a run; makes the process groups at the first call for an `ep_size` (collective).
+
+    Raises:
+        ConfigError: experts or ranks do not divide by `parallel.ep_size`
+    """
+    check_layout(recipe, comm.world_size())
+    layout = ExpertLayout(recipe.adapter.num_experts, recipe.parallel.ep_size, comm.world_size(), comm.rank())
+    if layout.ep_size == 1:
+        return layout
+    deepspeed_groups._create_expert_and_data_parallel(layout.ep_size)
+    return ExpertLayout(
+        layout.num_experts,
+        layout.ep_size,
+        layout.world_size,
+        layout.rank,
+        deepspeed_groups._get_expert_parallel_group(layout.group_name),
+        deepspeed_groups._get_expert_data_parallel_group(layout.group_name),
+    )
 
 
 def place_experts(found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout) -> None:

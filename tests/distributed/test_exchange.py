@@ -129,7 +129,7 @@ def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int
     from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.exchange import TokenExchange
-    from dsmoelora.parallel.layout import make_layout
+    from dsmoelora.parallel.zero import make_layout
 
     adapter = AdapterConfig(num_experts=NUM_EXPERTS, top_k=TOP_K, r=RANK)
     layout = make_layout(Recipe(adapter=adapter, parallel=ParallelConfig(ep_size, kind)))

@@ -11,7 +11,8 @@ from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel import zero
 from dsmoelora.parallel.exchange import TokenExchange, all_to_all_bytes, gather_bytes
-from dsmoelora.parallel.layout import ExpertLayout, check_layout, make_layout
+from dsmoelora.parallel.layout import ExpertLayout, check_layout
+from dsmoelora.parallel.zero import make_layout
 
 
 def recipe_with(num_experts: int, ep_size: int) -> Recipe:
