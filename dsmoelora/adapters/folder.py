@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dsmoelora.adapters.inject import inject
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.adapters.linear import is_linear
+from dsmoelora.adapters.routers import routers
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, ModelError, listing
 
@@ -47,11 +48,7 @@ def fingerprinted_layers(model: nn.Module) -> list[str]:
 
 def router_buffers(model: nn.Module) -> dict[str, Tensor]:
     """What routers keep beside their parameters (the selection biases of `sigmoid_bias`), by qualified name."""
-    return {
-        f"{name}.router.{key}": buffer
-        for name, layer in adapted_layers(model)
-        for key, buffer in layer.router.named_buffers()
-    }
+    return {f"{name}.router.{key}": buffer for name, router in routers(model) for key, buffer in router.named_buffers()}
 
 
 def write_adapter(

@@ -42,6 +42,7 @@ class ExpertBank(nn.Module):
 
     Attributes:
         a_shape, b_shape: shapes over the experts of all ranks
+        shapes: the same by name of parameter, for every one of them (ZeRO-3 empties a parameter's own shape)
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ExpertBank(nn.Module):
         super().__init__()
         self.a_shape = (config.num_experts, in_features, config.r)
         self.b_shape = (config.num_experts, out_features, config.r)
+        self.shapes: dict[str, tuple[int, ...]] = {"a": self.a_shape, "b": self.b_shape}
         self.scale = config.scale
         self.gate_power = config.gate_power
         self.power_reaches_input = config.gate_power_scope == "factors_and_input"
@@ -127,15 +129,6 @@ class RoutedLinear(nn.Module):
                 "the layer, which would leave the experts out. Take this layer out of adapter.target_modules."
             )
         return super().__getattr__(name)
-
-    def role_of(self, parameter_name: str) -> tuple[Factor, tuple[int, ...]]:
-        """Role and shape over all experts of a trainable parameter (`experts.a`), whose own `shape` ZeRO-3 empties."""
-        if parameter_name == "experts.a":
-            return Factor.A, self.experts.a_shape
-        if parameter_name == "experts.b":
-            return Factor.B, self.experts.b_shape
-        shapes: dict[str, tuple[int, ...]] = self.router.shapes  # type: ignore[assignment]  # no tensor, no module
-        return Factor.ROUTER, shapes[parameter_name.removeprefix("router.")]
 
     def _tokens(self, x: Tensor, dropout_key: int, drops: bool) -> Tensor:
         """(T, D): what the experts see of the input."""

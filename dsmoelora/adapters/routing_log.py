@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.adapters.losses import LossWeights, WithRouterLosses
+from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.routers.bias import SigmoidBiasRouter, move_biases
 from dsmoelora.config import LossesConfig
 
@@ -45,19 +45,18 @@ class RoutingLog:
     """Listens to all routers of a model while it is open (see `BatchContext.log`).
 
     Args:
-        model: adapted; layers with one expert have nothing to say
+        model: adapted; a layer here is a router, whether it serves one linear layer or a whole block
         config: weights of the losses
         device: where sums are kept
     """
 
     def __init__(self, model: nn.Module, config: LossesConfig, device: torch.device) -> None:
-        layers = {name: layer for name, layer in adapted_layers(model) if layer.experts.a_shape[0] > 1}
+        layers = dict(routers(model))
         self._config = config
         self._names = list(layers)
-        self._sizes = [layer.experts.a_shape[0] for layer in layers.values()]
+        self._sizes = [router.shapes["weight"][0] for router in layers.values()]
         self._place = {name: place for place, name in enumerate(self._names)}
-        routers = [layer.router for layer in layers.values()]
-        self._biased = [router for router in routers if isinstance(router, SigmoidBiasRouter)]
+        self._biased = [router for router in layers.values() if isinstance(router, SigmoidBiasRouter)]
         sizes = torch.tensor(self._sizes, dtype=torch.int64, device=device)
         self._layer_of = torch.arange(len(layers), device=device).repeat_interleave(sizes)
         self._uniform = (1.0 / sizes.double())[self._layer_of]

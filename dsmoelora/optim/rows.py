@@ -16,15 +16,16 @@ import torch
 from torch import nn
 
 from dsmoelora.adapters.layer import Factor, adapted_layers
+from dsmoelora.adapters.routers import routers
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """One trainable tensor of an adapted layer, as it is before any partitioning.
+    """One trainable tensor of an adapted model, as it is before any partitioning.
 
     Args:
         name: qualified name in the model (`model.layers.0.self_attn.q_proj.experts.a`)
-        layer: name of the adapted layer (`model.layers.0.self_attn.q_proj`)
+        layer: name of the adapted layer (`model.layers.0.self_attn.q_proj`), or of the block that a router serves
         factor: its role there
         shape: shape over all experts; the first dim counts experts
     """
@@ -113,12 +114,14 @@ def trainables(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
 
     Ordered by role and shape, then as in the model: what ZeRO cuts in one way lies side by side in its partitions.
     """
+    parts = [(layer, "experts", adapted.experts) for layer, adapted in adapted_layers(model)]
+    parts += [(layer, "router", router) for layer, router in routers(model)]
     found = []
-    for layer_name, layer in adapted_layers(model):
-        for name, parameter in layer.named_parameters():
+    for layer, part, module in parts:
+        for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                factor, shape = layer.role_of(name)
-                found.append((Trainable(f"{layer_name}.{name}", layer_name, factor, shape), parameter))
+                factor = Factor.ROUTER if part == "router" else Factor(name)
+                found.append((Trainable(f"{layer}.{part}.{name}", layer, factor, module.shapes[name]), parameter))
     return sorted(found, key=lambda one: (one[0].factor.value, one[0].shape))
 
 

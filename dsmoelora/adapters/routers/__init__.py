@@ -7,7 +7,7 @@ gate of exactly 0 and get no gradient. The tokens come back with them, to be use
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ from dsmoelora.adapters.routers.rules import all_rule, top_k_rule, top_p_rule
 from dsmoelora.config import AdapterConfig
 from dsmoelora.router_options import RouterName
 
-__all__ = ["BUILDERS", "RouterPlace", "build_router", "watch_prompts"]
+__all__ = ["BUILDERS", "RouterPlace", "build_router", "routers", "watch_prompts"]
 
 # The options that a router reads are there: see `router_options`.
 BUILDERS: dict[RouterName, Callable[[RouterPlace, Any], nn.Module]] = {
@@ -37,3 +37,14 @@ BUILDERS: dict[RouterName, Callable[[RouterPlace, Any], nn.Module]] = {
 def build_router(place: RouterPlace, config: AdapterConfig) -> nn.Module:
     """The router of one layer."""
     return SingleExpertRouter() if place.num_experts == 1 else BUILDERS[config.router](place, config)
+
+
+def routers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every router that has something to choose, and the name of the layer or block it stands in, in the model's order.
+
+    Each has `shapes`: of its parameters by name, among them `weight` (E, D).
+    """
+    for name, module in model.named_modules():
+        place, _, last = name.rpartition(".")
+        if last == "router" and getattr(module, "shapes", None):
+            yield place, module
