@@ -17,6 +17,7 @@ from dsmoelora.errors import bad_value
 from dsmoelora.router_options import RouterName, check_losses, settle_router
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
+InitName = Literal["kaiming", "gaussian"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -101,7 +102,8 @@ class AdapterConfig:
             best after a bias that balances them (`sigmoid_bias`), or the best for the whole prompt (`prompt`)
         top_p: of router `top_p`: probability that the chosen experts reach together; `null` means 0.8
         bias_rate: of router `sigmoid_bias`: how far a bias moves in a step; `null` means 0.001
-        init: initialisation of the factors (kaiming `a`, zero `b`)
+        init: what the factors start from; `b` starts at 0 and `a` at random: uniform in +-1/sqrt(in-features)
+            (`kaiming`), or normal with standard deviation 1/R (`gaussian`)
         seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
     """
 
@@ -118,7 +120,7 @@ class AdapterConfig:
     router: RouterName = "softmax_topk"
     top_p: float | None = None
     bias_rate: float | None = None
-    init: Literal["kaiming"] = "kaiming"
+    init: InitName = "kaiming"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from dsmoelora.adapters.dropout import keyed_dropout
 from dsmoelora.adapters.function import RoutedExperts
 from dsmoelora.adapters.linear import Linear, features
 from dsmoelora.adapters.routers import RouterPlace, build_router
+from dsmoelora.adapters.start import draw_a
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError
 from dsmoelora.seeds import derive_seed, empty_start, generator
@@ -30,7 +31,7 @@ class Factor(Enum):
 
 
 class ExpertBank(nn.Module):
-    """The factors of this rank's experts of a layer: `a` (L, D, R) from kaiming-uniform, `b` (L, O, R) zero.
+    """The factors of this rank's experts of a layer: `a` (L, D, R) random, `b` (L, O, R) zero.
 
     Args:
         in_features: D
@@ -57,9 +58,7 @@ class ExpertBank(nn.Module):
         self.power_reaches_input = config.gate_power_scope == "factors_and_input"
         start = empty_start((len(experts), *self.a_shape[1:]))
         for expert, start_DR in zip(experts, start, strict=True):
-            # kaiming_uniform_(a=sqrt(5)) of an (R, D) matrix, as PEFT starts its A
-            bound = in_features**-0.5
-            start_DR.uniform_(-bound, bound, generator=generator(config.seed, layer_name, "a", expert))
+            draw_a(start_DR, config.init, generator(config.seed, layer_name, "a", expert))
         self.a = nn.Parameter(start.to(like.dtype).to(like.device))
         self.b = nn.Parameter(torch.zeros((len(experts), *self.b_shape[1:]), dtype=like.dtype, device=like.device))
 

@@ -179,6 +179,17 @@ def test_starting_values_are_kaiming_uniform_and_zero() -> None:
     assert not layer.experts.b.any()
 
 
+def test_gaussian_starting_values_are_normal_with_the_deviation_that_peft_takes() -> None:
+    layer: Any = next(layer for _, layer in adapted_layers(adapt(make_model(), False, r=64, init="gaussian")))
+    a = layer.experts.a.detach().double()
+    assert abs(a.std() * 64 - 1) < 0.02 and abs(a.mean()) < 0.02 / 64
+    for deviations in (1.0, 2.0):
+        expected = torch.erf(torch.tensor(deviations / 2**0.5)).item()
+        assert abs((a.abs() < deviations / 64).double().mean() - expected) < 0.01
+    assert not layer.experts.b.any()
+    assert not torch.equal(a[0], a[1]), "experts start apart"
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_padding_on_the_left_equals_padding_on_the_right(training: bool) -> None:
     model = adapt(make_model(), lora_dropout=0.3 if training else 0.0).train(training)
