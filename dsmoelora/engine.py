@@ -22,6 +22,7 @@ from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, router_buffers, write_adapter
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.adapters.routing_log import Routing, RoutingLog
+from dsmoelora.adapters.similarity import ExpertCosines
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
@@ -31,6 +32,7 @@ from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.exchange import TokenExchange
+from dsmoelora.parallel.factors import expert_cosines, of_all_experts
 from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.seeds import derive_seed
 from dsmoelora.watch import AdapterWatch
@@ -232,6 +234,10 @@ class Engine:
         """How routers have used their experts since the last call, on all ranks together; the same on all."""
         return self._routing.take_window()
 
+    def expert_cosines(self) -> ExpertCosines:
+        """How alike the experts' updates are, the same on all ranks; see `parallel.factors`."""
+        return expert_cosines(self.model, self.layout)
+
     def evaluate(self, micro_batches: list[MicroBatch]) -> float:
         """Mean negative log likelihood per supervised token, in nats, over all ranks' micro-batches."""
         self._heartbeat.enter(Phase.EVALUATE, self.step)
@@ -327,9 +333,7 @@ class Engine:
         tensors: dict[str, Tensor] = {}
         for trainable, parameter in trainables(self.model):
             with zero.gathered([parameter]):
-                whole = parameter.detach()
-                if whole.shape != trainable.shape:
-                    whole = comm.all_gather_tensor(whole, self.layout.expert_group)
+                whole = of_all_experts(parameter.detach(), trainable.shape[0], self.layout)
                 if comm.rank() == 0:
                     tensors[trainable.name] = whole.cpu().clone()
         tensors |= {name: buffer.cpu().clone() for name, buffer in router_buffers(self.model).items()}

@@ -2,8 +2,9 @@
 
     python launch/plot.py runs/a runs/b --out plot.png
 
-Training and held-out loss, learning rate and throughput, a colour for each run, and the load of the routers where a run
-wrote it down, out of runs/<name>/metrics.jsonl. Works while a run goes on. Needs matplotlib and no screen.
+Training and held-out loss, learning rate and throughput, a colour for each run, and the load of the routers and how
+alike the experts are, where a run wrote it down, out of runs/<name>/metrics.jsonl. Works while a run goes on. Needs
+matplotlib and no screen.
 """
 
 from __future__ import annotations
@@ -30,16 +31,39 @@ GREY = "0.35"
 
 
 @dataclass(frozen=True)
-class Load:
-    """How often routers chose their experts.
+class Heat:
+    """A number for every expert of every layer.
 
     Args:
         step: at which it was written down
-        shares: for each routed layer, the share of tokens that used each expert; NaN where a layer has fewer experts
+        rows: for each layer, those of its experts; NaN where a layer has fewer experts, or there is none
     """
 
     step: int
-    shares: list[list[float]]
+    rows: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Map:
+    """What heat maps show.
+
+    Args:
+        table: of a line of metrics
+        column: of the table, a list for each layer
+        title: what it is called
+        unit: of the colours
+    """
+
+    table: str
+    column: str
+    title: str
+    unit: str
+
+
+MAPS = (
+    Map("experts", "share", "Router load", "share of tokens that use the expert"),
+    Map("cosines", "largest", "Experts alike", "largest cosine with another expert's update"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +83,16 @@ class Run:
         found = [(row["step"], row[key]) for row in self.rows if key in row]
         return [step for step, _ in found], [math.nan if value is None else value for _, value in found]
 
-    def load(self) -> Load | None:
-        """The newest table of the experts' use; None where there is none."""
-        rows = [row for row in self.rows if "experts" in row]
-        if not rows:
+    def heat(self, what: Map) -> Heat | None:
+        """The newest numbers of a kind; None where there are none."""
+        lines = [row for row in self.rows if what.table in row]
+        if not lines:
             return None
-        shares = rows[-1]["experts"]["share"]
-        width = max(len(layer) for layer in shares)
-        return Load(rows[-1]["step"], [layer + [math.nan] * (width - len(layer)) for layer in shares])
+        layers = [[math.nan if one is None else one for one in layer] for layer in lines[-1][what.table][what.column]]
+        if not any(not math.isnan(one) for layer in layers for one in layer):
+            return None
+        width = max(len(layer) for layer in layers)
+        return Heat(lines[-1]["step"], [layer + [math.nan] * (width - len(layer)) for layer in layers])
 
 
 def main() -> None:
@@ -118,7 +144,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def draw(runs: Sequence[Run]) -> Any:
-    """A matplotlib figure: losses above, learning rate and throughput below, then the routers' load.
+    """A matplotlib figure: losses above, learning rate and throughput below, then the heat maps of experts.
 
     Raises:
         ConfigError: matplotlib is not installed
@@ -130,9 +156,9 @@ def draw(runs: Sequence[Run]) -> Any:
         raise ConfigError(
             "launch/plot.py draws with matplotlib, which is not installed. pip install matplotlib"
         ) from None
-    loads = {run.name: load for run in runs if (load := run.load()) is not None}
-    figure = Figure(figsize=(10, 11 if loads else 7.5), layout="constrained")
-    grid = figure.add_gridspec(3 if loads else 2, 2, height_ratios=[3, 2, 3][: 3 if loads else 2])
+    maps = [(what, heats) for what in MAPS if (heats := {run.name: heat for run in runs if (heat := run.heat(what))})]
+    figure = Figure(figsize=(10, 7.5 + 3.5 * len(maps)), layout="constrained")
+    grid = figure.add_gridspec(2 + len(maps), 2, height_ratios=[3, 2] + [3] * len(maps))
     loss, rate, speed = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     colours = matplotlib.color_sequences[COLOURS]
     for place, run in enumerate(runs):
@@ -148,25 +174,25 @@ def draw(runs: Sequence[Run]) -> Any:
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter("{x:,.0f}")
     _add_legend(figure, runs, colours)
-    if loads:
-        below = grid[2, :].subgridspec(1, len(loads))
-        _draw_loads([figure.add_subplot(below[0, place]) for place in range(len(loads))], loads)
+    for row, (what, heats) in enumerate(maps, 2):
+        below = grid[row, :].subgridspec(1, len(heats))
+        _draw_heats([figure.add_subplot(below[0, place]) for place in range(len(heats))], what, heats)
     return figure
 
 
-def _draw_loads(all_axes: Sequence[Any], loads: Mapping[str, Load]) -> None:
-    """A heat map for each run, of one scale: which share of the tokens used which expert of which layer."""
-    largest = max(value for load in loads.values() for row in load.shares for value in row if not math.isnan(value))
-    for axes, (name, load) in zip(all_axes, loads.items(), strict=True):
-        image = axes.imshow(load.shares, aspect="auto", interpolation="nearest", vmin=0, vmax=largest)
-        axes.set_title(f"Router load, step {load.step}\n{name}", loc="left", fontsize=11, fontweight="bold")
+def _draw_heats(all_axes: Sequence[Any], what: Map, heats: Mapping[str, Heat]) -> None:
+    """A heat map for each run, of one scale: a row for each layer, a column for each expert."""
+    largest = max(value for heat in heats.values() for row in heat.rows for value in row if not math.isnan(value))
+    for axes, (name, heat) in zip(all_axes, heats.items(), strict=True):
+        image = axes.imshow(heat.rows, aspect="auto", interpolation="nearest", vmin=0, vmax=max(largest, 1e-9))
+        axes.set_title(f"{what.title}, step {heat.step}\n{name}", loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("expert", color=GREY)
         axes.tick_params(colors=GREY)
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_major_locator().set_params(integer=True)
     all_axes[0].set_ylabel("routed layer, first to last", color=GREY)
     bar = all_axes[0].figure.colorbar(image, ax=list(all_axes))
-    bar.set_label("share of tokens that use the expert", color=GREY)
+    bar.set_label(what.unit, color=GREY)
 
 
 def _draw_smoothed(axes: Any, curve: tuple[list[float], list[float]], colour: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 
-def _side_by_side(factor_EXR: Tensor) -> Tensor:
+def side_by_side(factor_EXR: Tensor) -> Tensor:
     """(E, X, R) -> (X, F): the experts' columns next to one another, for one dense product."""
     num_experts, num_rows, rank = factor_EXR.shape
     return factor_EXR.permute(1, 0, 2).reshape(num_rows, num_experts * rank)
@@ -65,13 +65,13 @@ class RoutedExperts(torch.autograd.Function):
             gate_power: the gate enters the gradients of `a` and `b` as `where(selected, gate ** gate_power, 0)`
             power_reaches_input: send the gradient with that power down to `x` too (Sun et al.'s released code)
         """
-        features_TF = x_TD @ _side_by_side(a_EDR)
+        features_TF = x_TD @ side_by_side(a_EDR)
         hidden_TF = _weigh(features_TF, scale * gate_TE)
         ctx.save_for_backward(x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR)
         ctx.scale, ctx.gate_power, ctx.power_reaches_input = scale, gate_power, power_reaches_input  # type: ignore[attr-defined]
         if base_TO is None:
-            return hidden_TF @ _side_by_side(b_EOR).t()
-        return torch.addmm(base_TO, hidden_TF, _side_by_side(b_EOR).t())
+            return hidden_TF @ side_by_side(b_EOR).t()
+        return torch.addmm(base_TO, hidden_TF, side_by_side(b_EOR).t())
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,7 +81,7 @@ class RoutedExperts(torch.autograd.Function):
         need_base, need_x, need_gate, _, need_a, need_b, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
         grad_x = grad_gate = grad_a = grad_b = None
 
-        grad_TF = grad_TO @ _side_by_side(b_EOR)
+        grad_TF = grad_TO @ side_by_side(b_EOR)
         if need_gate:
             per_feature = grad_TF.float() * features_TF
             grad_gate = scale * per_feature.unflatten(-1, (gate_TE.shape[-1], -1)).sum(-1)
@@ -99,7 +99,7 @@ class RoutedExperts(torch.autograd.Function):
         if need_x:
             if gate_power != 1.0 and not ctx.power_reaches_input:  # type: ignore[attr-defined]
                 weighted_TF = _weigh(grad_TF, weight_TE)
-            grad_x = weighted_TF @ _side_by_side(a_EDR).t()
+            grad_x = weighted_TF @ side_by_side(a_EDR).t()
         return grad_TO if need_base else None, grad_x, grad_gate, None, grad_a, grad_b, None, None, None
 
 

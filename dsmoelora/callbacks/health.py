@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,9 @@ class RouterHealth(Callback):
 
     Adds to the metrics: `experts/share_max` (of the most used expert of all layers), `experts/effective` (mean over
     layers of the number of experts that the choices are spread over), `experts/entropy` (mean over tokens and layers,
-    in nats) and `experts/dead`; the table `experts` has share, gate, entropy and dead experts layer by layer.
+    in nats), `experts/dead`, `experts/cosine_mean` and `experts/cosine_max` (between the experts' updates: mean over
+    layers, and the largest of all; null while all are 0). The table `experts` has share, gate, entropy and dead
+    experts layer by layer, the table `cosines` each expert's largest cosine with another one, and each layer's mean.
     """
 
     def __init__(self) -> None:
@@ -83,14 +86,22 @@ class RouterHealth(Callback):
         if not train.health_every or run.step % train.health_every:
             return
         routing = run.engine.take_routing()
-        if comm.rank() > 0 or not routing.layers or not routing.num_tokens:
+        cosines = run.engine.expert_cosines() if routing.layers else None
+        if comm.rank() > 0 or cosines is None or not routing.num_tokens:
             return
         layers = [layer_health(routing, place, train.dead_after) for place in range(len(routing.layers))]
         run.metrics["experts/share_max"] = max(max(layer.share) for layer in layers)
         run.metrics["experts/effective"] = sum(layer.effective for layer in layers) / len(layers)
         run.metrics["experts/entropy"] = sum(layer.entropy for layer in layers) / len(layers)
         run.metrics["experts/dead"] = float(sum(len(layer.dead) for layer in layers))
+        run.metrics["experts/cosine_mean"] = _mean(cosines.mean)
+        run.metrics["experts/cosine_max"] = max(_known(one for layer in cosines.largest for one in layer), default=None)
         run.tables["experts"] = _table(routing.layers, layers)
+        run.tables["cosines"] = {
+            "layers": cosines.layers,
+            "largest": [[_rounded(one) for one in layer] for layer in cosines.largest],
+            "mean": [_rounded(one) for one in cosines.mean],
+        }
         self._warn(run.recipe, routing.layers, layers)
 
     def _warn(self, recipe: Recipe, names: list[str], layers: list[LayerHealth]) -> None:
@@ -116,6 +127,19 @@ def _table(names: list[str], layers: list[LayerHealth]) -> dict[str, Any]:
         "entropy": [round(layer.entropy, 4) for layer in layers],
         "dead": {name: layer.dead for name, layer in zip(names, layers, strict=True) if layer.dead},
     }
+
+
+def _known(values: Iterable[float]) -> list[float]:
+    return [one for one in values if not math.isnan(one)]
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = _known(values)
+    return sum(known) / len(known) if known else None
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
 
 
 def _remedy(recipe: Recipe) -> str:

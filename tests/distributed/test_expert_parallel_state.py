@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dsmoelora.adapters.similarity import ExpertCosines, cosine_matrix, largest_and_mean
 from dsmoelora.config import Recipe
 from tests.conftest import PoolFactory
 from tests.engine_ranks import Job, Pieces, Share, batches_of, build_engine, numbers_of, put_together, train_on_rank
@@ -50,6 +51,7 @@ class Resumed:
     numbers: dict[str, Pieces]
     loss: float
     answers: list[str]
+    cosines: ExpertCosines
     later_losses: list[float]
     final_loss: float
 
@@ -62,9 +64,10 @@ def resume_on_rank(job: Job, adapter_folder: Path) -> Resumed:
     loss = engine.evaluate(batches_of(job, 0))
     answers = engine.generate(QUESTIONS, max_new_tokens=8)
     engine.save_adapter(adapter_folder)
+    cosines = engine.expert_cosines()
     steps = range(engine.step, job.recipe.train.max_steps)
     later_losses = [engine.train_step(batches_of(job, step)).loss for step in steps]
-    return Resumed(numbers, loss, answers, later_losses, engine.evaluate(batches_of(job, 0)))
+    return Resumed(numbers, loss, answers, cosines, later_losses, engine.evaluate(batches_of(job, 0)))
 
 
 LAYOUTS = [(4, 2), (4, 1), (4, 4), (2, 1), (2, 2), (6, 3)]
@@ -113,6 +116,16 @@ def test_every_layout_evaluates_and_answers_alike(saved: Saved, resumed: Everywh
             assert rank.loss == pytest.approx(saved.first_half[0].final_loss, rel=1e-5)
             assert rank.answers == expected.answers
     assert any(expected.answers)
+
+
+def test_every_layout_finds_the_experts_equally_alike(saved: Saved, resumed: Everywhere) -> None:
+    values = put_together([share.numbers for share in saved.first_half], "value", saved.shapes)
+    for ranks in resumed.values():
+        for rank in ranks:
+            assert len(rank.cosines.layers) == 4
+            for name, largest, mean in zip(rank.cosines.layers, rank.cosines.largest, rank.cosines.mean, strict=True):
+                matrix = cosine_matrix(values[f"{name}.experts.a"], values[f"{name}.experts.b"])
+                assert [*largest, mean] == pytest.approx(largest_and_mean(matrix).tolist(), rel=1e-4, abs=1e-6)
 
 
 def test_every_layout_writes_the_same_adapter(saved: Saved, resumed: Everywhere) -> None:

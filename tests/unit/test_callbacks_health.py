@@ -12,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsmoelora.adapters.routing_log import Routing
+from dsmoelora.adapters.similarity import ExpertCosines
 from dsmoelora.callbacks import MetricsFile, RouterHealth, TrainingRun
 from dsmoelora.callbacks.health import layer_health
 from dsmoelora.callbacks.tensorboard import TensorBoard
@@ -21,6 +22,7 @@ from dsmoelora.engine import StepResult
 NUM_TOKENS = 100
 EVEN, COLLAPSED = [50.0, 50, 50, 50], [100.0, 99, 1, 0]
 SPREAD = math.exp(-sum(p * math.log(p) for p in (0.5, 0.495, 0.005)))  # of the collapsed layer's choices
+COSINES = ExpertCosines(["one", "two"], [[0.5, -0.25, math.nan, 0.5], [math.nan] * 4], [0.125, math.nan])
 
 
 def routing(*tokens: list[float], idle: int = 0) -> Routing:
@@ -40,7 +42,7 @@ def make_run(folder: Path, *windows: Routing, **recipe: Any) -> TrainingRun:
     waiting = list(windows)
     settings = {"adapter": AdapterConfig(num_experts=4, top_k=2), "train": TrainConfig(health_every=2)} | recipe
     whole = Recipe(**settings)
-    engine = SimpleNamespace(recipe=whole, step=0, take_routing=lambda: waiting.pop(0))
+    engine = SimpleNamespace(recipe=whole, step=0, take_routing=lambda: waiting.pop(0), expert_cosines=lambda: COSINES)
     return TrainingRun(whole, cast(Any, engine), folder, None)
 
 
@@ -70,16 +72,33 @@ def test_every_second_line_has_the_experts_of_every_layer(tmp_path: Path) -> Non
         "entropy": [round(math.log(2), 4)] * 2,
         "dead": {"layers.1.q_proj": [3]},
     }
+    assert second["cosines"] == {
+        "layers": ["one", "two"],
+        "largest": [[0.5, -0.25, None, 0.5], [None] * 4],
+        "mean": [0.125, None],
+    }
+    assert (second["experts/cosine_mean"], second["experts/cosine_max"]) == (0.125, 0.5)
     assert second["experts/share_max"] == 1.0
     assert second["experts/dead"] == 1.0
     assert second["experts/entropy"] == pytest.approx(math.log(2))
     assert second["experts/effective"] == pytest.approx((4 + SPREAD) / 2)
 
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {"experts/share", "experts/gate"} <= set(curves.Tags()["images"])
+    assert {"experts/share", "experts/gate", "experts/cosine"} <= set(curves.Tags()["images"])
     (image,) = curves.Images("experts/share")
     assert (image.step, image.height, image.width) == (2, 2 * 8, 4 * 8)
-    assert {"experts/dead", "experts_entropy/layers.1.q_proj"} <= set(curves.Tags()["scalars"])
+    scalars = set(curves.Tags()["scalars"])
+    assert {"experts/dead", "experts/cosine_max", "experts_entropy/layers.1.q_proj", "experts_cosine/one"} <= scalars
+    assert "experts_cosine/two" not in scalars
+
+
+def test_before_the_first_step_updates_have_no_direction(tmp_path: Path) -> None:
+    run = make_run(tmp_path, routing(EVEN))
+    cast(Any, run.engine).expert_cosines = lambda: ExpertCosines(["one"], [[math.nan] * 4], [math.nan])
+    take_steps(run, RouterHealth(), MetricsFile(), num_steps=2)
+    *_, line = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert line["experts/cosine_mean"] is None and line["experts/cosine_max"] is None
+    assert line["cosines"]["largest"] == [[None] * 4]
 
 
 def test_an_expert_is_dead_only_after_a_while() -> None:

@@ -71,6 +71,19 @@ def test_the_load_of_routers_is_drawn_where_a_run_has_it(tmp_path: Path) -> None
     assert heat.get_xlabel() == "expert" and "layer" in heat.get_ylabel()
 
 
+def test_how_alike_experts_are_is_drawn_below(tmp_path: Path) -> None:
+    routed, unknown = make_run(tmp_path / "routed"), make_run(tmp_path / "unknown")
+    for run, largest in ((routed, [[0.5, -0.5], [None, 0.25]]), (unknown, [[None, None]])):
+        with (run / "metrics.jsonl").open("w") as file:
+            line = {"step": 4, "loss": 1.0, "cosines": {"layers": ["x", "y"], "largest": largest, "mean": [0.1, None]}}
+            file.write(json.dumps(line) + "\n")
+    _, _, _, heat, bar = plot.draw(plot.read_runs([routed, unknown])).axes
+    (image,) = heat.get_images()
+    assert image.get_array().tolist() == [[0.5, -0.5], [None, 0.25]]
+    assert heat.get_title("left") == "Experts alike, step 4\nrouted"
+    assert "cosine" in bar.get_ylabel()
+
+
 def test_a_long_curve_gets_its_running_mean() -> None:
     assert plot.running_mean([1.0, 3.0, math.nan, 5.0, 7.0], 2) == [1.0, 2.0, 3.0, 5.0, 6.0]
     assert math.isnan(plot.running_mean([math.nan], 2)[0])

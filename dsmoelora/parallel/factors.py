@@ -1,0 +1,43 @@
+"""Factors of a layer in one piece, however ZeRO and expert parallelism have cut them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsmoelora.adapters.layer import adapted_layers
+from dsmoelora.adapters.similarity import ExpertCosines, cosine_matrix, largest_and_mean
+from dsmoelora.parallel import comm, zero
+from dsmoelora.parallel.layout import ExpertLayout
+
+
+def of_all_experts(own: Tensor, num_rows: int, layout: ExpertLayout) -> Tensor:
+    """The experts of all ranks, from a gathered parameter that may hold one rank's (collective).
+
+    Args:
+        own: (L, ...)
+        num_rows: how many all ranks hold together
+        layout: of the experts
+    """
+    return own if len(own) == num_rows else comm.all_gather_tensor(own, layout.expert_group)
+
+
+def expert_cosines(model: nn.Module, layout: ExpertLayout) -> ExpertCosines:
+    """How alike the updates of the experts are, layer by layer; the same on all ranks (collective).
+
+    Gathers the factors of one layer after another: E R (D + O) numbers each, what a forward pass gathers for it too.
+    """
+    found: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(model):
+        num_experts, bank = layer.experts.a_shape[0], layer.experts
+        if num_experts == 1:
+            continue
+        with zero.gathered([bank.a, bank.b]), torch.no_grad():
+            a_EDR, b_EOR = (of_all_experts(factor.detach(), num_experts, layout) for factor in (bank.a, bank.b))
+            found[name] = largest_and_mean(cosine_matrix(a_EDR, b_EOR))
+    if not found:
+        return ExpertCosines([], [], [])
+    # one transfer to the host for all layers
+    per_layer = torch.cat(list(found.values())).cpu().split([len(one) for one in found.values()])
+    numbers = [one.tolist() for one in per_layer]
+    return ExpertCosines(list(found), [one[:-1] for one in numbers], [one[-1] for one in numbers])
