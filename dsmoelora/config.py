@@ -7,7 +7,7 @@ A recipe is one YAML file with the sections of `Recipe`; any key can be overridd
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +87,11 @@ class AdapterConfig:
         lora_alpha: numerator of the scale `s = alpha / R`
         lora_dropout: dropout probability on the input of the experts (the router sees the input undropped)
         use_rslora: scale by `alpha / sqrt(R)` instead (Kalajdzievski 2023)
-        target_modules: suffixes of module names, or `all-linear` (every linear layer but the output head)
+        target_modules: suffixes of module names, or `all-linear` (every linear layer but the output head): the layers
+            with `num_experts` experts and a router
+        lora_modules: suffixes of the names of other layers, which get one expert and no router (plain LoRA)
+        style: `per_linear` gives each of the target modules a router, `ffn_block` each feed-forward block one, which
+            reads the block's input and serves all target modules in it (MixLoRA)
         num_experts: E, the experts of one layer
         top_k: K, the experts that a token uses, for routers that select a fixed number (softmax_topk, noisy_topk,
             sigmoid_bias, prompt); `null` means half of the experts
@@ -112,6 +116,8 @@ class AdapterConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    lora_modules: list[str] = field(default_factory=list)
+    style: Literal["per_linear", "ffn_block"] = "per_linear"
     num_experts: int = 20
     top_k: int | None = None
     gate_power: float = 1.0
@@ -142,6 +148,16 @@ class AdapterConfig:
         ok = self.target_modules == "all-linear" or (self.target_modules and all(self.target_modules))
         remedy = "Example: [q_proj, v_proj]."
         _require(bool(ok), "adapter.target_modules", self.target_modules, "a list of names or `all-linear`", remedy)
+        one, more = self.num_experts == 1, "2 or more where "
+        _require(not (one and self.lora_modules), "adapter.num_experts", 1, f"{more}adapter.lora_modules names layers",
+                 "Name them in adapter.target_modules: with one expert all of these are plain LoRA.")  # fmt: skip
+        _require(not (one and self.style == "ffn_block"), "adapter.num_experts", 1, f"{more}adapter.style is ffn_block",
+                 "Drop adapter.style: one expert needs no router.")  # fmt: skip
+
+    def plain(self) -> AdapterConfig:
+        """The same with one expert and no router."""
+        routing: dict[str, Any] = {"router": "softmax_topk", "top_k": 1, "top_p": None, "bias_rate": None}
+        return replace(self, num_experts=1, style="per_linear", lora_modules=[], **routing)
 
     @property
     def scale(self) -> float:

@@ -216,12 +216,11 @@ class Engine:
         reports = self.optimizer.reports
         if not reports:
             return {}
-        # a rank of an expert-data-parallel group reports what its whole group met; groups have other experts
-        num_replicas = comm.world_size() // self.layout.ep_size
+        # a rank reports what its whole process group met
         own = [
             sum(float(report.square_norm) for report in reports),
             max(float(report.condition) for report in reports),
-            sum(report.num_fallbacks for report in reports) / num_replicas,
+            sum(report.num_fallbacks / report.num_ranks for report in reports),
         ]
         square_norms, conditions, num_fallbacks = zip(*comm.all_gather_floats(own), strict=True)
         return {

@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from dsmoelora.adapters import inject, untouched
+from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.fallback_template import is_fallback
 from dsmoelora.data.formats import read_conversations
@@ -262,13 +263,17 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
     plan.add("adapted layers", f"{len(layers)}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     for_a_token = "" if config.top_k is None else f", {config.top_k} for a token"
     plan.add("experts", f"{config.num_experts} of rank {config.r} a layer{for_a_token}")
+    if config.lora_modules:
+        num_plain = sum(layer_config(config, name).num_experts == 1 for name in layers)
+        plan.add("plain LoRA", f"{num_plain} of the layers have one expert of rank {config.r} and no router")
     if recipe.parallel.ep_size > 1:
         held = config.num_experts // recipe.parallel.ep_size
         parallel = f"parallel.ep_size {recipe.parallel.ep_size}, exchange {recipe.parallel.exchange}"
         plan.add("experts of a rank", f"{held} a layer ({parallel})")
     if config.num_experts > 1:
         losses = [f"{name} loss {weight:g}" for name, weight in asdict(recipe.losses).items() if weight]
-        plan.add("router", ", ".join([config.router, *losses]))
+        style = " of each feed-forward block" if config.style == "ffn_block" else ""
+        plan.add("router", ", ".join([config.router + style, *losses]))
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
 
 

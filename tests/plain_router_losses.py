@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters import adapted_layers
+from dsmoelora.adapters.routers import routers
 from dsmoelora.config import LossesConfig
 
 
@@ -20,21 +20,20 @@ class PlainRouterLosses:
         self._logits: dict[str, Tensor] = {}
         self._selected: dict[str, Tensor] = {}
         self._shares: dict[str, Tensor] = {}
-        for name, layer in adapted_layers(model):
-            if layer.experts.a_shape[0] > 1:
-                layer.router.register_forward_hook(partial(self._remember, name))
+        for name, router in routers(model):
+            router.register_forward_hook(partial(self._remember, name))
 
     def _remember(self, name: str, router: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
         self._logits[name], self._selected[name] = inputs[0] @ router.weight.T, output[2]
 
     def move_biases(self, model: Any, mask_BS: Tensor) -> None:
         """Selection biases, where the routers have them, one step towards balance."""
-        for name, layer in adapted_layers(model):
-            if hasattr(layer.router, "bias_steps"):
+        for name, router in routers(model):
+            if hasattr(router, "bias_steps"):
                 counts_E = self._selected[name][mask_BS.flatten().bool()].sum(0).tolist()
                 for expert, count in enumerate(counts_E):
                     mean = sum(counts_E) / len(counts_E)
-                    layer.router.bias_steps[expert] += (count < mean) - (count > mean)
+                    router.bias_steps[expert] += (count < mean) - (count > mean)
 
     def of_step(self, mask_BS: Tensor, config: LossesConfig) -> Tensor | float:
         """What the step's losses add to that of the text."""

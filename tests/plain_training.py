@@ -19,8 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import adapted_layers, batch_context
+from dsmoelora.adapters import batch_context
 from dsmoelora.adapters.dropout import token_keys
+from dsmoelora.adapters.routers import routers
 from dsmoelora.config import ModelConfig, OptimConfig, Recipe, RunConfig, TrainConfig
 from dsmoelora.data import MicroBatch
 from dsmoelora.optim.reference import precondition
@@ -225,7 +226,7 @@ def _watch_gaps(model: Any, top_k: int) -> list[float]:
         masks.append(kwargs["attention_mask"])
 
     model.register_forward_pre_hook(remember_mask, with_kwargs=True)
-    for _, layer in adapted_layers(model):
-        if layer.experts.a_shape[0] > top_k:
-            layer.router.register_forward_pre_hook(look)
+    for _, router in routers(model):
+        if router.shapes["weight"][0] > top_k:
+            router.register_forward_pre_hook(look)
     return gaps

@@ -18,6 +18,7 @@ from dsmoelora.adapters.inject import inject
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.adapters.linear import is_linear
 from dsmoelora.adapters.routers import routers
+from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, ModelError, listing
 
@@ -154,7 +155,8 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     layers = description["layers"]
     _check_base(model, description, folder)
     config = adapter_config(description)
-    config.target_modules = layers
+    plain = [name for name in layers if layer_config(config, name).num_experts < config.num_experts]
+    config.lora_modules, config.target_modules = plain, [name for name in layers if name not in plain]
     tensors = read_weights(folder / WEIGHTS_FILE)
     inject(model, config)
     wanted: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}

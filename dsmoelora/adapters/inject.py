@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
+from dsmoelora.adapters.blocks import blocks_of, linears_of_block
 from dsmoelora.adapters.context import BatchContext, TokenExchange
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
-from dsmoelora.adapters.linear import is_linear
-from dsmoelora.adapters.routers import watch_prompts
-from dsmoelora.adapters.targets import match_targets, output_head_name
+from dsmoelora.adapters.linear import features, is_linear
+from dsmoelora.adapters.routers import RouterPlace, build_router, watch_prompts
+from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
+from dsmoelora.adapters.targets import LORA, TARGETS, adapted_names, layer_config, output_head_name
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError, bad_value
 
@@ -21,14 +25,14 @@ def inject(
     local_experts: range | None = None,
     exchange: TokenExchange | None = None,
 ) -> list[str]:
-    """Wrap every linear layer that `config.target_modules` names, and freeze everything else.
+    """Wrap every linear layer that the configuration names, and freeze everything else.
 
     The adapted model equals the base model to the last bit until the first optimizer step, for `b` starts at 0.
 
     Args:
         model: a causal language model of transformers (any `nn.Module` with linear layers works)
         config: of the adapter
-        local_experts: which experts of every layer lie on this rank, all by default
+        local_experts: which experts of every layer with several lie on this rank, all by default
         exchange: how tokens reach the others, where not all do
 
     Returns:
@@ -36,36 +40,69 @@ def inject(
 
     Raises:
         ModelError: the model is adapted already
-        ConfigError: a target matches no linear layer, or one that cannot be adapted
+        ConfigError: a target matches no linear layer, one that cannot be adapted, or one that `style` cannot route
     """
     if any(True for _ in adapted_layers(model)):
         raise ModelError("The model has routed experts already. Load the base model again before adapting it anew.")
-    names = match_targets(model, config.target_modules)
-    _check_head(model, config, names)
+    routed, plain = adapted_names(model, config)
+    _check_head(model, config, routed, plain)
+    block_of = blocks_of(model, routed) if config.style == "ffn_block" else {}
     model.requires_grad_(False)
     context = BatchContext(exchange=exchange)
+    blocks = _route_blocks(model, config, context, dict.fromkeys(block_of.values()))
+    adapted = {*routed, *plain}
+    names = [name for name, _ in model.named_modules() if name in adapted]
     for name in names:
-        parent = model.get_submodule(name.rpartition(".")[0])
         base = model.get_submodule(name)
         assert is_linear(base)
-        wrapped = RoutedLinear(base, config, name, context, local_experts or range(config.num_experts))
+        own = layer_config(config, name)
+        experts = range(1) if own.num_experts == 1 else local_experts or range(own.num_experts)
+        wrapped = RoutedLinear(base, own, name, context, experts, blocks.get(block_of.get(name, "")))
         wrapped.train(base.training)
-        setattr(parent, name.rpartition(".")[2], wrapped)
+        _put(model, name, wrapped)
     if config.router == "prompt":
         watch_prompts(model)
     return names
 
 
-def _check_head(model: nn.Module, config: AdapterConfig, names: list[str]) -> None:
+def eject(model: nn.Module) -> None:
+    """Take all experts and routers off the model again; it is the base, still frozen."""
+    for name, layer in list(adapted_layers(model)):
+        _put(model, name, layer.base)
+        block = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer.router, BlockRouter) and hasattr(block, "router"):
+            layer.router.gates.detach(block)
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+
+
+def _route_blocks(
+    model: nn.Module, config: AdapterConfig, context: BatchContext, names: Iterable[str]
+) -> dict[str, BlockGates]:
+    """Give each of these feed-forward blocks a router."""
+    blocks = {}
+    for name in names:
+        block = model.get_submodule(name)
+        first = linears_of_block(block)[0]
+        place = RouterPlace(name, features(first)[0], config.num_experts, first.weight, config.seed, context)
+        blocks[name] = BlockGates(name)
+        blocks[name].attach(block, build_router(place, config).train(block.training))
+    return blocks
+
+
+def _check_head(model: nn.Module, config: AdapterConfig, routed: list[str], plain: list[str]) -> None:
     """The head sees only the positions whose logits are wanted, so what follows the tokens cannot follow them there."""
     head = output_head_name(model)
-    if head not in names:
+    if head not in (*routed, *plain):
         return
-    remedy = f"Leave {head} out of adapter.target_modules"
+    remedy = f"Leave {head} out of {TARGETS if head in routed else LORA}"
     if config.lora_dropout > 0:
         allowed = f"0 for an adapter on the output head ({head})"
         raise bad_value("adapter.lora_dropout", config.lora_dropout, allowed, f"{remedy}, or set it to 0.")
-    if config.router in _FOLLOW_TOKENS:
+    if head in routed and config.router in _FOLLOW_TOKENS:
         allowed = f"another one than {' and '.join(_FOLLOW_TOKENS)} for an adapter on the output head ({head})"
         raise bad_value("adapter.router", config.router, allowed, f"{remedy}, or take another router.")
 

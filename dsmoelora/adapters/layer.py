@@ -15,6 +15,7 @@ from dsmoelora.adapters.dropout import keyed_dropout
 from dsmoelora.adapters.function import RoutedExperts
 from dsmoelora.adapters.linear import Linear, features
 from dsmoelora.adapters.routers import RouterPlace, build_router
+from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
 from dsmoelora.adapters.start import draw_a
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError
@@ -84,13 +85,22 @@ class RoutedLinear(nn.Module):
 
     Args:
         base: the layer to wrap; its parameters stay as they are
-        config: of the adapter
+        config: of the layer
         name: of the layer in the model
         context: shared by all layers of the model
         experts: which of all experts lie on this rank
+        block: where the layer takes its gates from the router of its block; None for a router of its own
     """
 
-    def __init__(self, base: Linear, config: AdapterConfig, name: str, context: BatchContext, experts: range) -> None:
+    def __init__(
+        self,
+        base: Linear,
+        config: AdapterConfig,
+        name: str,
+        context: BatchContext,
+        experts: range,
+        block: BlockGates | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
         self.name = name
@@ -100,7 +110,7 @@ class RoutedLinear(nn.Module):
         like = base.weight
         in_features, out_features = features(base)
         place = RouterPlace(name, in_features, config.num_experts, like, config.seed, context)
-        self.router = build_router(place, config)
+        self.router = BlockRouter(name, block) if block else build_router(place, config)
         self.experts = ExpertBank(in_features, out_features, config, name, like, experts)
         self._is_partitioned = len(experts) < config.num_experts
 
@@ -125,7 +135,8 @@ class RoutedLinear(nn.Module):
         if name in ("weight", "bias"):
             raise WeightReadPast(
                 f"adapter.target_modules names {self.name}, but the model reads its {name} itself instead of calling "
-                "the layer, which would leave the experts out. Take this layer out of adapter.target_modules."
+                "the layer, which would leave the experts out. Take this layer out of adapter.target_modules "
+                "(or adapter.lora_modules)."
             )
         return super().__getattr__(name)
 

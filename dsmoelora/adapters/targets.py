@@ -8,10 +8,36 @@ from torch import nn
 
 from dsmoelora.adapters.base_experts import base_experts
 from dsmoelora.adapters.linear import is_linear
+from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ConfigError, bad_value, listing
 
+TARGETS, LORA = "adapter.target_modules", "adapter.lora_modules"
 
-def match_targets(model: nn.Module, target_modules: list[str] | str) -> list[str]:
+
+def adapted_names(model: nn.Module, config: AdapterConfig) -> tuple[list[str], list[str]]:
+    """Names of the layers with routed experts, and of those with plain LoRA, each in the order of the model.
+
+    Raises:
+        ConfigError: see `match_targets`; or a layer is named as both
+    """
+    routed, plain = match_targets(model, config.target_modules), match_targets(model, config.lora_modules, LORA)
+    both = sorted(set(routed) & set(plain))
+    if both:
+        raise bad_value(
+            LORA,
+            config.lora_modules,
+            f"of other layers than {TARGETS} = {config.target_modules}, and both name {listing(both, limit=4)}",
+            f"Leave in {TARGETS} the layers with a router, in {LORA} those with plain LoRA.",
+        )
+    return routed, plain
+
+
+def layer_config(config: AdapterConfig, name: str) -> AdapterConfig:
+    """The settings of one adapted layer: those of plain LoRA where `adapter.lora_modules` names it."""
+    return config.plain() if _matches(name, config.lora_modules) else config
+
+
+def match_targets(model: nn.Module, target_modules: list[str] | str, key: str = TARGETS) -> list[str]:
     """Names of the linear layers that `target_modules` means, in the order of the model.
 
     A target matches a module whose name is the target or ends in `.target`. `all-linear` is every linear layer but the
@@ -27,14 +53,14 @@ def match_targets(model: nn.Module, target_modules: list[str] | str) -> list[str
     everything = [name for name in linears if name not in apart and model.get_submodule(name) is not head]
     if isinstance(target_modules, str):
         if not everything:
-            raise bad_value("adapter.target_modules", target_modules, "met by some layer", _no_linears(model))
+            raise bad_value(key, target_modules, "met by some layer", _no_linears(model))
         return everything
     for target in target_modules:
         if not any(_matches(name, [target]) for name in linears):
-            raise _no_such_layer(model, target, linears, everything)
+            raise _no_such_layer(model, key, target, linears, everything)
         routed = [name for name in own.linears if _matches(name, [target])]
         if routed:
-            raise _is_routed(target, routed, everything)
+            raise _is_routed(key, target, routed, everything)
     return [name for name in linears if _matches(name, target_modules)]
 
 
@@ -114,8 +140,10 @@ def _briefly(names: list[str]) -> str:
     )
 
 
-def _advice(everything: list[str]) -> str:
+def _advice(key: str, everything: list[str]) -> str:
     """A value of `target_modules` that works: the layers of the attention, where there are such."""
+    if key == LORA:
+        return "Name some of these."
     attention = _last_parts(name for name in everything if "att" in name.rpartition(".")[0].rpartition(".")[2])
     if not attention:
         return "Name some of these, or use all-linear."
@@ -128,20 +156,20 @@ def _no_linears(model: nn.Module) -> str:
     return f"The model has no plain linear layer.{found} Load the model unquantised, or take another one."
 
 
-def _no_such_layer(model: nn.Module, target: str, linears: list[str], everything: list[str]) -> ConfigError:
+def _no_such_layer(model: nn.Module, key: str, target: str, linears: list[str], everything: list[str]) -> ConfigError:
     allowed = f"the name of a linear layer of the model, which has: {listing(_last_parts(linears))}"
     others = {type(module).__name__ for name, module in model.named_modules() if name and _matches(name, [target])}
     if others:
         allowed += f" ({target} is a {listing(sorted(others))}, which takes no adapter)"
-    return bad_value("adapter.target_modules", target, allowed, _advice(everything))
+    return bad_value(key, target, allowed, _advice(key, everything))
 
 
-def _is_routed(target: str, routed: list[str], everything: list[str]) -> ConfigError:
+def _is_routed(key: str, target: str, routed: list[str], everything: list[str]) -> ConfigError:
     others = [name for name in everything if _matches(name, [target])]
     longer = sorted({".".join(name.split(".")[-2:]) for name in others})
-    advice = f"For the others, set it to {listing(longer)}." if longer else _advice(everything)
+    advice = f"For the others, set it to {listing(longer)}." if longer else _advice(key, everything)
     return bad_value(
-        "adapter.target_modules",
+        key,
         target,
         f"other than a routed expert of the base, and it names {len(routed)} such layers ({routed[0]}, ...): "
         "they see tokens only when their router says so",

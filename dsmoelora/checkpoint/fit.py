@@ -122,7 +122,8 @@ def check_state(value: Any, key: str = "state") -> None:
 def _check_names(folder: Path, saved: dict[str, Trainable], here: dict[str, Trainable]) -> None:
     missing = [name for name in here if name not in saved]
     foreign = [name for name in saved if name not in here]
-    remedy = f"Set model.path, adapter.target_modules and adapter.expert {_AS_SAVED_OR_NEW}."
+    of_adapter = [f"adapter.{key}" for key in ("target_modules", "lora_modules", "style", "expert")]
+    remedy = f"Set {', '.join(['model.path', *of_adapter])} {_AS_SAVED_OR_NEW}."
     if missing:
         raise CheckpointError(
             f"{folder} has no values for {listing(missing)}; it holds {listing(foreign or saved, 4)}. {remedy}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters import adapted_layers, inject
+from dsmoelora.adapters import adapted_layers, eject, inject
 from dsmoelora.adapters.folder import load_adapter
 from dsmoelora.config import AdapterConfig
 from dsmoelora.data import InstructionDataset
@@ -71,8 +71,10 @@ def average_experts(model: Any, folder: Path, samples: InstructionDataset, num_s
     for name, factors in experts.items():
         a_DF, b_OF = weighted_sum(factors, config.scale * gates[name].cpu())
         before = _square_norm(a_DF, b_OF)
-        if rank < full:
+        if rank < a_DF.shape[1]:
             a_DF, b_OF = truncated(a_DF, b_OF, rank)
+        else:  # a layer of plain LoRA has the rank of one expert
+            a_DF, b_OF = (nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in (a_DF, b_OF))
         kept, total = kept + _square_norm(a_DF, b_OF), total + before
         dtype = factors.a_EDR.dtype
         layers[name] = (a_DF.t().to(dtype), b_OF.to(dtype))
@@ -152,9 +154,7 @@ def _square_norm(a_DF: Tensor, b_OF: Tensor) -> float:
 
 def _put_on(model: nn.Module, lora: Lora) -> None:
     """Replace the mixture on a model by one adapter."""
-    for name, layer in list(adapted_layers(model)):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], layer.base)
+    eject(model)
     inject(model, AdapterConfig(r=lora.r, lora_alpha=lora.alpha, num_experts=1, top_k=1, target_modules=[*lora.layers]))
     with torch.no_grad():
         for name, layer in adapted_layers(model):

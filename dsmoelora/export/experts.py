@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmoelora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_config, read_adapter_config, read_weights
+from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, listing
 from dsmoelora.export.peft_folder import Lora, folder_names
@@ -44,8 +45,8 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
     description = read_adapter_config(folder)
     config, layers = adapter_config(description), description["layers"]
     tensors = read_weights(folder / WEIGHTS_FILE)
-    names = [f"{layer}.experts.{factor}" for layer in layers for factor in "ab"]
-    wrong = [name for name in names if name not in tensors or not _fits(tensors[name], config)]
+    wanted = {f"{layer}.experts.{factor}": layer_config(config, layer) for layer in layers for factor in "ab"}
+    wrong = [name for name, own in wanted.items() if name not in tensors or not _fits(tensors[name], own)]
     if wrong:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {listing(wrong)}. Copy the adapter folder again."
@@ -64,10 +65,13 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
 
 
 def expert_loras(config: AdapterConfig, experts: dict[str, ExpertFactors]) -> dict[str, Lora]:
-    """Expert e of every layer as one LoRA adapter, by the name of its folder."""
+    """Expert e of every layer as one LoRA adapter, by the name of its folder; each has the layers with one expert."""
     loras = {}
     for expert, folder in enumerate(folder_names(config.num_experts)):
-        layers = {name: (factors.a_EDR[expert].t(), factors.b_EOR[expert]) for name, factors in experts.items()}
+        layers = {}
+        for name, factors in experts.items():
+            own = expert % len(factors.a_EDR)
+            layers[name] = (factors.a_EDR[own].t(), factors.b_EOR[own])
         loras[folder] = Lora(config.r, config.lora_alpha, config.use_rslora, layers)
     return loras
 

@@ -30,11 +30,13 @@ class StepReport:
         num_fallbacks: matrices that wanted an eigendecomposition
         square_norm: squared norm of the new gradient of this rank's shards, routers included, a share of it where other
             ranks hold the same (scalar tensor): a sum over ranks counts every number once
+        num_ranks: how many ranks report the same matrices
     """
 
     condition: Tensor
     num_fallbacks: int
     square_norm: Tensor
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Preconditioner:
     """
 
     def __init__(self, group: ShardGroup, config: OptimConfig) -> None:
-        self._config = config
+        self._config, self._num_ranks = config, group.num_ranks
         self._first_slot, self._num_pairs = _pair_up(group)
         rank = next(of.row_size for of in group.trainables if of.factor is Factor.A)
         self._has_mixers = any(of.factor is Factor.M for of in group.trainables)
@@ -134,7 +136,7 @@ class Preconditioner:
         cross = buffer["cross"] if self._needs_cross else None
         factors = row_factors(self._config, gram_a, gram_b, cross, mixers)
         square_norm = self._multiply(buffer, factors)
-        self.report = StepReport(factors.condition, factors.num_fallbacks, square_norm)
+        self.report = StepReport(factors.condition, factors.num_fallbacks, square_norm, self._num_ranks)
 
     def pack(self, buffer: PackedBuffer) -> None:
         """Everything this rank has to say, into the zeroed buffer."""

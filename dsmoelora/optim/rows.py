@@ -83,6 +83,7 @@ class ShardGroup:
         cut_rows: rows of factors that a shard boundary cuts on any rank, the same list on all ranks of the group
         all_reduce: sums a flat tensor over the group in place; None for a group of one rank
         experts: the experts of each tensor that the group holds; None for all
+        num_ranks: of the group
     """
 
     trainables: list[Trainable]
@@ -90,6 +91,7 @@ class ShardGroup:
     cut_rows: list[tuple[Trainable, int]] = field(default_factory=list)
     all_reduce: Callable[[torch.Tensor], None] | None = None
     experts: range | None = None
+    num_ranks: int = 1
 
 
 def joined_spans(runs: Iterable[Run]) -> list[slice]:

@@ -2,7 +2,7 @@
 
 With W ranks and `ep_size` P, ranks `[k P, (k + 1) P)` are an expert-parallel group: together they hold all E experts,
 E/P each, and exchange tokens. Ranks `r, r + P, r + 2 P, ...` hold the same experts; they are an expert-data-parallel
-group, over which ZeRO-3 partitions these experts.
+group, over which ZeRO-3 partitions these experts. Routers, and layers with one expert (plain LoRA), lie on all ranks.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dsmoelora.adapters.layer import Factor
 from dsmoelora.config import Recipe
 from dsmoelora.errors import bad_value, listing
+from dsmoelora.optim.rows import Trainable
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class ExpertLayout:
     """Place of this rank and of its experts.
 
     Args:
-        num_experts: E, of every layer
+        num_experts: E, of every layer with a router
         ep_size: P, ranks over which the experts of a layer are partitioned
         world_size: W
         rank: of this process
@@ -46,9 +48,14 @@ class ExpertLayout:
 
     @property
     def local_experts(self) -> range:
-        """The experts of every layer that this rank holds."""
+        """The experts of every layer with a router that this rank holds."""
         first = self.ep_rank * self.num_local_experts
         return range(first, first + self.num_local_experts)
+
+    def experts_of(self, trainable: Trainable) -> range:
+        """What this rank holds of a tensor's first dim: all of it for routers and for layers with one expert."""
+        num_experts = trainable.shape[0]
+        return range(num_experts) if trainable.factor is Factor.ROUTER or num_experts == 1 else self.local_experts
 
     @property
     def group_name(self) -> str:

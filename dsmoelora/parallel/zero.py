@@ -245,7 +245,7 @@ def place_experts(found: Iterable[tuple[Trainable, nn.Parameter]], layout: Exper
     partitions, averages over all ranks, and takes norms over the expert-parallel group too.
     """
     for trainable, parameter in found:
-        if layout.ep_size > 1 and trainable.factor is not Factor.ROUTER:
+        if len(layout.experts_of(trainable)) < trainable.shape[0]:
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = layout.group_name  # type: ignore[attr-defined]
             parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
@@ -293,7 +293,8 @@ def shard_groups(
             # the same tensors have other experts in other groups
             if name in by_name and (experts is None or row // by_name[name].shape[1] in experts)
         ]
-        groups.append(ShardGroup(trainables, [shard], cut_rows, _all_reduce_in(process_group), experts))
+        num_ranks = dist.get_world_size(group=process_group)
+        groups.append(ShardGroup(trainables, [shard], cut_rows, _all_reduce_in(process_group), experts, num_ranks))
     return groups
 
 
@@ -312,7 +313,7 @@ def _stage_3_partitions(
         trainables, runs, offset = [], [], 0
         for parameter in parameters:
             trainable = known[id(parameter)]
-            experts = _experts_of(trainable, layout)
+            experts = layout.experts_of(trainable)
             wanted_shape = (len(experts), *trainable.shape[1:])
             assert tuple(parameter.ds_shape) == wanted_shape, f"{trainable.name} has another shape under ZeRO"
             groups = {id(process_group), id(parameter.ds_process_group)}
@@ -328,11 +329,6 @@ def _stage_3_partitions(
             trainables.append(trainable)
         assert offset == flat.numel(), "ZeRO's flat partition is longer than its pieces"
         yield trainables, Shard(flat, runs), process_group
-
-
-def _experts_of(trainable: Trainable, layout: ExpertLayout) -> range:
-    """Which experts of a tensor this rank's parameter holds; routers are whole everywhere."""
-    return range(trainable.shape[0]) if trainable.factor is Factor.ROUTER else layout.local_experts
 
 
 def _stage_2_partitions(optimizer: DeepSpeedZeroOptimizer, known: dict[int, Trainable]) -> Iterator[_Partition]:
@@ -370,7 +366,7 @@ def _replicated(found: Iterable[tuple[Trainable, nn.Parameter]]) -> ShardGroup:
     """Stage 0: every rank holds and steps every parameter, with the averaged gradient."""
     found = list(found)
     shards = [whole(trainable, parameter, comm.world_size()) for trainable, parameter in found]
-    return ShardGroup([trainable for trainable, _ in found], shards)
+    return ShardGroup([trainable for trainable, _ in found], shards, num_ranks=comm.world_size())
 
 
 def _all_reduce_in(process_group: Any) -> Callable[[Tensor], None] | None:

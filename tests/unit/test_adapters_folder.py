@@ -85,10 +85,20 @@ def test_a_loaded_adapter_gives_the_same_logits(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", CONFIG_FILE, WEIGHTS_FILE]
 
 
+BLOCKS: dict[str, Any] = {
+    "style": "ffn_block",
+    "target_modules": ["gate_proj", "up_proj", "down_proj"],
+    "lora_modules": ["q_proj", "v_proj"],
+}
+
+
+@pytest.mark.parametrize("places", [{"target_modules": ["q_proj", "up_proj"]}, BLOCKS], ids=["per-linear", "ffn-block"])
 @pytest.mark.parametrize("router", get_args(RouterName))
-def test_every_router_comes_back_with_all_that_it_learned(base: PreTrainedModel, tmp_path: Path, router: Any) -> None:
+def test_every_router_comes_back_with_all_that_it_learned(
+    base: PreTrainedModel, tmp_path: Path, router: Any, places: dict[str, Any]
+) -> None:
     model = copy.deepcopy(base)
-    config = AdapterConfig(r=3, num_experts=5, router=router, target_modules=["q_proj", "up_proj"])
+    config = AdapterConfig(r=3, num_experts=5, router=router, **places)
     inject(model, config)
     with torch.no_grad():
         for number, parameter in enumerate(weights_of(model).values()):

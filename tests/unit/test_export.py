@@ -28,6 +28,16 @@ from tests.helpers import tiny_llama
 CONFIG = AdapterConfig(
     r=3, lora_alpha=12, use_rslora=True, num_experts=4, top_k=2, target_modules=["q_proj", "up_proj"]
 )
+BLOCKS = AdapterConfig(
+    r=3,
+    lora_alpha=12,
+    use_rslora=True,
+    num_experts=4,
+    top_k=2,
+    style="ffn_block",
+    target_modules=["gate_proj", "up_proj", "down_proj"],
+    lora_modules=["q_proj"],
+)
 ROWS = [{"instruction": f"Say {word}.", "output": word} for word in ("yes", "no", "perhaps", "never")]
 
 
@@ -80,7 +90,8 @@ def with_gates(base_path: Path, adapter: Path, gates: Tensor | dict[str, Tensor]
     """The trained model, its gates fixed."""
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base_path), adapter)
     for name, layer in adapted_layers(model):
-        layer.router = FixedGate(gates[name].float() if isinstance(gates, dict) else gates)
+        if layer.experts.a_shape[0] > 1:
+            layer.router = FixedGate(gates[name].float() if isinstance(gates, dict) else gates)
     return model
 
 
@@ -126,6 +137,17 @@ def test_each_expert_alone_gives_the_logits_of_the_layer_with_its_gate_fixed(
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
+def test_layers_of_plain_lora_are_part_of_every_adapter(
+    base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(base_path, tmp_path / "adapter", BLOCKS)
+    run(monkeypatch, "--adapter", adapter, "--format", "peft", "--out", tmp_path / "out")
+    for expert in (0, 3):
+        ours = logits(with_gates(base_path, adapter, torch.eye(4)[expert]))
+        theirs = logits(with_peft(base_path, tmp_path / "out" / f"expert-0{expert}"))
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
 def test_the_folder_has_what_vllm_asks_for(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, "--adapter", adapter, "--format", "peft", "--out", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "expert-02" / "adapter_config.json").read_text())
@@ -164,14 +186,16 @@ def test_a_mixer_is_folded_into_b(adapter: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(b_OR.double() @ a_RD.double(), (a_DR @ m_RR @ b_plain.t()).t(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [CONFIG, BLOCKS], ids=["per-linear", "ffn-block"])
 def test_the_average_is_the_mixture_with_each_gate_at_its_mean(
-    base_path: Path, adapter: Path, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    base_path: Path, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, config: AdapterConfig
 ) -> None:
+    adapter = make_adapter(base_path, tmp_path / "adapter", config)
     run(monkeypatch, "--adapter", adapter, "--format", "average", "--data", data, "--out", tmp_path / "out")
     said = capsys.readouterr().out
     assert "cannot be merged into one LoRA adapter exactly" in said and "Loss on 4 of 4 rows" in said
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["r"] == 12 and config["lora_alpha"] == 12 and not config["use_rslora"]  # scale 1
+    said_by_peft = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert said_by_peft["r"] == said_by_peft["lora_alpha"] == 12 and not said_by_peft["use_rslora"]  # scale 1
 
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base_path), adapter)
     tokenizer = load_tokenizer(ModelConfig(path=str(adapter)))
