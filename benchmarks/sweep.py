@@ -7,7 +7,7 @@
 Each run is one process and one thread on plain tensors (no DeepSpeed: the optimizer is the same there), with fp32
 masters of bf16 adapters, equal batches, clipping and schedule. Rates are a grid, AdamW {1e-3, 3e-3, 1e-2}, SGD 0.01 to
 10 by factors of about 3; each rule climbs from the middle of its grid until both neighbours of its best rate are worse.
-The best cell of each preconditioner is then repeated with three seeds. A finished run is a file in
+The best cell of each rule is then repeated with three seeds. A finished run is a file in
 `.cache/sweep/<name>` and is not run again.
 """
 
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ ADAMW_LRS = (1e-3, 3e-3, 1e-2)
 SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BETAS = ((0.9, 0.999), (0.7, 0.8))
 SEEDS = (0, 1, 2)
+DAMPING_ABS = OptimConfig().damping_abs
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -66,6 +68,7 @@ class Rule:
     betas: tuple[float, float] | None
     preconditioner: str
     gate_power: float
+    damping_abs: float
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -85,7 +88,8 @@ class Cell:
         """Where its result lies."""
         rule = self.rule
         betas = "" if rule.betas is None else f"-b{rule.betas[0]}-{rule.betas[1]}"
-        name = f"{rule.optimizer}{betas}-{rule.preconditioner}-g{rule.gate_power}-lr{self.lr:g}-s{self.seed}"
+        damping = "" if rule.damping_abs == DAMPING_ABS else f"-d{rule.damping_abs:g}"
+        name = f"{rule.optimizer}{betas}-{rule.preconditioner}-g{rule.gate_power}{damping}-lr{self.lr:g}-s{self.seed}"
         return folder / f"{name}.json"
 
     def held_out_loss(self, folder: Path) -> float | None:
@@ -94,12 +98,12 @@ class Cell:
         return float(json.loads(file.read_text())["held_out_loss"]) if file.exists() else None
 
 
-def all_rules(gate_powers: list[float]) -> Iterator[Rule]:
-    """Every optimizer with every preconditioner; gate powers only where there is one (1 is the plain gradient)."""
+def all_rules(gate_powers: list[float], dampings: list[float]) -> Iterator[Rule]:
+    """Every optimizer with every preconditioner, at each gate power (1 is the plain gradient) and damping."""
     for optimizer, betas in (("sgd", None), *(("adamw", pair) for pair in BETAS)):
-        for preconditioner in ("none", "scaled", "tangent"):
-            for gate_power in (1.0,) if preconditioner == "none" else gate_powers:
-                yield Rule(optimizer, betas, preconditioner, gate_power)
+        yield Rule(optimizer, betas, "none", 1.0, DAMPING_ABS)
+        for choice in product(("scaled", "tangent"), gate_powers, dampings):
+            yield Rule(optimizer, betas, *choice)
 
 
 def optim_config(cell: Cell) -> OptimConfig:
@@ -111,6 +115,7 @@ def optim_config(cell: Cell) -> OptimConfig:
         lr_router=None,
         betas=rule.betas or (0.9, 0.999),
         preconditioner=rule.preconditioner,  # type: ignore[arg-type]
+        damping_abs=rule.damping_abs,
         warmup_steps=5,
         max_grad_norm=1.0,
     )
@@ -225,16 +230,6 @@ def best_cell(rule: Rule, folder: Path) -> tuple[float, Cell] | None:
     return min(found, key=lambda one: one[0]) if found else None
 
 
-def best_of_each_preconditioner(rules: list[Rule], folder: Path) -> list[Cell]:
-    """One cell for `none`, `scaled` and `tangent`, over optimizers, betas and gate powers."""
-    best: dict[str, tuple[float, Cell]] = {}
-    for rule in rules:
-        found = best_cell(rule, folder)
-        if found is not None and found[0] < best.get(rule.preconditioner, (math.inf,))[0]:
-            best[rule.preconditioner] = found
-    return [cell for _, cell in best.values()]
-
-
 def run_missing(cell: Cell, task: Task, pool: Executor) -> None:
     """Run a cell unless its result is there."""
     if cell.held_out_loss(task.folder) is None:
@@ -243,8 +238,8 @@ def run_missing(cell: Cell, task: Task, pool: Executor) -> None:
 
 def print_table(folder: Path, rules: list[Rule]) -> None:
     """Markdown: a line a rule."""
-    print("\n| optimizer | betas | preconditioner | gate_power | best lr | held-out loss | over seeds |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| optimizer | betas | preconditioner | gate_power | damping_abs | best lr | held-out loss | over seeds |")
+    print("|---|---|---|---|---|---|---|---|")
     for rule in rules:
         best = best_cell(rule, folder)
         if best is None:
@@ -253,8 +248,9 @@ def print_table(folder: Path, rules: list[Rule]) -> None:
         losses = [one for seed in SEEDS if (one := Cell(rule, cell.lr, seed).held_out_loss(folder)) is not None]
         spread = f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
         betas = "" if rule.betas is None else f"{rule.betas[0]}, {rule.betas[1]}"
+        damping = "" if rule.preconditioner == "none" else f"{rule.damping_abs:g}"
         print(
-            f"| {rule.optimizer} | {betas} | {rule.preconditioner} | {rule.gate_power:g} | {cell.lr:g} "
+            f"| {rule.optimizer} | {betas} | {rule.preconditioner} | {rule.gate_power:g} | {damping} | {cell.lr:g} "
             f"| {loss:.3f} | {spread} |"
         )
 
@@ -267,6 +263,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, default=ROOT / "data/demo/train.jsonl")
     parser.add_argument("--eval", type=Path, default=ROOT / "data/demo/eval.jsonl")
     parser.add_argument("--gate-powers", type=float, nargs="+", default=[1.0, 0.5])
+    parser.add_argument("--dampings", type=float, nargs="+", default=[DAMPING_ABS], help="values of damping_abs")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--eval-rows", type=int, default=96)
@@ -277,13 +274,13 @@ def main() -> None:
     folder = ROOT / ".cache" / "sweep" / args.name
     folder.mkdir(parents=True, exist_ok=True)
     task = Task(folder, args.model, args.train, args.eval, args.steps, args.batch_size, args.eval_rows, args.max_length)
-    rules = list(all_rules(args.gate_powers))
+    rules = list(all_rules(args.gate_powers, args.dampings))
     if not args.table:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, mp_context=context) as pool, ThreadPoolExecutor(args.jobs) as threads:
             run = partial(run_missing, task=task, pool=pool)
             list(threads.map(lambda rule: climb(rule, task, run), rules))
-            best = best_of_each_preconditioner(rules, folder)
+            best = [found[1] for rule in rules if (found := best_cell(rule, folder)) is not None]
             list(threads.map(run, [Cell(cell.rule, cell.lr, seed) for seed in SEEDS for cell in best]))
     print_table(folder, rules)
 
