@@ -43,6 +43,7 @@ class ExpertBank(nn.Module):
         experts: which of all experts lie here
 
     Attributes:
+        held: `experts`
         a_shape, b_shape: shapes over the experts of all ranks
         shapes: the same by name of parameter, for every one of them (ZeRO-3 empties a parameter's own shape)
     """
@@ -54,6 +55,7 @@ class ExpertBank(nn.Module):
         self.a_shape = (config.num_experts, in_features, config.r)
         self.b_shape = (config.num_experts, out_features, config.r)
         self.shapes: dict[str, tuple[int, ...]] = {"a": self.a_shape, "b": self.b_shape}
+        self.held = experts
         self.scale = config.scale
         self.gate_power = config.gate_power
         self.power_reaches_input = config.gate_power_scope == "factors_and_input"
