@@ -20,11 +20,11 @@ from timing import seconds
 from torch import Tensor, nn
 
 from dsmoelora import AdapterConfig, inject
+from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters import batch_context
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.routing_log import RoutingLog
 from dsmoelora.config import LossesConfig
-from dsmoelora.router_options import RouterName
 
 NUM_SEQUENCES = 8
 

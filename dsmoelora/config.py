@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 
+from dsmoelora.adapter_options import ExpertName, MixerInit, RouterName, check_losses, settle_options
 from dsmoelora.errors import bad_value
-from dsmoelora.router_options import RouterName, check_losses, settle_router
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
-InitName = Literal["kaiming", "gaussian", "svd"]
+InitName = Literal["kaiming", "gaussian"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -89,7 +89,8 @@ class AdapterConfig:
         use_rslora: scale by `alpha / sqrt(R)` instead (Kalajdzievski 2023)
         target_modules: suffixes of module names, or `all-linear` (every linear layer but the output head): the layers
             with `num_experts` experts and a router
-        lora_modules: suffixes of the names of other layers, which get one expert and no router (plain LoRA)
+        lora_modules: suffixes of the names of other layers, which get one such expert and no router (plain LoRA, where
+            the expert is `lora`)
         style: `per_linear` gives each of the target modules a router, `ffn_block` each feed-forward block one, which
             reads the block's input and serves all target modules in it (MixLoRA)
         num_experts: E, the experts of one layer
@@ -100,15 +101,15 @@ class AdapterConfig:
             loss, and `grad_norm` is not its norm
         gate_power_scope: `factors` keeps the input's gradient exact for every `gate_power`; `factors_and_input`
             sends the rescaled gradient down to the input too, as Sun et al.'s released code does (parity checks only)
-        expert: kind of expert
+        expert: kind of expert: two factors (`lora`), or two with a mixer between them (`moslora`)
+        mixer_init: of expert `moslora`: how the mixer starts; `null` means `kaiming`
         router: kind of router: the `top_k` best experts (`softmax_topk`), all of them (`softmax`), the best after noise
             (`noisy_topk`), the fewest that reach `top_p` (`top_p`), those above a learned threshold (`threshold`), the
             best after a bias that balances them (`sigmoid_bias`), or the best for the whole prompt (`prompt`)
         top_p: of router `top_p`: probability that the chosen experts reach together; `null` means 0.8
         bias_rate: of router `sigmoid_bias`: how far a bias moves in a step; `null` means 0.001
         init: what the factors start from; `b` starts at 0 and `a` at random: uniform in +-1/sqrt(in-features)
-            (`kaiming`), or normal with standard deviation 1/R (`gaussian`). With `svd` both start from singular vectors
-            of the base weight, which is shifted to make up for it (PiSSA; with more than one expert GOAT's segments)
+            (`kaiming`), or normal with standard deviation 1/R (`gaussian`)
         seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
     """
 
@@ -123,7 +124,8 @@ class AdapterConfig:
     top_k: int | None = None
     gate_power: float = 1.0
     gate_power_scope: Literal["factors", "factors_and_input"] = "factors"
-    expert: Literal["lora"] = "lora"
+    expert: ExpertName = "lora"
+    mixer_init: MixerInit | None = None
     router: RouterName = "softmax_topk"
     top_p: float | None = None
     bias_rate: float | None = None
@@ -132,7 +134,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         _require_positive("adapter", self, "r", "num_experts")
-        settle_router(self)
+        settle_options(self)
         _require(
             0.0 <= self.lora_dropout < 1.0,
             "adapter.lora_dropout",

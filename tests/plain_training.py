@@ -28,6 +28,7 @@ from dsmoelora.optim.reference import precondition
 from tests.helpers import tiny_llama
 from tests.plain_router_losses import PlainRouterLosses
 
+ROLES = ("experts.a", "experts.b", "experts.m", "router.")
 NUM_STEPS = 20
 BATCH_SIZE = 48  # divides by 1, 2, 3 and 4 ranks times 1, 2 and 4 micro-batches
 LENGTH = 6
@@ -159,17 +160,23 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
 def preconditioned(config: OptimConfig, norms: list[float]) -> Iterator[None]:
     """Inside the block torch's optimizers see the gradients that the single-device reference makes.
 
-    The optimizer of `train_plainly` has three param groups: a, b and routers, each in the order of the layers.
+    The optimizer of `train_plainly` has a param group for each of `ROLES`, in the order of the layers.
     """
 
     def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        factors_a, factors_b, routers = (group["params"] for group in optimizer.param_groups)
+        factors_a, factors_b, mixers, routers = (group["params"] for group in optimizer.param_groups)
         if config.max_grad_norm_router:
             torch.nn.utils.clip_grad_norm_(routers, config.max_grad_norm_router)
-        for a, b in zip(factors_a, factors_b, strict=True):
-            new_grads = precondition(config, a.detach(), b.detach(), a.grad, b.grad, None, None)
-            a.grad, b.grad = new_grads[:2]
-        norms.append(torch.stack([p.grad.norm() for p in (*factors_a, *factors_b, *routers)]).norm().item())
+        for factors in zip(factors_a, factors_b, mixers or len(factors_a) * [None], strict=True):
+            values = [None if each is None else each.detach() for each in factors]
+            grads = [None if each is None else each.grad for each in factors]
+            a, b, m = zip(values, grads, strict=True)
+            new_grads = precondition(config, a[0], b[0], a[1], b[1], *m)
+            for each, grad in zip(factors, new_grads, strict=True):
+                if each is not None:
+                    each.grad = grad
+        everything = (*factors_a, *factors_b, *mixers, *routers)
+        norms.append(torch.stack([p.grad.norm() for p in everything]).norm().item())
 
     hook = register_optimizer_step_pre_hook(before_step)
     try:
@@ -188,9 +195,10 @@ def _share_of_lr(step: int, recipe: Recipe) -> float:
 def _torch_optimizer(trainable: dict[str, torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     lr_router = config.lr if config.lr_router is None else config.lr_router
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trainable.items() if part in name], "lr": lr, "full_lr": lr}
-        for part, lr in [("experts.a", config.lr), ("experts.b", config.lr * config.lr_b_ratio), ("router.", lr_router)]
+        {"params": [p for name, p in trainable.items() if f".{role}" in name], "lr": lr, "full_lr": lr}
+        for role, lr in zip(ROLES, (config.lr, config.lr * config.lr_b_ratio, config.lr, lr_router), strict=True)
     ]
+    assert sum(len(group["params"]) for group in groups) == len(trainable)
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)

@@ -31,12 +31,20 @@ def _weigh(features_TF: Tensor, weight_TE: Tensor) -> Tensor:
     return (features_TER * weight_TE.unsqueeze(-1)).to(features_TF.dtype).view_as(features_TF)
 
 
-class RoutedExperts(torch.autograd.Function):
-    """`y = base + s * sum_e gate_e (x a_e) b_e^T`, with the gate's power of choice in the factors' gradients.
+def outgoing(b_EOR: Tensor, m_ERR: Tensor | None) -> Tensor:
+    """(E, O, R): `b_e m_e^T`, what the features `x a_e` of an expert meet; `b_e` itself without mixers.
 
-    All experts take part for every token, unselected ones with gate 0, so the shapes never depend on the data.
-    Saved for the backward pass are the parameters themselves, no copy and no view of them: under ZeRO-3 anything
-    else would keep the gathered weight alive.
+    To mix `b` costs `2 E O R^2` FLOPs, the features instead `2 T E R^2` and two more passes over (T, F).
+    """
+    return b_EOR if m_ERR is None else torch.bmm(b_EOR, m_ERR.mT)
+
+
+class RoutedExperts(torch.autograd.Function):
+    """`y = base + s * sum_e gate_e (x a_e) m_e b_e^T`, with the gate's power of choice in the factors' gradients.
+
+    The mixers `m_e` are those of MoSLoRA (Wu et al. 2024, arXiv 2406.11909). All experts take part for every token,
+    unselected ones with gate 0, so the shapes never depend on the data. Saved for the backward pass are the parameters
+    themselves, no copy and no view of them: under ZeRO-3 anything else would keep the gathered weight alive.
     """
 
     @staticmethod
@@ -48,6 +56,7 @@ class RoutedExperts(torch.autograd.Function):
         selected_TE: Tensor,
         a_EDR: Tensor,
         b_EOR: Tensor,
+        m_ERR: Tensor | None,
         scale: float,
         gate_power: float,
         power_reaches_input: bool,
@@ -61,27 +70,27 @@ class RoutedExperts(torch.autograd.Function):
             selected_TE: bool, which experts a token uses
             a_EDR: (E, D, R)
             b_EOR: (E, O, R)
+            m_ERR: (E, R, R); None stands for identities
             scale: s of the layer
-            gate_power: the gate enters the gradients of `a` and `b` as `where(selected, gate ** gate_power, 0)`
+            gate_power: the gate enters the gradients of `a`, `b` and `m` as `where(selected, gate ** gate_power, 0)`
             power_reaches_input: send the gradient with that power down to `x` too (Sun et al.'s released code)
         """
         features_TF = x_TD @ side_by_side(a_EDR)
         hidden_TF = _weigh(features_TF, scale * gate_TE)
-        ctx.save_for_backward(x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR)
+        ctx.save_for_backward(x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR, m_ERR)  # type: ignore[arg-type]  # takes None
         ctx.scale, ctx.gate_power, ctx.power_reaches_input = scale, gate_power, power_reaches_input  # type: ignore[attr-defined]
-        if base_TO is None:
-            return hidden_TF @ side_by_side(b_EOR).t()
-        return torch.addmm(base_TO, hidden_TF, side_by_side(b_EOR).t())
+        out_FO = side_by_side(outgoing(b_EOR, m_ERR)).t()
+        return hidden_TF @ out_FO if base_TO is None else torch.addmm(base_TO, hidden_TF, out_FO)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of base, x, gate, a and b; exact for gate_power 1, and for x and gate always by default."""
-        x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR = ctx.saved_tensors  # type: ignore[attr-defined]
+        """Gradients of base, x, gate, a, b and m; exact for gate_power 1, and for x and gate always by default."""
+        x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR, m_ERR = ctx.saved_tensors  # type: ignore[attr-defined]
         scale, gate_power = ctx.scale, ctx.gate_power  # type: ignore[attr-defined]
-        need_base, need_x, need_gate, _, need_a, need_b, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        grad_x = grad_gate = grad_a = grad_b = None
+        need_base, need_x, need_gate, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad_x = grad_gate = grad_a = grad_b = grad_m = None
 
-        grad_TF = grad_TO @ side_by_side(b_EOR)
+        grad_TF = grad_TO @ side_by_side(outgoing(b_EOR, m_ERR))
         if need_gate:
             per_feature = grad_TF.float() * features_TF
             grad_gate = scale * per_feature.unflatten(-1, (gate_TE.shape[-1], -1)).sum(-1)
@@ -93,14 +102,16 @@ class RoutedExperts(torch.autograd.Function):
         weighted_TF = _weigh(grad_TF, factor_weight_TE)
         if need_a:
             grad_a = _per_expert(weighted_TF.t() @ x_TD, a_EDR.shape[0])
-        if need_b:
+        if need_b or need_m:
             hidden_TF = _weigh(features_TF, factor_weight_TE)
             grad_b = _per_expert(hidden_TF.t() @ grad_TO, b_EOR.shape[0])
+            if m_ERR is not None:  # so far it is the gradient of b m^T
+                grad_b, grad_m = torch.bmm(grad_b, m_ERR), torch.bmm(grad_b.mT, b_EOR)
         if need_x:
             if gate_power != 1.0 and not ctx.power_reaches_input:  # type: ignore[attr-defined]
                 weighted_TF = _weigh(grad_TF, weight_TE)
             grad_x = weighted_TF @ side_by_side(a_EDR).t()
-        return grad_TO if need_base else None, grad_x, grad_gate, None, grad_a, grad_b, None, None, None
+        return grad_TO if need_base else None, grad_x, grad_gate, None, grad_a, grad_b, grad_m, None, None, None
 
 
 def product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:

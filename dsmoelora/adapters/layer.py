@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from dsmoelora.adapters.function import RoutedExperts
 from dsmoelora.adapters.linear import Linear, features
 from dsmoelora.adapters.routers import RouterPlace, build_router
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
-from dsmoelora.adapters.start import draw_a
+from dsmoelora.adapters.start import draw_a, draw_m
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError
 from dsmoelora.seeds import derive_seed, empty_start, generator
@@ -34,6 +34,8 @@ class Factor(Enum):
 class ExpertBank(nn.Module):
     """The factors of this rank's experts of a layer: `a` (L, D, R) random, `b` (L, O, R) zero.
 
+    Experts of kind `moslora` have a mixer `m` (L, R, R) between them.
+
     Args:
         in_features: D
         out_features: O
@@ -43,33 +45,39 @@ class ExpertBank(nn.Module):
         experts: which of all experts lie here
 
     Attributes:
-        held: `experts`
-        a_shape, b_shape: shapes over the experts of all ranks
-        shapes: the same by name of parameter, for every one of them (ZeRO-3 empties a parameter's own shape)
+        shapes: of each parameter by name, over the experts of all ranks (ZeRO-3 empties a parameter's own shape)
     """
 
     def __init__(
         self, in_features: int, out_features: int, config: AdapterConfig, layer_name: str, like: Tensor, experts: range
     ) -> None:
         super().__init__()
-        self.a_shape = (config.num_experts, in_features, config.r)
-        self.b_shape = (config.num_experts, out_features, config.r)
-        self.shapes: dict[str, tuple[int, ...]] = {"a": self.a_shape, "b": self.b_shape}
-        self.held = experts
+        num_experts, rank = config.num_experts, config.r
+        self.shapes: dict[str, tuple[int, ...]] = {
+            "a": (num_experts, in_features, rank),
+            "b": (num_experts, out_features, rank),
+        }
         self.scale = config.scale
         self.gate_power = config.gate_power
         self.power_reaches_input = config.gate_power_scope == "factors_and_input"
-        start = empty_start((len(experts), *self.a_shape[1:]))
-        for expert, start_DR in zip(experts, start, strict=True):
-            draw_a(start_DR, config.init, generator(config.seed, layer_name, "a", expert))
-        self.a = nn.Parameter(start.to(like.dtype).to(like.device))
-        self.b = nn.Parameter(torch.zeros((len(experts), *self.b_shape[1:]), dtype=like.dtype, device=like.device))
+
+        def drawn(name: str, num_rows: int, draw: Callable[..., None]) -> nn.Parameter:
+            start_LXR = empty_start((len(experts), num_rows, rank))
+            for expert, start_XR in zip(experts, start_LXR, strict=True):
+                draw(start_XR, rng=generator(config.seed, layer_name, name, expert))
+            return nn.Parameter(start_LXR.to(like.dtype).to(like.device))
+
+        self.a = drawn("a", in_features, partial(draw_a, init=config.init))
+        self.b = nn.Parameter(torch.zeros((len(experts), out_features, rank), dtype=like.dtype, device=like.device))
+        self.m: nn.Parameter | None = None
+        if config.expert == "moslora":
+            self.shapes["m"] = (num_experts, rank, rank)
+            self.m = drawn("m", rank, partial(draw_m, init=config.mixer_init))
 
     def forward(self, base_TO: Tensor | None, x_TD: Tensor, gate_TL: Tensor, selected_TL: Tensor) -> Tensor:
-        """(T, O): `base_TO + s sum_e gate_e (x a_e) b_e^T` over the experts that lie here; see `RoutedExperts`."""
-        output: Tensor = RoutedExperts.apply(
-            base_TO, x_TD, gate_TL, selected_TL, self.a, self.b, self.scale, self.gate_power, self.power_reaches_input
-        )
+        """(T, O): `base_TO + s sum_e gate_e (x a_e) m_e b_e^T` over the experts that lie here; see `RoutedExperts`."""
+        factors, power = (self.a, self.b, self.m), (self.gate_power, self.power_reaches_input)
+        output: Tensor = RoutedExperts.apply(base_TO, x_TD, gate_TL, selected_TL, *factors, self.scale, *power)
         return output
 
 

@@ -20,6 +20,7 @@ _AS_SAVED_OR_NEW = "as in the run that saved it, or start a new run (another run
 _SHAPE_KEYS = {
     Factor.A: ("adapter.num_experts", "model.path (in-features)", "adapter.r"),
     Factor.B: ("adapter.num_experts", "model.path (out-features)", "adapter.r"),
+    Factor.M: ("adapter.num_experts", "adapter.r", "adapter.r"),
     Factor.ROUTER: ("adapter.num_experts", "model.path (in-features)"),
 }
 
@@ -122,8 +123,13 @@ def check_state(value: Any, key: str = "state") -> None:
 def _check_names(folder: Path, saved: dict[str, Trainable], here: dict[str, Trainable]) -> None:
     missing = [name for name in here if name not in saved]
     foreign = [name for name in saved if name not in here]
-    of_adapter = [f"adapter.{key}" for key in ("target_modules", "lora_modules", "style", "expert")]
-    remedy = f"Set {', '.join(['model.path', *of_adapter])} {_AS_SAVED_OR_NEW}."
+    odd = [*(here[name] for name in missing), *(saved[name] for name in foreign)]
+    if {of.layer for of in saved.values()} != {of.layer for of in here.values()}:
+        keys = ["model.path", "adapter.target_modules", "adapter.lora_modules", "adapter.style"]
+    else:  # the same layers with other things in them
+        has_router, has_factor = (any((of.factor is Factor.ROUTER) == want for of in odd) for want in (True, False))
+        keys = ["adapter.router", "adapter.num_experts"] * has_router + ["adapter.expert"] * has_factor
+    remedy = f"Set {listing(keys)} {_AS_SAVED_OR_NEW}."
     if missing:
         raise CheckpointError(
             f"{folder} has no values for {listing(missing)}; it holds {listing(foreign or saved, 4)}. {remedy}"
@@ -140,7 +146,7 @@ def _shape_message(folder: Path, saved: Trainable, here: Trainable) -> str:
     differing = [
         f"{key} = {was} (now {now})" for key, was, now in zip(keys, saved.shape, here.shape, strict=True) if was != now
     ]
-    return f"{message}Set {', '.join(differing)} {_AS_SAVED_OR_NEW}."
+    return f"{message}Set {', '.join(dict.fromkeys(differing))} {_AS_SAVED_OR_NEW}."
 
 
 def _check_tensors(folder: Path, saved: dict[str, dict[str, str]], here: dict[str, dict[str, str]]) -> None:

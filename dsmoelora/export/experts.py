@@ -1,9 +1,6 @@
 """The experts of an adapter folder, one plain LoRA adapter each.
 
 s * a_e m_e b_e^T  ->  A = a_e^T (R, D),  B = b_e m_e^T (O, R),  the same r, alpha and scale
-
-With `adapter.init: svd` experts were trained on a base shifted by their start. What is exported takes that shift along,
-so that it is right on the base as it came: A = [a_e, all start a]^T, B = [b_e, -all start b / E], of rank R (1 + E).
 """
 
 from __future__ import annotations
@@ -11,18 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsmoelora.adapters.folder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    adapter_config,
-    read_adapter_config,
-    read_start,
-    read_weights,
-)
-from dsmoelora.adapters.svd_start import start_names
+from dsmoelora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_config, read_adapter_config, read_weights
+from dsmoelora.adapters.function import outgoing
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, listing
@@ -36,25 +25,15 @@ class ExpertFactors:
     Args:
         a_EDR: (E, D, R)
         b_EOR: (E, O, R)
-        start: with `adapter.init: svd`, the factors before the first step
     """
 
     a_EDR: Tensor
     b_EOR: Tensor
-    start: ExpertFactors | None = None
 
     @property
     def in_out(self) -> tuple[int, int]:
         """In-features D and out-features O."""
         return self.a_EDR.shape[1], self.b_EOR.shape[1]
-
-    def shift(self) -> tuple[Tensor, Tensor]:
-        """Factors (D, F) and (O, F) of what was taken from the base, without the scale s; F is 0 where nothing was."""
-        if self.start is None:
-            num_in, num_out = self.in_out
-            return self.a_EDR.new_empty(num_in, 0), self.b_EOR.new_empty(num_out, 0)
-        a_DF, b_OF = (factor.permute(1, 0, 2).flatten(1) for factor in (self.start.a_EDR, self.start.b_EOR))
-        return a_DF, b_OF / len(self.a_EDR)
 
 
 def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]:
@@ -66,19 +45,17 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
     description = read_adapter_config(folder)
     config, layers = adapter_config(description), description["layers"]
     tensors = read_weights(folder / WEIGHTS_FILE)
-    wanted = {f"{layer}.experts.{factor}": layer_config(config, layer) for layer in layers for factor in "ab"}
+    own = "abm" if config.expert == "moslora" else "ab"
+    wanted = {f"{layer}.experts.{factor}": layer_config(config, layer) for layer in layers for factor in own}
     wrong = [name for name, own in wanted.items() if name not in tensors or not _fits(tensors[name], own)]
     if wrong:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {listing(wrong)}. Copy the adapter folder again."
         )
-    starts = read_start(folder, tensors) if config.init == "svd" else {}
     experts = {}
     for layer in layers:
-        a_name, b_name = start_names(layer)
-        start = ExpertFactors(starts[a_name], starts[b_name]) if starts else None
-        a_EDR, b_EOR = tensors.pop(a_name), tensors.pop(b_name)
-        experts[layer] = ExpertFactors(a_EDR, _fold(b_EOR, tensors.pop(f"{layer}.experts.m", None)), start)
+        a_EDR, b_EOR, *m = (tensors.pop(f"{layer}.experts.{factor}") for factor in own)
+        experts[layer] = ExpertFactors(a_EDR, _fold(b_EOR, m[0]) if m else b_EOR)
     strange = [name for name in tensors if ".router." not in name]
     if strange:
         raise CheckpointError(
@@ -92,28 +69,18 @@ def expert_loras(config: AdapterConfig, experts: dict[str, ExpertFactors]) -> di
     """Expert e of every layer as one LoRA adapter, by the name of its folder; each has the layers with one expert."""
     loras = {}
     for expert, folder in enumerate(folder_names(config.num_experts)):
-        shifted = config.init == "svd"
-        rank = config.r * (1 + config.num_experts) if shifted else config.r
-        layers = {name: _alone(factors, expert, rank) for name, factors in experts.items()}
-        scale = (config.scale * rank, False) if shifted else (config.lora_alpha, config.use_rslora)
-        loras[folder] = Lora(rank, *scale, layers)
+        layers = {}
+        for name, factors in experts.items():
+            own = expert % len(factors.a_EDR)
+            layers[name] = (factors.a_EDR[own].t(), factors.b_EOR[own])
+        loras[folder] = Lora(config.r, config.lora_alpha, config.use_rslora, layers)
     return loras
-
-
-def _alone(factors: ExpertFactors, expert: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, D) and B (O, rank) of an expert and of the base's shift; a layer with one expert gives that one."""
-    own, (a_DF, b_OF) = expert % len(factors.a_EDR), factors.shift()
-    joined = torch.cat((factors.a_EDR[own], a_DF), 1), torch.cat((factors.b_EOR[own], -b_OF), 1)
-    a_DR, b_OR = (nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in joined)
-    return a_DR.t(), b_OR
 
 
 def _fits(factor: Tensor, config: AdapterConfig) -> bool:
     return factor.dim() == 3 and (factor.shape[0], factor.shape[2]) == (config.num_experts, config.r)
 
 
-def _fold(b_EOR: Tensor, m_ERR: Tensor | None) -> Tensor:
+def _fold(b_EOR: Tensor, m_ERR: Tensor) -> Tensor:
     """`b m^T` of every expert, rounded once."""
-    if m_ERR is None:
-        return b_EOR
-    return torch.bmm(b_EOR.float(), m_ERR.float().transpose(1, 2)).to(b_EOR.dtype)
+    return outgoing(b_EOR.float(), m_ERR.float()).to(b_EOR.dtype)

@@ -29,12 +29,14 @@ def expert_cosines(model: nn.Module, layout: ExpertLayout) -> ExpertCosines:
     """
     found: dict[str, Tensor] = {}
     for name, layer in adapted_layers(model):
-        num_experts, bank = layer.experts.a_shape[0], layer.experts
+        bank = layer.experts
+        num_experts = bank.shapes["a"][0]
         if num_experts == 1:
             continue
-        with zero.gathered([bank.a, bank.b]), torch.no_grad():
-            a_EDR, b_EOR = (of_all_experts(factor.detach(), num_experts, layout) for factor in (bank.a, bank.b))
-            found[name] = largest_and_mean(cosine_matrix(a_EDR, b_EOR))
+        own = [factor for factor in (bank.a, bank.b, bank.m) if factor is not None]
+        with zero.gathered(own), torch.no_grad():
+            factors = [of_all_experts(factor.detach(), num_experts, layout) for factor in own]
+            found[name] = largest_and_mean(cosine_matrix(*factors))
     if not found:
         return ExpertCosines([], [], [])
     # one transfer to the host for all layers

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dsmoelora import AdapterConfig, inject, load_adapter
+from dsmoelora.adapter_options import ExpertName, RouterName
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.folder import (
     CONFIG_FILE,
@@ -25,7 +26,6 @@ from dsmoelora.adapters.folder import (
     write_adapter,
 )
 from dsmoelora.errors import CheckpointError, ModelError
-from dsmoelora.router_options import RouterName
 from tests.helpers import tiny_llama
 
 
@@ -90,15 +90,19 @@ BLOCKS: dict[str, Any] = {
     "target_modules": ["gate_proj", "up_proj", "down_proj"],
     "lora_modules": ["q_proj", "v_proj"],
 }
+ROUTERS_AND_EXPERTS = [
+    *((router, "lora") for router in get_args(RouterName)),
+    *(("top_p", expert) for expert in get_args(ExpertName) if expert != "lora"),
+]
 
 
 @pytest.mark.parametrize("places", [{"target_modules": ["q_proj", "up_proj"]}, BLOCKS], ids=["per-linear", "ffn-block"])
-@pytest.mark.parametrize("router", get_args(RouterName))
-def test_every_router_comes_back_with_all_that_it_learned(
-    base: PreTrainedModel, tmp_path: Path, router: Any, places: dict[str, Any]
+@pytest.mark.parametrize(("router", "expert"), ROUTERS_AND_EXPERTS)
+def test_every_router_and_expert_comes_back_with_all_that_it_learned(
+    base: PreTrainedModel, tmp_path: Path, router: Any, expert: Any, places: dict[str, Any]
 ) -> None:
     model = copy.deepcopy(base)
-    config = AdapterConfig(r=3, num_experts=5, router=router, **places)
+    config = AdapterConfig(r=3, num_experts=5, router=router, expert=expert, **places)
     inject(model, config)
     with torch.no_grad():
         for number, parameter in enumerate(weights_of(model).values()):

@@ -26,14 +26,16 @@ class Case:
     selected_TE: Tensor
     a_EDR: Tensor
     b_EOR: Tensor
+    m_ERR: Tensor | None
     grad_TO: Tensor
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        return {"base": self.base_TO, "x": self.x_TD, "gate": self.gate_TE, "a": self.a_EDR, "b": self.b_EOR}
+        leaves = {"base": self.base_TO, "x": self.x_TD, "gate": self.gate_TE, "a": self.a_EDR, "b": self.b_EOR}
+        return leaves if self.m_ERR is None else leaves | {"m": self.m_ERR}
 
     def run(self, gate_power: float = 1.0, scope: str = "factors") -> Tensor:
-        tensors = (self.base_TO, self.x_TD, self.gate_TE, self.selected_TE, self.a_EDR, self.b_EOR)
+        tensors = (self.base_TO, self.x_TD, self.gate_TE, self.selected_TE, self.a_EDR, self.b_EOR, self.m_ERR)
         return RoutedExperts.apply(*tensors, SCALE, gate_power, scope == "factors_and_input")
 
     def gradients(self, gate_power: float = 1.0, scope: str = "factors") -> dict[str, Tensor]:
@@ -42,10 +44,14 @@ class Case:
 
 
 def make_case(
-    num_tokens: int = 11, num_experts: int = 5, top_k: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+    num_tokens: int = 11,
+    num_experts: int = 5,
+    top_k: int = 2,
+    dtype: torch.dtype = torch.float64,
+    mixers: bool = False,
 ) -> Case:
     """Random inputs with D = 7, O = 6, R = 3; gates sum to 1 over K random experts of each token."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
@@ -61,6 +67,7 @@ def make_case(
         selected_TE=selected_TE,
         a_EDR=random(num_experts, 7, 3),
         b_EOR=random(num_experts, 6, 3),
+        m_ERR=random(num_experts, 3, 3) if mixers else None,
         grad_TO=random(num_tokens, 6),
     )
     for leaf in case.leaves.values():
@@ -69,10 +76,12 @@ def make_case(
 
 
 def loop_over_experts(case: Case, weight_TE: Tensor) -> Tensor:
-    """base + s sum_e weight_e (x a_e) b_e^T, one expert after the other, in fp64."""
+    """base + s sum_e weight_e (x a_e) m_e b_e^T, one expert after the other, in fp64."""
     y_TO = case.base_TO.double()
-    for weight_T, a_DR, b_OR in zip(weight_TE.T.double(), case.a_EDR.double(), case.b_EOR.double(), strict=True):
-        y_TO = y_TO + SCALE * weight_T[:, None] * (case.x_TD.double() @ a_DR @ b_OR.T)
+    m_ERR = torch.eye(3).expand(len(case.a_EDR), 3, 3) if case.m_ERR is None else case.m_ERR
+    tensors = (weight_TE.T, case.a_EDR, m_ERR, case.b_EOR)
+    for weight_T, a_DR, m_RR, b_OR in zip(*(tensor.double() for tensor in tensors), strict=True):
+        y_TO = y_TO + SCALE * weight_T[:, None] * (case.x_TD.double() @ a_DR @ m_RR @ b_OR.T)
     return y_TO
 
 
@@ -82,7 +91,7 @@ def expected_gradients(case: Case, gate_power: float, scope: str) -> dict[str, T
     exact = torch.autograd.grad(loop_over_experts(case, case.gate_TE), leaves, case.grad_TO.double())
     power_TE = torch.where(case.selected_TE, case.gate_TE.detach() ** gate_power, 0.0)
     weighed = torch.autograd.grad(loop_over_experts(case, power_TE), leaves, case.grad_TO.double(), allow_unused=True)
-    with_power = {"a", "b", "x"} if scope == "factors_and_input" else {"a", "b"}
+    with_power = {"a", "b", "m", "x"} if scope == "factors_and_input" else {"a", "b", "m"}
     chosen = (w if name in with_power else e for name, e, w in zip(case.leaves, exact, weighed, strict=True))
     return dict(zip(case.leaves, chosen, strict=True))
 
@@ -90,10 +99,11 @@ def expected_gradients(case: Case, gate_power: float, scope: str) -> dict[str, T
 @pytest.mark.parametrize("scope", ["factors", "factors_and_input"])
 @pytest.mark.parametrize("gate_power", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(5, 2), (5, 1), (4, 4), (1, 1)])
+@pytest.mark.parametrize("mixers", [False, True])
 def test_output_and_gradients_are_those_of_a_loop_over_experts(
-    num_experts: int, top_k: int, gate_power: float, scope: str
+    mixers: bool, num_experts: int, top_k: int, gate_power: float, scope: str
 ) -> None:
-    case = make_case(num_experts=num_experts, top_k=top_k)
+    case = make_case(num_experts=num_experts, top_k=top_k, mixers=mixers)
     torch.testing.assert_close(case.run(gate_power, scope), loop_over_experts(case, case.gate_TE), rtol=1e-12, atol=0)
     expected = expected_gradients(case, gate_power, scope)
     for name, grad in case.gradients(gate_power, scope).items():
@@ -118,17 +128,20 @@ def test_powers_agree_where_a_token_uses_one_expert() -> None:
             torch.testing.assert_close(grad, exact[name], rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck_of_the_chain_rule() -> None:
-    case = make_case(num_tokens=4, num_experts=3, top_k=2)
+@pytest.mark.parametrize("mixers", [False, True])
+def test_gradcheck_of_the_chain_rule(mixers: bool) -> None:
+    case = make_case(num_tokens=4, num_experts=3, top_k=2, mixers=mixers)
 
-    def function(base_TO: Tensor, x_TD: Tensor, gate_TE: Tensor, a_EDR: Tensor, b_EOR: Tensor) -> Tensor:
-        return RoutedExperts.apply(base_TO, x_TD, gate_TE, case.selected_TE, a_EDR, b_EOR, SCALE, 1.0, False)
+    def function(base_TO: Tensor, x_TD: Tensor, gate_TE: Tensor, *factors: Tensor) -> Tensor:
+        a_EDR, b_EOR, m_ERR = factors if mixers else (*factors, None)
+        return RoutedExperts.apply(base_TO, x_TD, gate_TE, case.selected_TE, a_EDR, b_EOR, m_ERR, SCALE, 1.0, False)
 
     assert torch.autograd.gradcheck(function, tuple(case.leaves.values()), rtol=1e-5, atol=1e-6)
 
 
-def test_bf16_is_as_close_to_fp64_as_its_eight_bits_allow() -> None:
-    case = make_case(num_tokens=64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("mixers", [False, True])
+def test_bf16_is_as_close_to_fp64_as_its_eight_bits_allow(mixers: bool) -> None:
+    case = make_case(num_tokens=64, dtype=torch.bfloat16, mixers=mixers)
     pairs = {"output": (case.run(), loop_over_experts(case, case.gate_TE))}
     found, expected = case.gradients(), expected_gradients(case, 1.0, "factors")
     pairs |= {name: (found[name], expected[name].double()) for name in found}
@@ -146,9 +159,10 @@ def test_no_tokens_give_no_output_and_zero_gradients() -> None:
         assert not grad.any()
 
 
-def test_the_parameters_themselves_wait_for_the_backward_pass() -> None:
+@pytest.mark.parametrize("mixers", [False, True])
+def test_the_parameters_themselves_wait_for_the_backward_pass(mixers: bool) -> None:
     """Under ZeRO-3 a copy or a view would keep the gathered weight alive from forward to backward."""
-    case = make_case()
+    case = make_case(mixers=mixers)
     saved: list[Tensor] = []
 
     def remember(tensor: Tensor) -> Tensor:
@@ -157,10 +171,11 @@ def test_the_parameters_themselves_wait_for_the_backward_pass() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         case.run()
-    inputs = [case.x_TD, case.gate_TE, case.selected_TE, case.a_EDR, case.b_EOR]
+    parameters = [case.a_EDR, case.b_EOR] + ([] if case.m_ERR is None else [case.m_ERR])
+    inputs = [case.x_TD, case.gate_TE, case.selected_TE, *parameters]
     own = [tensor for tensor in saved if all(tensor.data_ptr() != given.data_ptr() for given in inputs)]
     assert [tuple(tensor.shape) for tensor in own] == [(11, 5 * 3)], "only the features x a (T, E * R) are made here"
-    for parameter in (case.a_EDR, case.b_EOR):
+    for parameter in parameters:
         (kept,) = [tensor for tensor in saved if tensor.data_ptr() == parameter.data_ptr()]
         assert kept.shape == parameter.shape
         assert kept.stride() == parameter.stride()

@@ -117,6 +117,10 @@ def test_a_target_that_is_no_linear_layer_is_an_error_and_the_model_stays_as_it_
         ({"lora_alpha": 0.0}, ("adapter.lora_alpha is 0.0", "above 0")),
         ({"gate_power": -1.0}, ("adapter.gate_power is -1.0", "0 or more", "chain rule")),
         ({"target_modules": []}, ("adapter.target_modules is []", "all-linear")),
+        (
+            {"mixer_init": "kaiming"},
+            ("adapter.mixer_init is 'kaiming'", "null with adapter.expert = lora", "one that does: moslora"),
+        ),
     ],
 )
 def test_wrong_settings_name_key_value_and_remedy(settings: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -188,6 +192,23 @@ def test_gaussian_starting_values_are_normal_with_the_deviation_that_peft_takes(
         assert abs((a.abs() < deviations / 64).double().mean() - expected) < 0.01
     assert not layer.experts.b.any()
     assert not torch.equal(a[0], a[1]), "experts start apart"
+
+
+@pytest.mark.parametrize("mixer_init", ["kaiming", "orthogonal", None])
+def test_mixers_start_from_seed_layer_and_expert_alone(mixer_init: Any) -> None:
+    settings: dict[str, Any] = {"expert": "moslora", "mixer_init": mixer_init, "r": 32}
+    five, seven = (starting_values(adapt(make_model(), False, num_experts=n, **settings)) for n in (5, 7))
+    mixers = {name: value for name, value in five.items() if name.endswith("experts.m")}
+    assert len(mixers) == len([name for name in five if name.endswith("experts.a")])
+    for name, m_ERR in mixers.items():
+        assert torch.equal(m_ERR, seven[name][:5])
+        if mixer_init == "orthogonal":
+            torch.testing.assert_close(m_ERR @ m_ERR.mT, torch.eye(32).expand(5, 32, 32), rtol=0, atol=1e-5)
+        else:  # uniform in +-1/sqrt(R)
+            assert 0.99 * 32**-0.5 < m_ERR.abs().max() <= 32**-0.5
+            assert m_ERR.std().item() == pytest.approx(96**-0.5, rel=0.03)
+    firsts = torch.stack([m_RR[0, 0] for m_ERR in mixers.values() for m_RR in m_ERR])
+    assert len(firsts.unique()) == len(firsts), "every layer and expert starts elsewhere"
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from dsmoelora import AdapterConfig
+from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.dropout import keyed_normal, token_keys
 from dsmoelora.adapters.layer import RoutedLinear
 from dsmoelora.adapters.routers import BUILDERS, RouterPlace, build_router
 from dsmoelora.adapters.routers.bias import move_biases
 from dsmoelora.errors import ConfigError
-from dsmoelora.router_options import RouterName
 from dsmoelora.seeds import derive_seed
 
 NUM_FEATURES, NUM_TOKENS = 16, 48
@@ -237,8 +237,11 @@ def test_every_parameter_gets_a_gradient_when_all_tokens_go_to_the_same_experts(
         ({"router": "softmax", "top_k": 2}, ("adapter.top_k is 2", "null", "adapter.router = softmax", "softmax_topk")),
         ({"router": "top_p", "top_k": 2}, ("adapter.top_k is 2", "adapter.router = top_p")),
         ({"router": "threshold", "top_k": 2}, ("adapter.top_k is 2", "adapter.router = threshold")),
-        ({"top_p": 0.5}, ("adapter.top_p is 0.5", "adapter.router = softmax_topk", "a router that does: top_p")),
-        ({"bias_rate": 0.5}, ("adapter.bias_rate is 0.5", "a router that does: sigmoid_bias")),
+        (
+            {"top_p": 0.5},
+            ("adapter.top_p is 0.5", "adapter.router = softmax_topk", "set adapter.router to one that does: top_p"),
+        ),
+        ({"bias_rate": 0.5}, ("adapter.bias_rate is 0.5", "one that does: sigmoid_bias")),
         ({"router": "top_p", "top_p": 1.0}, ("adapter.top_p is 1.0", "below 1", "softmax")),
         ({"router": "sigmoid_bias", "bias_rate": 0.0}, ("adapter.bias_rate is 0.0", "above 0", "0.001")),
         (

@@ -101,14 +101,20 @@ def reshaped(num_experts: int = 4, rank_factor: int = 1, features_factor: int = 
     return found
 
 
+assert PARAMETERS[-1].factor is Factor.ROUTER
+WITH_MIXER = [*PARAMETERS, Trainable(f"{PARAMETERS[0].layer}.m", PARAMETERS[0].layer, Factor.M, (4, 2, 2))]
+OF_ANOTHER_LAYER = [*PARAMETERS, replace(PARAMETERS[0], name="new.a", layer="new")]
+
+
 @pytest.mark.parametrize(
     ("parameters", "names", "reason"),
     [
         (reshaped(num_experts=8), ADAM, r"Set adapter.num_experts = 4 \(now 8\) as in the run that saved it"),
         (reshaped(rank_factor=2), ADAM, r"Set adapter.r = (\d) \(now \d\)"),
         (reshaped(features_factor=2), ADAM, r"Set model.path \(in-features\) = \d+ \(now \d+\)"),
-        (PARAMETERS[:-1], ADAM, rf"holds {PARAMETERS[-1].name}, which this recipe does not train.*target_modules"),
-        ([*PARAMETERS, replace(PARAMETERS[0], name="new.a")], ADAM, "has no values for new.a.*adapter.target_modules"),
+        (PARAMETERS[:-1], ADAM, rf"holds {PARAMETERS[-1].name}, which this recipe does not train.*Set adapter.router,"),
+        (WITH_MIXER, ADAM, r"has no values for .*\.m; .*Set adapter.expert as in"),
+        (OF_ANOTHER_LAYER, ADAM, "has no values for new.a.*Set model.path, adapter.target_modules, "),
         (PARAMETERS, ["value"], "holds exp_avg, exp_avg_sq, value .* keeps value. Set optim.name"),
         (PARAMETERS, ["value", "momentum_buffer"], "keeps momentum_buffer, value. Set optim.name"),
         (PARAMETERS, [*ADAM, "max_exp_avg_sq"], "keeps exp_avg, exp_avg_sq, max_exp_avg_sq, value. Set optim.name"),

@@ -1,80 +1,91 @@
-"""Every router by name: which options it has, and what it cannot be combined with."""
+"""Every router and every kind of expert by name: which options they have, and what they cannot be combined with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 from dsmoelora.errors import bad_value, listing
 
 RouterName = Literal["softmax_topk", "softmax", "noisy_topk", "top_p", "threshold", "sigmoid_bias", "prompt"]
+ExpertName = Literal["lora", "moslora"]
+MixerInit = Literal["kaiming", "orthogonal"]
 
 
-class RouterSettings(Protocol):
-    """The part of `AdapterConfig` that routers read."""
+class AdapterSettings(Protocol):
+    """The part of `AdapterConfig` that is looked at here."""
 
     num_experts: int
     router: RouterName
     top_k: int | None
     top_p: float | None
     bias_rate: float | None
+    expert: ExpertName
+    mixer_init: MixerInit | None
 
 
 @dataclass(frozen=True)
-class RouterKind:
-    """What the recipe must know of a router; its arithmetic is in `adapters/routers/`.
+class Kind:
+    """What the recipe must know of a router or an expert; their arithmetic is in `adapters/`.
 
     Args:
         options: keys of the section `adapter` that are its own
-        no_balance: why `losses.balance` does not go with it; empty where it does
+        no_balance: why `losses.balance` does not go with a router; empty where it does
     """
 
     options: tuple[str, ...] = ()
     no_balance: str = ""
 
 
-ROUTERS: dict[RouterName, RouterKind] = {
-    "softmax_topk": RouterKind(("top_k",)),
-    "softmax": RouterKind(no_balance="every token uses every expert, so their shares of tokens are always equal"),
-    "noisy_topk": RouterKind(("top_k",)),
-    "top_p": RouterKind(("top_p",)),
-    "threshold": RouterKind(),
-    "sigmoid_bias": RouterKind(("top_k", "bias_rate"), no_balance="its selection bias balances the experts already"),
-    "prompt": RouterKind(("top_k",)),
+ROUTERS: dict[RouterName, Kind] = {
+    "softmax_topk": Kind(("top_k",)),
+    "softmax": Kind(no_balance="every token uses every expert, so their shares of tokens are always equal"),
+    "noisy_topk": Kind(("top_k",)),
+    "top_p": Kind(("top_p",)),
+    "threshold": Kind(),
+    "sigmoid_bias": Kind(("top_k", "bias_rate"), no_balance="its selection bias balances the experts already"),
+    "prompt": Kind(("top_k",)),
 }
-_NAMES = get_args(RouterName)
+EXPERTS: dict[ExpertName, Kind] = {"lora": Kind(), "moslora": Kind(("mixer_init",))}
+_KINDS: dict[str, Mapping[Any, Kind]] = {"router": ROUTERS, "expert": EXPERTS}
 _WHY_NOT_ONE = "only softmax_topk (plain LoRA) where adapter.num_experts is 1, for one expert needs no router"
-# Where the router has the option, `null` means this.
-_DEFAULTS = {"top_p": 0.8, "bias_rate": 1e-3}
+# Where the chosen kind has the option, `null` means this.
+_DEFAULTS = {"top_p": 0.8, "bias_rate": 1e-3, "mixer_init": "kaiming"}
 
 
-def settle_router(config: RouterSettings) -> None:
-    """Check the router's options in an `AdapterConfig`, and fill in those that were left open.
+def settle_options(config: AdapterSettings) -> None:
+    """Check the options of router and expert in an `AdapterConfig`, and fill in those that were left open.
 
     Raises:
-        ConfigError: an option is out of range, belongs to another router, or the router cannot work
+        ConfigError: an option is out of range, belongs to another router or expert, or the router cannot work
     """
     if config.num_experts == 1 and config.router != "softmax_topk":
         raise bad_value("adapter.router", config.router, _WHY_NOT_ONE, "Drop it, or raise adapter.num_experts.")
-    own = ROUTERS[config.router].options
-    for option in ("top_k", "top_p", "bias_rate"):
-        value = getattr(config, option)
-        if option in own and value is None:
-            default = max(1, config.num_experts // 2) if option == "top_k" else _DEFAULTS[option]
-            setattr(config, option, default)
-        elif option not in own and value is not None:
-            those_with = listing(name for name in _NAMES if option in ROUTERS[name].options)
-            raise bad_value(
-                f"adapter.{option}",
-                value,
-                f"null with adapter.router = {config.router}, which does not use it",
-                f"Drop it, or take a router that does: {those_with}.",
-            )
+    for what in _KINDS:
+        _settle(config, what)
     _check_ranges(config)
 
 
-def _check_ranges(config: RouterSettings) -> None:
+def _settle(config: AdapterSettings, what: str) -> None:
+    """The options of the chosen router, or of the chosen expert."""
+    kinds, chosen = _KINDS[what], getattr(config, what)
+    for option in dict.fromkeys(option for kind in kinds.values() for option in kind.options):
+        value, own = getattr(config, option), option in kinds[chosen].options
+        if own and value is None:
+            default = max(1, config.num_experts // 2) if option == "top_k" else _DEFAULTS[option]
+            setattr(config, option, default)
+        elif not own and value is not None:
+            raise bad_value(
+                f"adapter.{option}",
+                value,
+                f"null with adapter.{what} = {chosen}, which does not use it",
+                f"Drop it, or set adapter.{what} to one that does: "
+                f"{listing(name for name, kind in kinds.items() if option in kind.options)}.",
+            )
+
+
+def _check_ranges(config: AdapterSettings) -> None:
     if config.top_k is not None and config.top_k < 1:
         raise bad_value("adapter.top_k", config.top_k, "1 or more", "Set adapter.top_k to a positive number.")
     if config.top_k is not None and config.top_k > config.num_experts:
@@ -98,7 +109,7 @@ def _check_ranges(config: RouterSettings) -> None:
         )
 
 
-def check_losses(config: RouterSettings, losses: Mapping[str, float]) -> None:
+def check_losses(config: AdapterSettings, losses: Mapping[str, float]) -> None:
     """Refuse losses that the routers cannot have.
 
     Args:

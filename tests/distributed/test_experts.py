@@ -1,0 +1,86 @@
+"""Every kind of expert under ZeRO-3 learns what it learns on one device, whatever ranks, accumulation and placement."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsmoelora.config import Recipe
+from tests.conftest import PoolFactory
+from tests.engine_ranks import Job, assert_parity, train_on_rank
+from tests.expert_parallel import DAMPED, on_one_device, partitioned
+from tests.plain_training import ADAMW, SGD, Training, make_base, make_recipe
+
+NUM_STEPS, HALF = 6, 3
+ADAM_TOLERANCE = 1e-4  # Adam turns rounding noise in tiny gradients into steps of the size of the learning rate
+METHODS: dict[str, dict[str, Any]] = {
+    "moslora": {
+        "adapter": {"expert": "moslora", "mixer_init": "orthogonal", "gate_power": 0.5, "lora_dropout": 0.1},
+        "optim": ADAMW,
+    },
+    "moslora-scaled": {
+        "adapter": {"expert": "moslora", "lora_dropout": 0.1},
+        "optim": SGD | DAMPED | {"preconditioner": "scaled"},
+    },
+    "moslora-tangent": {
+        "adapter": {"expert": "moslora", "mixer_init": "orthogonal"},
+        "optim": SGD | DAMPED | {"preconditioner": "tangent"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def trained(base: Path, method: str) -> tuple[Recipe, Training, float]:
+    """Recipe, what one device makes of it, and the tolerance on weights; every token uses every expert."""
+    settings = METHODS[method]
+    adapter = {"router": "softmax", "top_k": None, "num_experts": 6} | settings["adapter"]
+    recipe = make_recipe(base, adapter=adapter, optim=settings["optim"], max_steps=NUM_STEPS)
+    tolerance = ADAM_TOLERANCE if recipe.optim.name == "adamw" else 1e-5
+    return recipe, on_one_device(recipe)[0], tolerance
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_accumulation_and_placement_change_nothing(worker_pool: PoolFactory, base: Path, method: str) -> None:
+    recipe, expected, tolerance = trained(base, method)
+    assert expected.final_loss < 0.98 * expected.losses[0]
+    checkpointed = replace(recipe, train=replace(recipe.train, activation_checkpointing=True))
+    jobs = {
+        2: [Job(recipe, zero={"stage": 0}), Job(partitioned(recipe, 2, "gather"), accumulation=2)],
+        3: [Job(checkpointed, accumulation=2)],
+        4: [Job(partitioned(checkpointed, 2, "all_to_all"))],
+    }
+    for world_size, of_size in jobs.items():
+        for job in of_size:
+            assert_parity(worker_pool(world_size).run(train_on_rank, job), expected, tolerance)
+
+
+@pytest.mark.parametrize("method", ["moslora-tangent"])
+def test_another_layout_goes_on_as_if_nothing_had_happened(
+    worker_pool: PoolFactory, base: Path, tmp_path: Path, method: str
+) -> None:
+    recipe, expected, tolerance = trained(base, method)
+    job = Job(partitioned(recipe, 2), last_step=HALF, save_to=tmp_path)
+    worker_pool(4).run(train_on_rank, job)
+    job = Job(recipe, first_step=HALF, load_from=tmp_path / f"checkpoint-{HALF}")
+    shares = worker_pool(3).run(train_on_rank, job)
+    rest = replace(expected, **{key: getattr(expected, key)[HALF:] for key in ("losses", "grad_norms", "lrs")})
+    for share in shares:
+        assert share.num_optimizer_steps == NUM_STEPS
+        share.num_optimizer_steps = NUM_STEPS - HALF
+    assert_parity(shares, rest, tolerance)
+
+
+def test_bf16_stays_within_two_percent_of_fp32(worker_pool: PoolFactory, base: Path) -> None:
+    for method in METHODS:
+        recipe, training, _ = trained(base, method)
+        recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
+        for share in worker_pool(2).run(train_on_rank, Job(partitioned(recipe, 2))):
+            torch.testing.assert_close(share.losses, training.losses, rtol=0.02, atol=0)
