@@ -94,7 +94,7 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
     torch.manual_seed(comm.rank())
     x_TD = torch.randn(num_tokens, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     if layout.ep_size > 1:
-        exchange.announce(num_tokens)
+        exchange.announce(num_tokens, num_rows=1)
 
     def forward_and_backward() -> None:
         engine.backward(engine(x_TD))

@@ -123,10 +123,19 @@ def check_losses(config: AdapterSettings, losses: Mapping[str, float]) -> None:
         if weight and config.num_experts == 1:
             why = "0 where adapter.num_experts is 1, for there are no routers"
             raise bad_value(f"losses.{name}", weight, why, "Drop it.")
+    uses_all = config.router == "softmax" or config.top_k == config.num_experts
     reason = ROUTERS[config.router].no_balance
     if config.top_k == config.num_experts:
         reason = "adapter.top_k is adapter.num_experts, so the experts' shares of tokens are always equal"
-    if losses.get("balance") and reason:
+    if losses["balance"] and reason:
         raise bad_value(
             "losses.balance", losses["balance"], f"0 with adapter.router = {config.router}: {reason}", "Drop it."
         )
+    coactive, allowed = losses["contrastive_coactive"], ""
+    if uses_all:
+        allowed = "0 where every token uses every expert, for there are no unselected experts to tell from"
+    elif config.top_k == 1:
+        allowed = "0 where adapter.top_k is 1, for no other expert is selected with an expert"
+    if coactive and allowed:
+        remedy = "Set adapter.top_k between the two, or take losses.contrastive."
+        raise bad_value("losses.contrastive_coactive", coactive, allowed, remedy)

@@ -226,21 +226,41 @@ class OptimConfig:
 
 @dataclass
 class LossesConfig:
-    """Losses of the routers, added to that of the text; 0 switches one off.
+    """Losses of routers and experts, added to that of the text; a weight of 0 switches one off.
 
     Args:
         balance: weight of the balance loss, `E sum_e f_e P_e`, the mean over layers: evens out how many tokens an
             expert gets (it is 1 where they are even)
         z: weight of the z loss, the mean square of the logits' logsumexp: keeps logits small
+        contrastive: weight of InfoNCE over the outputs of a layer's experts: those of the same expert for other tokens
+            of the sequence are positives, those of other experts negatives (Luo et al. 2024)
+        contrastive_coactive: weight of the same for one token: outputs of its other selected experts are positives,
+            those of the rest negatives (CoMoE, Feng et al. 2025)
+        contrastive_temperature: by which both divide cosines (0.07 is MoCo's, our choice: CoMoE prints none)
+        contrastive_tokens: N, tokens drawn from each row for both; time and memory of `contrastive` grow with (N E)^2
     """
 
     balance: float = 0.0
     z: float = 0.0
+    contrastive: float = 0.0
+    contrastive_coactive: float = 0.0
+    contrastive_temperature: float = 0.07
+    contrastive_tokens: int = 16
 
     def __post_init__(self) -> None:
-        for name, usual in (("balance", 0.01), ("z", 0.001)):
-            value = getattr(self, name)
-            _require(value >= 0, f"losses.{name}", value, "0 or more", f"0 switches it off, {usual} is common.")
+        for name, weight in self.weights.items():
+            usual = 0.001 if name == "z" else 0.01
+            _require(weight >= 0, f"losses.{name}", weight, "0 or more", f"0 switches it off, {usual} is common.")
+        tau = self.contrastive_temperature
+        _require(tau > 0, "losses.contrastive_temperature", tau, "above 0", "The default is 0.07.")
+        tokens = self.contrastive_tokens
+        _require(tokens >= 2, "losses.contrastive_tokens", tokens, "2 or more", "The default is 16.")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of every loss by its name."""
+        names = ("balance", "z", "contrastive", "contrastive_coactive")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -437,7 +457,7 @@ class Recipe:
             "false with adapter.router `prompt`, which decides once for a whole row",
             "Set data.packing to false, or take another router.",
         )
-        check_losses(self.adapter, asdict(self.losses))
+        check_losses(self.adapter, self.losses.weights)
 
     def _check_finite(self) -> None:
         for section, values in asdict(self).items():

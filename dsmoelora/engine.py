@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsmoelora.adapters import adapted_layers, batch_context, inject
+from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, router_buffers, write_adapter
 from dsmoelora.adapters.routers.prompt import prompt_tokens
@@ -32,6 +33,7 @@ from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.exchange import TokenExchange
+from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.factors import expert_cosines, of_all_experts
 from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.seeds import derive_seed
@@ -45,7 +47,7 @@ def _announce_tokens(exchange: TokenExchange, model: nn.Module, args: tuple, kwa
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs["inputs_embeds"][..., 0]
-    exchange.announce(tokens.numel())
+    exchange.announce(tokens.numel(), len(tokens))
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class Engine:
         found = trainables(model)
         self.num_trainable = sum(math.prod(trainable.shape) for trainable, _ in found)
         self._context = batch_context(model)
+        group = PartitionedExperts(exchange, recipe.losses.contrastive_tokens) if exchange else None
+        self._contrast = self._context.losses = ContrastiveLosses(model, recipe.losses, self.device, group)
         # What code that comes with a model takes for `logits_to_keep` is its own affair.
         own_code = not type(model).__module__.startswith("transformers.")
         self._can_keep_logits = not own_code and "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -180,6 +184,7 @@ class Engine:
         lr = float(self.schedule.get_last_lr()[0])
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._routing.begin_step(micro_batches[0].num_tokens_global, scale=comm.world_size())
+        self._contrast.begin_step(self.recipe.train.batch_size, scale=comm.world_size())
         for micro_batch in micro_batches:
             with self._routing.listening():
                 nll = self._nll_sum(micro_batch)
@@ -190,9 +195,10 @@ class Engine:
             if micro_batch is not micro_batches[-1]:
                 self._deepspeed.step()  # counts the micro-batch
         sums[2] = float(self.stop.asked)
-        totals = comm.sum_over_ranks(torch.cat((sums, self._routing.sums)))
-        routing = totals[3:]
-        nll_sum, num_tokens, num_asked, *values = torch.cat((totals[:3], self._routing.loss_values(routing))).tolist()
+        parts = (sums, self._routing.sums, self._contrast.sums)
+        sums, routing, contrast = comm.sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+        losses = (self._routing.loss_values(routing), self._contrast.loss_values(contrast))
+        nll_sum, num_tokens, num_asked, *values = torch.cat((sums, *losses)).tolist()
         self.stop.agreed |= num_asked > 0
         own_norm = zero.unchecked_grad_norm(self._deepspeed)
         self.optimizer.skip = not (math.isfinite(nll_sum) and math.isfinite(own_norm or 0.0))
@@ -208,9 +214,10 @@ class Engine:
         if not skipped:
             self._routing.finish_step(routing)
         self._context.clear()
-        losses = dict(zip(self._routing.loss_names, values, strict=True))
+        names = self._routing.loss_names + self._contrast.loss_names
+        named = dict(zip(names, values, strict=True))
         loss = nll_sum / num_supervised
-        return StepResult(loss, grad_norm, lr, skipped, int(num_tokens), num_supervised, report, losses)
+        return StepResult(loss, grad_norm, lr, skipped, int(num_tokens), num_supervised, report, named)
 
     def _preconditioning(self) -> dict[str, float]:
         reports = self.optimizer.reports
@@ -374,6 +381,8 @@ class Engine:
         )
         self._context.token_keys = keys_BS.to(self.device)
         self._context.real_BS = micro_batch.attention_mask.bool().to(self.device)
+        ids = micro_batch.sequence_ids
+        self._context.sequences_BS = ids.to(self.device) if ids.dim() == 2 else None
         self._context.prompt_BS = prompt_tokens(micro_batch.attention_mask, micro_batch.labels).to(self.device)
         if self._can_keep_logits:
             logits: Tensor = self._deepspeed(**inputs, logits_to_keep=places_BP).logits

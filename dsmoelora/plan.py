@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +271,7 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         parallel = f"parallel.ep_size {recipe.parallel.ep_size}, exchange {recipe.parallel.exchange}"
         plan.add("experts of a rank", f"{held} a layer ({parallel})")
     if config.num_experts > 1:
-        losses = [f"{name} loss {weight:g}" for name, weight in asdict(recipe.losses).items() if weight]
+        losses = [f"{name} loss {weight:g}" for name, weight in recipe.losses.weights.items() if weight]
         style = " of each feed-forward block" if config.style == "ffn_block" else ""
         plan.add("router", ", ".join([config.router + style, *losses]))
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")

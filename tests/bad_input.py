@@ -360,6 +360,12 @@ EARLY: dict[str, Case] = {
     "a router that takes no `top_k`": override("--adapter.router", "softmax"),
     "an expert that has no mixer": override("--adapter.mixer_init", "kaiming"),
     "a balance loss where nothing can be balanced": override("--adapter.top_k", 4, "--losses.balance", 0.1),
+    "a contrastive loss for one expert": override(
+        "--adapter.num_experts", 1, "--adapter.top_k", 1, "--losses.contrastive", 0.1
+    ),
+    "co-activated experts where a token uses one": override("--adapter.top_k", 1, "--losses.contrastive_coactive", 0.1),
+    "co-activated experts where a token uses all": override("--adapter.top_k", 4, "--losses.contrastive_coactive", 0.1),
+    "a contrastive temperature of 0": override("--losses.contrastive_temperature", 0),
     "packing with the router `prompt`": override("--adapter.router", "prompt", "--data.packing", "true"),
     "`fp16` on an accelerator without it": override("--model.dtype", "fp16"),
     "a run name with a slash": override("--run.name", "a/b"),

@@ -26,6 +26,7 @@ from dsmoelora.config import ModelConfig, OptimConfig, Recipe, RunConfig, TrainC
 from dsmoelora.data import MicroBatch
 from dsmoelora.optim.reference import precondition
 from tests.helpers import tiny_llama
+from tests.plain_contrastive import PlainContrastive
 from tests.plain_router_losses import PlainRouterLosses
 
 ROLES = ("experts.a", "experts.b", "experts.m", "router.")
@@ -116,7 +117,7 @@ class Training:
         final_loss: mean over the tokens of the first global batch, after the last step, without dropout
         weights: trainable tensors by name
         smallest_gap: between the logits of the last chosen expert and the next, over all tokens of the run
-        router_losses: balance and z of every step, where the recipe has them
+        router_losses: of every step, where the recipe has them: balance and z, or else the contrastive ones
     """
 
     losses: list[float]
@@ -135,7 +136,7 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = _torch_optimizer(trainable, recipe.optim)
     gaps = _watch_gaps(model, recipe.adapter.top_k or recipe.adapter.num_experts)
-    router_losses = PlainRouterLosses(model)
+    router_losses, contrastive = PlainRouterLosses(model), PlainContrastive(model)
     losses, grad_norms, lrs = [], [], []
     for step in range(recipe.train.max_steps):
         share = _share_of_lr(step, recipe)
@@ -143,7 +144,9 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
             group["lr"] = share * group["full_lr"]
         optimizer.zero_grad()
         loss = _mean_loss(model.train(), step, recipe.run.seed)
-        (loss + router_losses.of_step(global_batch(step)[1], recipe.losses)).backward()
+        mask_BS, keys_BS = global_batch(step)[1], batch_context(model).token_keys
+        of_routers = router_losses.of_step(mask_BS, recipe.losses)
+        (loss + of_routers + contrastive.of_step(keys_BS, mask_BS, recipe.losses)).backward()
         max_norm = recipe.optim.max_grad_norm or torch.inf
         grad_norms.append(float(torch.nn.utils.clip_grad_norm_(trainable.values(), max_norm)))
         optimizer.step()
@@ -153,7 +156,8 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
     with torch.no_grad():
         final_loss = _mean_loss(model.eval(), 0, recipe.run.seed).item()
     weights = {name: parameter.detach() for name, parameter in trainable.items()}
-    return Training(losses, grad_norms, lrs, final_loss, weights, min(gaps, default=torch.inf), router_losses.values)
+    values = router_losses.values or contrastive.values
+    return Training(losses, grad_norms, lrs, final_loss, weights, min(gaps, default=torch.inf), values)
 
 
 @contextmanager

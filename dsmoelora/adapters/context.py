@@ -49,6 +49,28 @@ class RouterListener(Protocol):
         """Hear of a decision."""
 
 
+class Attachment(Protocol):
+    """What a layer does to the output of its experts (`contrastive.Contrast`)."""
+
+    def attach(self, y_TO: Tensor, *factors: Tensor | None) -> Tensor:
+        """The output to go on with; `factors` are the parameters of the experts."""
+
+
+class OutputLosses(Protocol):
+    """Losses of the experts' outputs (`contrastive.ContrastiveLosses`)."""
+
+    def of_layer(
+        self,
+        layer: str,
+        x_TD: Tensor,
+        selected_TE: Tensor,
+        keys_BS: Tensor,
+        real_BS: Tensor,
+        sequences_BS: Tensor | None,
+    ) -> Attachment | None:
+        """What a layer has to attach to its output; None for nothing."""
+
+
 @dataclass
 class BatchContext:
     """Shared by all adapted layers of a model; whoever runs the model fills it in before the forward pass.
@@ -59,16 +81,20 @@ class BatchContext:
         token_keys: (B, S) int32 from `dropout.token_keys`; None falls back to torch's own dropout and noise, which
             depend on how a batch is split
         real_BS: bool, False for padding; None stands for no padding
+        sequences_BS: int64, where rows are packed: the number of each token's sequence
         prompt_BS: bool, the tokens that router `prompt` looks at; None leaves it to what the model is called with
         prompts: what router `prompt` remembers of that
         exchange: where experts are partitioned over ranks
         log: hears what routers do in training; stays when the micro-batch goes
+        losses: of the experts' outputs in training; stays too
     """
 
     token_keys: Tensor | None = None
     real_BS: Tensor | None = None
+    sequences_BS: Tensor | None = None
     prompt_BS: Tensor | None = None
     log: RouterListener | None = None
+    losses: OutputLosses | None = None
     prompts: PromptMemory = field(default_factory=lambda: PromptMemory())
     exchange: TokenExchange | None = None
     _last_input: SharedInput | None = None
@@ -86,7 +112,20 @@ class BatchContext:
 
     def clear(self) -> None:
         """Forget the micro-batch."""
-        self.token_keys = self.real_BS = self.prompt_BS = self._last_input = None
+        self.token_keys = self.real_BS = self.sequences_BS = self.prompt_BS = self._last_input = None
+
+    def attachment(self, layer: str, x_TD: Tensor, selected_TE: Tensor) -> Attachment | None:
+        """What a layer has to attach to the output of its experts.
+
+        Args:
+            layer: name
+            x_TD: tokens as the experts see them
+            selected_TE: bool
+        """
+        if self.losses is None:
+            return None
+        assert self.token_keys is not None and self.real_BS is not None, "losses of outputs need to know the tokens"
+        return self.losses.of_layer(layer, x_TD, selected_TE, self.token_keys, self.real_BS, self.sequences_BS)
 
     def real_tokens(self, like_NE: Tensor) -> Tensor:
         """(N,) fp32: how many real tokens each of N tokens or sequences stands for."""

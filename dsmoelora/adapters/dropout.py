@@ -42,7 +42,7 @@ def token_keys(
     return _as_int32(_mix(sequence ^ _mix(position_ids_BS + 1)))
 
 
-def _hash(keys_T: Tensor, layer_key: int, num_columns: int) -> Tensor:
+def hash_columns(keys_T: Tensor, layer_key: int, num_columns: int) -> Tensor:
     """(T, num_columns) int32, uniform in its high bits: a hash of the token's key, the layer's key and the column."""
     columns = torch.arange(num_columns, device=keys_T.device, dtype=torch.int64)
     columns = _as_int32(_mix(_mix(columns) ^ (layer_key & _MASK_32)))
@@ -60,7 +60,7 @@ def keyed_dropout(x_TD: Tensor, keys_T: Tensor, layer_key: int, probability: flo
         layer_key: any integer that tells layers apart
         probability: in [0, 1)
     """
-    keep_TD = _hash(keys_T, layer_key, x_TD.shape[-1]) >= int(probability * 2**32) - 2**31
+    keep_TD = hash_columns(keys_T, layer_key, x_TD.shape[-1]) >= int(probability * 2**32) - 2**31
     return x_TD * keep_TD * (1.0 / (1.0 - probability))
 
 
@@ -72,6 +72,8 @@ def keyed_normal(keys_T: Tensor, layer_key: int, num_columns: int) -> Tensor:
         layer_key: any integer that tells layers apart
         num_columns: numbers of a token
     """
-    high_bits = _hash(keys_T, layer_key, num_columns) >> 9  # 23 of them: fp32 holds the odd numbers below exactly
+    high_bits = (
+        hash_columns(keys_T, layer_key, num_columns) >> 9
+    )  # 23 of them: fp32 holds the odd numbers below exactly
     uniform = (2 * high_bits + 1).float() * 2.0**-23  # in (-1, 1), never 0 or an end
     return torch.erfinv(uniform) * 2**0.5

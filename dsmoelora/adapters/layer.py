@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.context import Attachment, BatchContext
 from dsmoelora.adapters.dropout import keyed_dropout
 from dsmoelora.adapters.function import RoutedExperts
 from dsmoelora.adapters.linear import Linear, features
@@ -74,11 +74,18 @@ class ExpertBank(nn.Module):
             self.shapes["m"] = (num_experts, rank, rank)
             self.m = drawn("m", rank, partial(draw_m, init=config.mixer_init))
 
-    def forward(self, base_TO: Tensor | None, x_TD: Tensor, gate_TL: Tensor, selected_TL: Tensor) -> Tensor:
+    def forward(
+        self,
+        base_TO: Tensor | None,
+        x_TD: Tensor,
+        gate_TL: Tensor,
+        selected_TL: Tensor,
+        attachment: Attachment | None = None,
+    ) -> Tensor:
         """(T, O): `base_TO + s sum_e gate_e (x a_e) m_e b_e^T` over the experts that lie here; see `RoutedExperts`."""
         factors, power = (self.a, self.b, self.m), (self.gate_power, self.power_reaches_input)
         output: Tensor = RoutedExperts.apply(base_TO, x_TD, gate_TL, selected_TL, *factors, self.scale, *power)
-        return output
+        return output if attachment is None else attachment.attach(output, *factors)
 
 
 class WeightReadPast(ModelError, AttributeError):
@@ -132,12 +139,13 @@ class RoutedLinear(nn.Module):
         drops = self.training and self.dropout > 0.0
         if drops or self._is_partitioned:  # made of the input itself, for all layers that read it
             x_TD = shared.once("tokens", lambda: self._tokens(x, shared.dropout_key, drops))
+        attachment = self.context.attachment(self.name, x_TD, selected_TE) if self.training else None
         if self._is_partitioned:
             assert self.context.exchange is not None, "partitioned experts need an exchange"
-            own_experts = partial(self.experts, None)
+            own_experts = partial(self.experts, None, attachment=attachment)
             y_TO = base_TO + self.context.exchange(shared, x_TD, gate_TE, selected_TE, own_experts, base_TO.shape[-1])
         else:
-            y_TO = self.experts(base_TO, x_TD, gate_TE, selected_TE)
+            y_TO = self.experts(base_TO, x_TD, gate_TE, selected_TE, attachment)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def __getattr__(self, name: str) -> Any:

@@ -198,18 +198,20 @@ class TokenExchange:
 
     Attributes:
         num_tokens: tokens of each rank of the group in the micro-batch at hand, from `announce`
+        num_rows: rows that they lie in, likewise
     """
 
     def __init__(self, layout: ExpertLayout, kind: Literal["auto", "gather", "all_to_all"], top_k: int) -> None:
         self.layout, self.kind, self.top_k = layout, kind, top_k
         self.num_tokens: list[int] = []
+        self.num_rows: list[int] = []
 
-    def announce(self, num_tokens: int) -> None:
-        """Tell the other ranks of the group how many tokens this rank has (collective, once per forward pass)."""
-        own = torch.tensor([num_tokens], device=get_accelerator().current_device_name())
-        everyone = own.new_empty(self.layout.ep_size)
+    def announce(self, num_tokens: int, num_rows: int) -> None:
+        """Tell the other ranks of the group what this rank has (collective, once per forward pass)."""
+        own = torch.tensor([num_tokens, num_rows], device=get_accelerator().current_device_name())
+        everyone = own.new_empty(2 * self.layout.ep_size)
         dist.all_gather_into_tensor(everyone, own, group=self.layout.expert_group)
-        self.num_tokens = everyone.tolist()
+        self.num_tokens, self.num_rows = (list(one) for one in zip(*everyone.view(-1, 2).tolist(), strict=True))
 
     def kind_for(self, in_features: int, out_features: int, itemsize: int) -> str:
         """`gather` or `all_to_all` for a layer, the same on all ranks."""

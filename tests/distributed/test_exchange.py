@@ -139,7 +139,7 @@ def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int
     mine = slice(layout.local_experts.start, layout.local_experts.stop)
 
     exchange = TokenExchange(layout, kind, TOP_K)
-    exchange.announce(num_tokens[comm.rank()])
+    exchange.announce(num_tokens[comm.rank()], num_rows=1)
     x = x_TD[own].float().requires_grad_()
     shared, ys, leaves, loss = SharedInput(x, 0), [], [], torch.zeros(())
     forward: list[Message] = []

@@ -1,0 +1,5 @@
+"""Contrastive losses over the outputs of the experts of a layer."""
+
+from dsmoelora.adapters.contrastive.losses import Contrast, ContrastiveLosses
+
+__all__ = ["Contrast", "ContrastiveLosses"]
