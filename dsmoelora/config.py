@@ -313,6 +313,9 @@ class DataConfig:
         on_bad_row: `error` stops at the first wrong row, `skip` leaves wrong rows out and reports how many
         num_proc: processes that tokenise; `null` for as many as there are cores and rows for
         packing: let training samples share rows of `max_length` tokens, without seeing each other
+        streaming: read and tokenise the training sets while they are learned from: nothing is kept or cached, and
+            rows are shuffled within blocks alone
+        shuffle_buffer: with `streaming`: rows of a block; `null` means 10,000, and 1 keeps the sets' own order
     """
 
     train: list[DataSource] = field(default_factory=list)
@@ -321,12 +324,32 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     num_proc: int | None = None
     packing: bool = False
+    streaming: bool = False
+    shuffle_buffer: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more", "Common values: 512 to 4096.")
         ok = self.num_proc is None or self.num_proc >= 1
         _require(ok, "data.num_proc", self.num_proc, "1 or more, or null", "null chooses by cores and rows.")
+        self._check_streaming()
         self._check_weights()
+
+    @property
+    def block_size(self) -> int:
+        """Rows of a streamed set that are shuffled with each other."""
+        return 10_000 if self.shuffle_buffer is None else self.shuffle_buffer
+
+    def _check_streaming(self) -> None:
+        size = self.shuffle_buffer
+        _require(size is None or size >= 1, "data.shuffle_buffer", size, "1 or more, or null", "null means 10,000.")
+        if not self.streaming:
+            remedy = "Drop it, or set data.streaming to true."
+            _require(size is None, "data.shuffle_buffer", size, "null without data.streaming", remedy)
+            return
+        reason = "false with data.streaming, which cannot know beforehand which samples fit together"
+        _require(not self.packing, "data.packing", self.packing, reason, "Set one of the two to false.")
+        reason = "null with data.streaming, where every rank tokenises its own rows"
+        _require(self.num_proc is None, "data.num_proc", self.num_proc, reason, "Drop it.")
 
     def _check_weights(self) -> None:
         weights = [source.weight for source in self.train]

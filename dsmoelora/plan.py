@@ -170,12 +170,13 @@ def _check_data(plan: Plan, recipe: Recipe) -> None:
             if not source.path:
                 raise bad_value(f"{key}[{place}].path", source.path, "a data file", "Name the file.")
             try:
-                opened = open_source(source)
+                opened = open_source(source, streaming=data.streaming and key == "data.train")
                 next((row for row in read_conversations(source, data.on_bad_row, opened) if not row.problem), None)
             except DataError as error:
                 raise DataError(f"{key}: {error}") from None
             share = "" if source.weight is None else f", weight {source.weight:g}"
-            plan.add(key, f"{opened.name} ({_size(opened.num_bytes)}{share})")
+            size = _size(opened.num_bytes) if opened.files else "streamed from the hub"
+            plan.add(key, f"{opened.name} ({size}{share})")
     if not data.eval:
         plan.notes.append("data.eval names no file: there will be no held-out loss.")
     elif not train.eval_every:

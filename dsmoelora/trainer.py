@@ -23,6 +23,7 @@ from dsmoelora.callbacks import (
     TrainingRun,
 )
 from dsmoelora.data import InstructionDataset, MicroBatch, Packing, eval_micro_batches, train_steps
+from dsmoelora.data.streaming import Peers, StreamedSets
 from dsmoelora.engine import Engine, StepResult
 from dsmoelora.errors import CheckpointError
 from dsmoelora.parallel import comm
@@ -64,7 +65,7 @@ class Trainer:
         self,
         engine: Engine,
         folder: Path,
-        train_data: InstructionDataset,
+        train_data: InstructionDataset | StreamedSets,
         eval_data: InstructionDataset | None,
         callbacks: Sequence[Callback],
         packing: Packing | None = None,
@@ -72,8 +73,10 @@ class Trainer:
         assert (packing is not None) == engine.recipe.data.packing, "the recipe says whether rows are packed"
         self._engine = engine
         self._callbacks = callbacks
-        self._train_data = train_data
+        self.train_data = train_data
+        self._stream = train_data if isinstance(train_data, StreamedSets) else None
         self._packing = packing
+        self._stream_state: dict[str, Any] | None = None
         self._eval_batches = [] if eval_data is None else eval_micro_batches(eval_data, **self._layout())
         self._memory = PeakMemory()
         self._saved_in: Path | None = None
@@ -125,20 +128,29 @@ class Trainer:
         self._call("on_train_end")
 
     def _steps(self) -> Iterator[list[MicroBatch]]:
-        recipe = self._engine.recipe
+        recipe, layout = self._engine.recipe, self._layout()
+        if isinstance(self.train_data, StreamedSets):
+            return self.train_data.steps(
+                batch_size=recipe.train.batch_size,
+                micro_batch_size=layout["micro_batch_size"],
+                peers=Peers(comm.rank(), comm.world_size(), comm.together, comm.all_reduce_sum, comm.gather_objects),
+                pad_token_id=layout["pad_token_id"],
+            )
         return train_steps(
-            self._train_data,
+            self.train_data,
             seed=recipe.run.seed,
             batch_size=recipe.train.batch_size,
             start_step=self.run.step,
             packing=self._packing,
-            **self._layout(),
+            **layout,
         )
 
     def _step(self, steps: Iterator[list[MicroBatch]]) -> None:
         begin = time.perf_counter()
         result = self._engine.train_step(next(steps))
         seconds = time.perf_counter() - begin
+        if self._stream is not None:  # a step that is cut short does not come here, and is done again
+            self._stream_state = self._stream.state()
         self.run.metrics = self._metrics(result, seconds)
         if result.skipped and comm.rank() == 0:
             logger.warning(
@@ -155,6 +167,7 @@ class Trainer:
             "throughput(tokens/s)": result.num_tokens / seconds,
             "skipped_steps": self._engine.skipped_steps,
             **result.preconditioning,
+            **({} if self._stream is None else self._stream.metrics()),
             **{f"losses/{name}": value for name, value in result.router_losses.items()},
         }
 
@@ -182,6 +195,7 @@ class Trainer:
     def _save(self) -> None:
         state = {
             "data": self._data_identity(),
+            "stream": self._stream_state,
             "evaluations": self.run.evaluations,
             "open_metrics": None if self._is_evaluated() else self.run.metrics,
             "callbacks": {type(callback).__name__: kept for callback in self._callbacks if (kept := callback.state())},
@@ -220,6 +234,9 @@ class Trainer:
                     f"{checkpoint} was trained with {what} {then!r}, but now it is {now!r}: the run would repeat some "
                     "samples and leave out others. Set it back, or begin a new run with another run.name."
                 )
+        if self._stream is not None:
+            stream, self._stream_state = self._stream, state["stream"]
+            comm.together(lambda: stream.load_state(state["stream"]))
         self._saved_in = checkpoint
         self.run.start_step = self.run.step
         self.run.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
@@ -238,7 +255,7 @@ class Trainer:
             "train.batch_size": recipe.train.batch_size,
             "data.packing": recipe.data.packing,
             "run.seed": recipe.run.seed,
-            "data.train (fingerprint)": self._train_data.fingerprint,
+            "data.train (fingerprint)": self.train_data.fingerprint,
         }
 
     def _layout(self) -> dict[str, int]:

@@ -21,8 +21,12 @@ from dsmoelora.logs import setup_logging
 from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_world_size, on_first_node
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dsmoelora.config import Recipe
     from dsmoelora.data import InstructionDataset, Packing
+    from dsmoelora.data.report import SetReport
+    from dsmoelora.data.streaming import StreamedSets
     from dsmoelora.heartbeat import Heartbeat
     from dsmoelora.parallel.stopping import StopRequest
     from dsmoelora.trainer import Trainer
@@ -66,15 +70,22 @@ def run(command: Command) -> None:
 def show_samples(command: Command, console: Console) -> None:
     """Print tokenised samples with the loss mask made visible (rank 0)."""
     from dsmoelora.data import load_instructions, preview
+    from dsmoelora.data.streaming import first_samples
+    from dsmoelora.data.tokenised import TokeniseOptions
     from dsmoelora.model import load_tokenizer
 
     if env_rank() > 0:
         return
     data = command.recipe.data
     tokenizer = load_tokenizer(command.recipe.model)
-    samples = load_instructions(
-        data.train, "data.train", tokenizer, data.max_length, on_bad_row=data.on_bad_row, num_proc=data.num_proc
-    )
+    if data.streaming:
+        samples = first_samples(
+            data.train, tokenizer, TokeniseOptions(data.max_length, data.on_bad_row), command.preview
+        )
+    else:
+        samples = load_instructions(
+            data.train, "data.train", tokenizer, data.max_length, on_bad_row=data.on_bad_row, num_proc=data.num_proc
+        )
     colour = console.is_terminal
     text = preview(samples, tokenizer, command.preview, markup=colour)
     console.print(text, markup=colour, soft_wrap=True)
@@ -97,6 +108,8 @@ def train(command: Command, console: Console) -> None:
             stop.leave("nothing was trained.")
             return
         trainer.fit(checkpoint)
+        if command.recipe.data.streaming:  # of sets that were read beforehand it was said beforehand
+            say_losses(console, "data.train", trainer.train_data.reports)
 
 
 def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRequest) -> tuple[Trainer, Path | None]:
@@ -106,8 +119,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
         Stopped: there was a request before anything was ready
     """
     from dsmoelora.callbacks import open_trackers
-    from dsmoelora.data import packing_report
-    from dsmoelora.data.report import all_losses
+    from dsmoelora.data import InstructionDataset, packing_report
     from dsmoelora.engine import Engine
     from dsmoelora.parallel import comm, zero
     from dsmoelora.run_folder import find_checkpoint, run_folder, write_description
@@ -118,12 +130,13 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
     train_data, eval_data = stop.together(lambda: load_data(recipe))
     num_held_out = 0 if eval_data is None else len(eval_data)
-    console.print(f"{len(train_data):,} training samples, {num_held_out:,} held out")
-    for key, data in (("data.train", train_data), ("data.eval", eval_data)):
-        for line in all_losses(data.reports if data else []):
-            console.print(f"{key}: {line}", markup=False, soft_wrap=True)
+    num_learned = f"{len(train_data):,}" if isinstance(train_data, InstructionDataset) else "streamed"
+    console.print(f"{num_learned} training samples, {num_held_out:,} held out")
+    say_losses(console, "data.train", train_data.reports)
+    say_losses(console, "data.eval", eval_data.reports if eval_data else [])
     packing = stop.together(lambda: load_rows(recipe, train_data))
     if packing is not None:
+        assert isinstance(train_data, InstructionDataset), "streamed samples are not packed"
         console.print(packing_report(train_data, packing, recipe), soft_wrap=True)
     config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
     comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
@@ -140,9 +153,19 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     return Trainer(engine, folder, train_data, eval_data, callbacks, packing), checkpoint
 
 
-def load_data(recipe: Recipe) -> tuple[InstructionDataset, InstructionDataset | None]:
-    """Training and held-out samples, tokenised."""
+def say_losses(console: Console, key: str, reports: Sequence[SetReport]) -> None:
+    """Print what was lost of each set, where something was."""
+    from dsmoelora.data.report import all_losses
+
+    for line in all_losses(reports):
+        console.print(f"{key}: {line}", markup=False, soft_wrap=True)
+
+
+def load_data(recipe: Recipe) -> tuple[InstructionDataset | StreamedSets, InstructionDataset | None]:
+    """Training and held-out samples, tokenised, or what streams them."""
     from dsmoelora.data import load_instructions
+    from dsmoelora.data.streaming import StreamedSets
+    from dsmoelora.data.tokenised import TokeniseOptions
     from dsmoelora.model import load_tokenizer
 
     tokenizer, data = load_tokenizer(recipe.model), recipe.data
@@ -154,15 +177,22 @@ def load_data(recipe: Recipe) -> tuple[InstructionDataset, InstructionDataset | 
         num_proc=data.num_proc,
         progress=on_first_node(),
     )
-    return load(data.train, "data.train"), load(data.eval, "data.eval") if data.eval else None
+    train_data: InstructionDataset | StreamedSets
+    if data.streaming:
+        options = TokeniseOptions(data.max_length, data.on_bad_row)
+        train_data = StreamedSets(data.train, "data.train", tokenizer, options, recipe.run.seed, data.block_size)
+    else:
+        train_data = load(data.train, "data.train")
+    return train_data, load(data.eval, "data.eval") if data.eval else None
 
 
-def load_rows(recipe: Recipe, samples: InstructionDataset) -> Packing | None:
+def load_rows(recipe: Recipe, samples: InstructionDataset | StreamedSets) -> Packing | None:
     """Which training samples share a row, if `data.packing` says that some do."""
-    from dsmoelora.data import load_packing
+    from dsmoelora.data import InstructionDataset, load_packing
 
     if not recipe.data.packing:
         return None
+    assert isinstance(samples, InstructionDataset), "streamed samples are not packed"
     return load_packing(
         samples.num_tokens, samples.mixture, samples.fingerprint, recipe.run.seed, recipe.data.max_length
     )

@@ -442,6 +442,13 @@ EARLY: dict[str, Case] = {
     "a split of a file": lambda bench: bench.train(
         "--data.train", f"[{{path: {bench.folder}/train.jsonl, split: train}}]"
     ),
+    "packing streamed sets": override("--data.streaming", "true", "--data.packing", "true"),
+    "processes for streamed sets": override("--data.streaming", "true", "--data.num_proc", 2),
+    "a shuffle buffer for sets that are not streamed": override("--data.shuffle_buffer", 100),
+    "a JSON array that is to be streamed": lambda bench: [
+        *bench.rows("[", json.dumps(ROW), "]", name="train.json"),
+        *("--data.streaming", "true"),
+    ],
     "a negative weight": lambda bench: bench.train(
         "--data.train", f"[{{path: {bench.folder}/train.jsonl, weight: -1}}]"
     ),
@@ -475,7 +482,11 @@ AFTER_A_RUN: dict[str, Case] = {
 # Seen when weights, all rows or a checkpoint are read, by an engine.
 LATE: dict[str, Case] = {
     "a wrong row further down": late_bad_row,
+    "a wrong row further down a streamed set": lambda bench: [*late_bad_row(bench), "--data.streaming", "true"],
     "samples too long to leave a token to learn": override("--data.max_length", 4),
+    "streamed samples too long for that": override(
+        *("--data.streaming", "true"), *("--data.max_length", 4), *("--data.eval", "[]")
+    ),
     "the weights lack a tensor": missing_tensor,
     "a file of the checkpoint is cut short": cut_checkpoint,
     "a bit of the checkpoint has turned": rotten_checkpoint,

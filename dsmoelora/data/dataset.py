@@ -21,6 +21,11 @@ from dsmoelora.errors import DataError
 IGNORED = -100  # the label of what is not supervised, as in torch's cross entropy
 
 
+def labels_of(input_ids: Sequence[int], supervised: Sequence[bool]) -> list[int]:
+    """The tokens themselves where they are supervised, -100 elsewhere."""
+    return [token if flag else IGNORED for token, flag in zip(input_ids, supervised, strict=True)]
+
+
 class InstructionDataset:
     """Tokenised samples by index, those of the first set first.
 
@@ -67,8 +72,7 @@ class InstructionDataset:
     def sample(self, index: int) -> tuple[list[int], list[int]]:
         """Token ids and labels (-100 where not supervised) of one sample, of the same length."""
         row = self._tokens[int(index)]
-        ids = row["input_ids"]
-        return ids, [token if flag else IGNORED for token, flag in zip(ids, row["supervised"], strict=True)]
+        return row["input_ids"], labels_of(row["input_ids"], row["supervised"])
 
     def messages(self, index: int) -> list[Message]:
         """The conversation itself, uncut; empty where the row is plain text."""

@@ -68,8 +68,54 @@ FORMATS: dict[str, RowFormat] = {
 }
 
 
+class RowParser:
+    """Turns rows of one source into conversations; where the format is `auto`, the first row that has one decides.
+
+    Args:
+        source: what the rows come from
+        name: of the source, for messages
+        on_bad_row: `error` raises at a wrong row, `skip` gives it back with its problem
+    """
+
+    def __init__(self, source: DataSource, name: str, on_bad_row: Literal["error", "skip"]) -> None:
+        self._fields, self._name, self._on_bad_row = source.fields, name, on_bad_row
+        self._parse = None if source.format == "auto" else FORMATS[source.format].parse
+        self._first_problem: DataError | None = None
+
+    def __call__(self, number: int, row: Any) -> Conversation:
+        """The conversation of a row.
+
+        Raises:
+            DataError: the row is wrong
+        """
+        try:
+            row = _renamed(row, self._fields)
+            self._parse = self._parse or FORMATS[_format_of(row)].parse
+            parsed = self._parse(row)
+        except RowProblem as problem:
+            self._first_problem = self._first_problem or problem.at(self._name, number)
+            if self._on_bad_row == "error":
+                raise self._first_problem from None
+            return Conversation([], self._name, number, problem=str(problem))
+        if isinstance(parsed, str):
+            return Conversation([], self._name, number, parsed)
+        return Conversation(parsed, self._name, number)
+
+    def check_found(self) -> None:
+        """After the last row: there was one whose format is known.
+
+        Raises:
+            DataError: there was none
+        """
+        if self._parse is None:
+            raise self._first_problem or DataError(f"{self._name} holds no rows. Give a file with at least one.")
+
+
 def read_conversations(
-    source: DataSource, on_bad_row: Literal["error", "skip"] = "error", opened: RowSource | None = None
+    source: DataSource,
+    on_bad_row: Literal["error", "skip"] = "error",
+    opened: RowSource | None = None,
+    parser: RowParser | None = None,
 ) -> Iterator[Conversation]:
     """Read and check one source, row by row. Columns that the format does not know are ignored.
 
@@ -77,32 +123,16 @@ def read_conversations(
         source: what to read
         on_bad_row: `error` stops at the first wrong row, `skip` yields it with its problem
         opened: the same source, where it is open already
+        parser: of the source, where the caller wants to go on with it; None for a new one
 
     Raises:
         DataError: the source is missing, empty, of an unknown type or of unknown columns, or a row is wrong
     """
     opened = opened or open_source(source)
-    parse = None if source.format == "auto" else FORMATS[source.format].parse
-    first_problem: DataError | None = None
+    parser = parser or RowParser(source, opened.name, on_bad_row)
     for number, row in opened.read():
-        try:
-            row = _renamed(row, source.fields)
-            parse = parse or FORMATS[_format_of(row)].parse
-            parsed = parse(row)
-        except RowProblem as problem:
-            first_problem = first_problem or problem.at(opened.name, number)
-            if on_bad_row == "error":
-                raise first_problem from None
-            yield Conversation([], opened.name, number, problem=str(problem))
-        else:
-            is_text = isinstance(parsed, str)
-            yield Conversation(
-                [] if isinstance(parsed, str) else parsed, opened.name, number, str(parsed) if is_text else ""
-            )
-    if first_problem is not None and parse is None:
-        raise first_problem
-    if parse is None:
-        raise DataError(f"{opened.name} holds no rows. Give a file with at least one.")
+        yield parser(number, row)
+    parser.check_found()
 
 
 def _renamed(row: Any, fields: dict[str, str]) -> dict[str, Any]:

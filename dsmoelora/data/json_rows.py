@@ -23,12 +23,20 @@ def read_json(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: the file is no UTF-8 text, or an array is no valid JSON
     """
+    yield from _read_array(path) if is_array(path) else _read_lines(path)
+
+
+def is_array(path: Path) -> bool:
+    """Whether a JSON file holds an array, which is read as a whole, rather than one object a line.
+
+    Raises:
+        DataError: the file is no UTF-8 text
+    """
     with path.open("rb") as file:
         first = next((line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
     if first.startswith(_UTF16):
         raise DataError(f"{path} is not UTF-8 text (it is UTF-16). Save it as UTF-8.")
-    is_array = first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    yield from _read_array(path) if is_array else _read_lines(path)
+    return first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:

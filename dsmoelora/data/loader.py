@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,8 +62,15 @@ class MicroBatch:
         return places, labels.gather(1, places)
 
 
+class Samples(Protocol):
+    """Tokenised samples by number."""
+
+    def sample(self, index: int) -> tuple[list[int], list[int]]:
+        """Token ids and labels (-100 where not supervised), of the same length."""
+
+
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One row of a micro-batch: samples, the sequence id of the first (the next ones follow), whether they count."""
 
     samples: np.ndarray
@@ -106,19 +114,19 @@ def train_steps(
         ]
         samples = np.concatenate([row.samples for row in rows])
         totals = int(dataset.num_supervised[samples].sum()), int(dataset.num_tokens[samples].sum())
-        shares = _deal(_by_length(rows), micro_batch_size, rank, world_size)
+        shares = _deal(by_length(rows), micro_batch_size, rank, world_size)
         packed = packing is not None
-        yield [_collate(dataset, share, pad_token_id, totals, packed=packed) for share in shares]
+        yield [collate(dataset, share, pad_token_id, totals, packed=packed) for share in shares]
         step += 1
 
 
-def _row(dataset: InstructionDataset, packing: Packing | None, number: int, place: int) -> _Row:
+def _row(dataset: InstructionDataset, packing: Packing | None, number: int, place: int) -> Row:
     """Row `number` of an epoch at a place of the stream."""
     if packing is None:
-        return _Row(np.array([number]), place, int(dataset.num_tokens[number]))
+        return Row(np.array([number]), place, int(dataset.num_tokens[number]))
     samples = packing.row(number)
     # No row has more samples than tokens, so no two samples of a run get the same sequence id.
-    return _Row(samples, place * packing.capacity, int(dataset.num_tokens[samples].sum()))
+    return Row(samples, place * packing.capacity, int(dataset.num_tokens[samples].sum()))
 
 
 def eval_micro_batches(
@@ -129,7 +137,7 @@ def eval_micro_batches(
     Every rank gets the same number of micro-batches of the same shape (B), because a forward under ZeRO-3 is
     collective: where rows run out, one is repeated with all labels -100.
     """
-    rows = _by_length([_row(dataset, None, i, i) for i in range(len(dataset))])
+    rows = by_length([_row(dataset, None, i, i) for i in range(len(dataset))])
     whole = len(rows) - len(rows) % (micro_batch_size * world_size)
     shares = _deal(rows[:whole], micro_batch_size, rank, world_size)
     if rest := rows[whole:]:
@@ -138,7 +146,7 @@ def eval_micro_batches(
         filled = rest + [filler] * (per_rank * world_size - len(rest))
         shares += _deal(filled, per_rank, rank, world_size)
     totals = int(dataset.num_supervised.sum()), int(dataset.num_tokens.sum())
-    return [_collate(dataset, share, pad_token_id, totals, packed=False) for share in shares]
+    return [collate(dataset, share, pad_token_id, totals, packed=False) for share in shares]
 
 
 def padding_share(num_tokens: np.ndarray, mixture: Mixture, seed: int, batch_size: int, micro_batch_size: int) -> float:
@@ -198,21 +206,30 @@ class _RowStream:
         return self._order
 
 
-def _by_length(rows: list[_Row]) -> list[_Row]:
+def by_length(rows: list[Row]) -> list[Row]:
     """Longest first, so that a step that does not fit into memory fails at its beginning; ties keep their order."""
     return sorted(rows, key=lambda row: -row.num_tokens)
 
 
-def _deal(rows: list[_Row], micro_batch_size: int, rank: int, world_size: int) -> list[list[_Row]]:
+def _deal(rows: list[Row], micro_batch_size: int, rank: int, world_size: int) -> list[list[Row]]:
     """This rank's micro-batches: neighbours run together, at the same time on all ranks, so that nobody waits long."""
     round_size = micro_batch_size * world_size
     begin = rank * micro_batch_size
     return [rows[i + begin : i + begin + micro_batch_size] for i in range(0, len(rows), round_size)]
 
 
-def _collate(
-    dataset: InstructionDataset, rows: list[_Row], pad_token_id: int, totals: tuple[int, int], *, packed: bool
+def collate(
+    samples: Samples, rows: list[Row], pad_token_id: int, totals: tuple[int, int], *, packed: bool
 ) -> MicroBatch:
+    """Rows of samples as tensors.
+
+    Args:
+        samples: what the rows' numbers mean
+        rows: of one forward pass, longest first or not
+        pad_token_id: fills the shorter rows
+        totals: supervised targets and tokens of the global batch
+        packed: whether a row may hold several samples
+    """
     shape = (len(rows), max(row.num_tokens for row in rows))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask, sequence_ids, position_ids = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
@@ -220,7 +237,7 @@ def _collate(
     for i, row in enumerate(rows):
         begin = 0
         for sequence_id, sample in enumerate(row.samples.tolist(), row.first_sequence_id):
-            ids, targets = dataset.sample(sample)
+            ids, targets = samples.sample(sample)
             end = begin + len(ids)
             input_ids[i, begin:end] = torch.tensor(ids)
             attention_mask[i, begin:end] = 1

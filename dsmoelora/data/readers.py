@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dsmoelora.config import DataSource
-from dsmoelora.data.json_rows import read_json
+from dsmoelora.data.json_rows import is_array, read_json
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.errors import DataError, listing
 
@@ -37,19 +37,25 @@ class RowSource:
         name: for messages
         files: what its content lies in
         read: starts a new pass over (row number, row), numbers from 1
+        dataset: of the datasets library, where the source is one
     """
 
     name: str
     files: tuple[Path, ...]
     read: Callable[[], NumberedRows]
+    dataset: datasets.Dataset | datasets.IterableDataset | None = None
 
     @property
     def num_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
 
 
-def open_source(source: DataSource) -> RowSource:
+def open_source(source: DataSource, streaming: bool = False) -> RowSource:
     """Find a source: a file, a folder written by `save_to_disk`, or a dataset of the hub (which is downloaded).
+
+    Args:
+        source: what the recipe names
+        streaming: it must be possible to read it piece by piece; a dataset of the hub is not downloaded
 
     Raises:
         DataError: there is none, it is of an unknown type, or it has several splits and none was chosen
@@ -58,7 +64,7 @@ def open_source(source: DataSource) -> RowSource:
     if path.is_dir():
         return _of_dataset(source, _load_folder(path))
     if not path.exists() and _may_be_hub_name(source.path):
-        return _of_dataset(source, _load_from_hub(source))
+        return _of_dataset(source, _load_from_hub(source, streaming))
     if not path.exists():
         raise DataError(f"{path} does not exist. Check the path; it is relative to the folder you start in.")
     if path.suffix.lower() not in READERS:
@@ -69,6 +75,11 @@ def open_source(source: DataSource) -> RowSource:
     for key in ("split", "subset"):
         if getattr(source, key) is not None:
             raise DataError(f"{path} is a single file, but its {key} is {getattr(source, key)!r}. Drop the {key}.")
+    if streaming and path.suffix.lower() == ".json" and is_array(path):
+        raise DataError(
+            f"{path} holds a JSON array, which is read as a whole, but data.streaming is true. Save it with one object "
+            "a line (.jsonl), or set data.streaming to false."
+        )
     return RowSource(str(path), (path,), partial(READERS[path.suffix.lower()], path))
 
 
@@ -161,8 +172,9 @@ def _of_dataset(source: DataSource, found: Any) -> RowSource:
                 f"Choose one: {{path: {source.path}, split: {splits[0]}}}."
             )
     dataset = found.with_format(None)
-    files = tuple(Path(file["filename"]) for file in dataset.cache_files)
-    return RowSource(name, files, lambda: enumerate(dataset, start=1))
+    files = [] if isinstance(dataset, datasets.IterableDataset) else dataset.cache_files
+    paths = tuple(Path(file["filename"]) for file in files)
+    return RowSource(name, paths, lambda: enumerate(dataset, start=1), dataset)
 
 
 def _load_folder(path: Path) -> Any:
@@ -186,13 +198,13 @@ def _may_be_hub_name(path: str) -> bool:
     return len(parts) == 1 or not Path(parts[0]).exists()
 
 
-def _load_from_hub(source: DataSource) -> Any:
+def _load_from_hub(source: DataSource, streaming: bool) -> Any:
     # Left to itself, the library would try an unreachable hub for half a minute.
     cached = Path(datasets.config.HF_DATASETS_CACHE) / source.path.replace("/", "___")
     try:
         if not cached.exists():
             huggingface_hub.HfApi().dataset_info(source.path, timeout=_HUB_TIMEOUT_S)
-        return datasets.load_dataset(source.path, source.subset, split=source.split)
+        return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=streaming)
     except Exception as error:  # of several libraries; whatever it is, the dataset is out of reach
         raise DataError(
             f"{source.path} is no local file or folder, and the hub gives no such dataset ({_first_line(error)}). "

@@ -38,7 +38,8 @@ class SetReport:
         parts = []
         if self.num_skipped:
             more = " ..." if self.num_skipped > len(self.problems) else ""
-            parts.append(f"{self.num_skipped:,} {of} rows skipped ({' '.join(self.problems)}{more})")
+            shown = f" ({' '.join(self.problems)}{more})" if self.problems else ""
+            parts.append(f"{self.num_skipped:,} {of} rows skipped{shown}")
         if self.num_truncated:
             parts.append(f"{self.num_truncated:,} {of} cut at data.max_length")
         if self.num_dropped:

@@ -31,7 +31,7 @@ from dsmoelora.errors import DataError
 CACHE_VERSION = 2  # raise it when the same files would be tokenised in another way
 _BATCH = 256
 _ROWS_A_PROCESS = 5000  # starting a process takes about as long as tokenising this many
-_SCHEMA = pyarrow.schema(
+ROWS_SCHEMA = pyarrow.schema(
     {
         "messages": pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})),
         "text": pyarrow.string(),
@@ -98,13 +98,18 @@ def tokenised_set(source: DataSource, tokenizer: PreTrainedTokenizerBase, option
         return TokenisedSet(opened.name, _from_files(folder, "rows"), _from_files(folder, "tokens"), digest)
 
 
-def _digest(source: DataSource, opened: RowSource, tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions) -> str:
+def settings_digest(source: DataSource, tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions) -> Any:
+    """A running SHA-256 of everything but the source's content that decides about its tokens."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     for state in ("truncation", "padding"):  # left over from the last call, without influence on ours
         backend.pop(state, None)
     tokenisation = [tokenizer.chat_template, tokenizer.special_tokens_map, backend, options.max_length]
     reading = [source.format, source.fields, source.split, source.subset, options.on_bad_row]
-    digest = hashlib.sha256(json.dumps([tokenisation, reading], sort_keys=True, default=str).encode())
+    return hashlib.sha256(json.dumps([tokenisation, reading], sort_keys=True, default=str).encode())
+
+
+def _digest(source: DataSource, opened: RowSource, tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions) -> str:
+    digest = settings_digest(source, tokenizer, options)
     for file in opened.files:
         try:
             with file.open("rb") as content:
@@ -129,10 +134,10 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 
 def _write_rows(file: Path, conversations: Iterable[Conversation], name: str) -> None:
     counted = iter(datasets.utils.tqdm(conversations, desc=f"Reading {name}", unit=" rows"))
-    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, _SCHEMA) as writer:
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, ROWS_SCHEMA) as writer:
         while batch := list(islice(counted, _BATCH)):
-            columns = {column: [getattr(c, column) for c in batch] for column in _SCHEMA.names}
-            writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=_SCHEMA))
+            columns = {column: [getattr(c, column) for c in batch] for column in ROWS_SCHEMA.names}
+            writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=ROWS_SCHEMA))
 
 
 def _write_tokens(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions) -> None:
@@ -162,7 +167,19 @@ def _tokenise_batch(
 ) -> dict[str, list[Any]]:
     columns = (batch["messages"], batch["row"], batch["text"], batch["problem"])
     conversations = [Conversation(m, name, row, text, problem) for m, row, text, problem in zip(*columns, strict=True)]
-    chats, problems = _tokenise(conversations, tokenizer, options.on_bad_row)
+    return tokenise(conversations, tokenizer, options)
+
+
+def tokenise(
+    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions
+) -> dict[str, list[Any]]:
+    """The columns of `TokenisedSet.tokens` for these conversations, cut at `max_length`.
+
+    Raises:
+        DataError: the chat template refuses a conversation, and `on_bad_row` is `error`
+        ModelError: the tokenizer or its chat template cannot be used
+    """
+    chats, problems = _uncut(conversations, tokenizer, options.on_bad_row)
     ids = [chat.input_ids[: options.max_length] for chat in chats]
     # The first token is never the target of a prediction, whatever the template says.
     supervised = [[False, *chat.supervised[1 : options.max_length]] if chat.input_ids else [] for chat in chats]
@@ -176,7 +193,7 @@ def _tokenise_batch(
     }
 
 
-def _tokenise(
+def _uncut(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, on_bad_row: str
 ) -> tuple[list[TokenisedChat], list[str]]:
     """Tokens of each row (none of a row that is skipped), and why it is skipped."""

@@ -67,6 +67,36 @@ def test_a_resumed_run_repeats_the_interrupted_one_to_the_last_bit(
     assert all(bool((wanted[name] == found[name]).all()) for name in wanted)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("--data.packing", "true", "--train.batch_size", "2"),
+        ("--data.streaming", "true", "--data.shuffle_buffer", "8", "--data.on_bad_row", "skip"),
+    ],
+    ids=["packed", "streamed"],
+)
+def test_an_interrupted_run_goes_on_with_the_same_samples(
+    mode: tuple[str, ...], workshop: Path, worker_pool: PoolFactory, tmp_path: Path
+) -> None:
+    """Epochs end in the middle of batches; the run stops between two steps and between two checkpoints."""
+    rows = (workshop / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(["{broken" * ("skip" in mode), *rows[:9]]))
+    argv = ("--config", str(workshop / "recipe.yaml"), "--data.train", f"[{{path: {tmp_path}/train.jsonl}}]", *mode)
+    argv += ("--train.max_steps", "4", "--train.save_every", "2", "--train.num_samples", "0", "--data.eval", "[]")
+    straight, broken = tmp_path / "straight" / "tiny", tmp_path / "broken" / "tiny"
+    worker_pool(2).run(run_command, *argv, "--run.dir", str(straight.parent))
+    shutil.copytree(straight, broken)
+    for folder in ("checkpoint-4", "adapter"):
+        shutil.rmtree(broken / folder)
+    worker_pool(2).run(run_command, *argv, "--run.dir", str(broken.parent), "--resume", "auto")
+    found, again = (read_metrics(folder / "metrics.jsonl") for folder in (straight, broken))
+    names = (*COMPARED, *(("data/epoch", "data/skipped_rows") if "--data.streaming" in mode else ()))
+    assert len({row["loss"] for row in found[1:]}) == 4
+    assert [[row.get(name) for name in names] for row in found] == [[row.get(name) for name in names] for row in again]
+    wanted, resumed = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, broken))
+    assert all(bool((wanted[name] == resumed[name]).all()) for name in wanted)
+
+
 def test_the_adapter_answers_without_deepspeed(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -201,10 +201,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, datasets.D
     """A hub with a single dataset, `owner/set`, which has the configuration `main`."""
     stored = {"owner/set": datasets.DatasetDict(train=datasets.Dataset.from_list([ROW, ROW]))}
 
-    def load_dataset(path: str, name: str | None, split: str | None) -> Any:
+    def load_dataset(path: str, name: str | None, split: str | None, streaming: bool) -> Any:
         if name not in (None, "main"):
             raise ValueError(f"BuilderConfig '{name}' not found. Available: ['main']")
-        return stored[path] if split is None else stored[path][split]
+        found = {part: rows.to_iterable_dataset() if streaming else rows for part, rows in stored[path].items()}
+        return found if split is None else found[split]
 
     def dataset_info(self: object, name: str, timeout: float) -> None:
         if name not in stored:
@@ -220,6 +221,12 @@ def test_hub_names(hub: object) -> None:
     assert contents("owner/set") == contents("owner/set", split="train", subset="main")
     assert contents("owner/set") == [(1, "Hi", "yo"), (2, "Hi", "yo")]
     assert open_source(DataSource("owner/set", split="train")).name == "owner/set (train)"
+
+
+def test_a_streamed_hub_name_is_not_downloaded(hub: object) -> None:
+    opened = open_source(DataSource("owner/set", subset="main"), streaming=True)
+    assert isinstance(opened.dataset, datasets.IterableDataset) and opened.num_bytes == 0
+    assert [number for number, _ in opened.read()] == [1, 2]
 
 
 def test_hub_names_that_are_wrong(hub: object) -> None:

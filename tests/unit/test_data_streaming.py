@@ -1,0 +1,359 @@
+"""Streamed training sets: order, shares of ranks, what is lost on the way, and going on where it stood."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from dsmoelora.config import DataConfig, DataSource
+from dsmoelora.data import MicroBatch, load_instructions
+from dsmoelora.data.preview import preview
+from dsmoelora.data.readers import open_source
+from dsmoelora.data.streaming import Peers, StreamedSets, first_samples
+from dsmoelora.data.streams import MixedStream, SetStream, ShuffledStream
+from dsmoelora.data.tokenised import TokeniseOptions
+from dsmoelora.errors import ConfigError, DataError, UserError
+from tests.helpers import tiny_tokenizer
+from tests.threaded_ranks import ThreadedComm
+
+SIZES = {"a": 7, "b": 13, "c": 9}
+
+
+def write(path: Path, rows: list[Any]) -> DataSource:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return DataSource(str(path))
+
+
+def task(question: str, answer: str = "yes") -> dict[str, str]:
+    return {"instruction": question, "output": answer}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    return tiny_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[DataSource]:
+    """Two files and a saved folder."""
+    for name, size in SIZES.items():
+        rows = [task(f"{name}{i}", "x" * (1 + i * 5 % 11)) for i in range(size)]
+        if name == "c":
+            datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
+        else:
+            write(tmp_path / f"{name}.jsonl", rows)
+    return [DataSource(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl", "c")]
+
+
+# The stream of rows
+
+
+def stream(sources: list[DataSource], weights: list[float] | None, block_size: int, seed: int = 3) -> ShuffledStream:
+    sets = [SetStream(open_source(source, streaming=True)) for source in sources]
+    return ShuffledStream(MixedStream(sets, weights), seed, block_size)
+
+
+def questions(rows: ShuffledStream, count: int) -> list[str]:
+    return [rows.next().content["instruction"] for _ in range(count)]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 29, 1000])
+def test_joined_sets_give_every_row_once_an_epoch(sources: list[DataSource], block_size: int) -> None:
+    rows = stream(sources, None, block_size)
+    everything = sorted(f"{name}{i}" for name, size in SIZES.items() for i in range(size))
+    epochs = [questions(rows, 29) for _ in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [everything] * 3
+    assert rows.epoch == 2
+    assert (epochs[0] == epochs[1]) == (block_size == 1), "only unshuffled epochs are alike"
+
+
+def test_unshuffled_sets_take_turns_until_each_is_at_its_end(sources: list[DataSource]) -> None:
+    turns = [f"{name}{i}" for i in range(13) for name in "abc" if i < SIZES[name]]
+    assert questions(stream(sources, None, 1), 29) == turns
+
+
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_weights_are_shares(sources: list[DataSource], block_size: int) -> None:
+    found = Counter(question[0] for question in questions(stream(sources, [3.0, 1.0, 2.0], block_size), 600))
+    for name, share in zip("abc", (300, 100, 200), strict=True):
+        assert abs(found[name] - share) <= block_size
+
+
+def test_rows_are_shuffled_within_their_block_by_the_seed(sources: list[DataSource]) -> None:
+    plain, one, other = (questions(stream(sources, None, size, seed), 29) for size, seed in ((1, 0), (10, 0), (10, 1)))
+    assert plain != one != other
+    for order in (one, other):
+        assert [sorted(order[i : i + 10]) for i in (0, 10, 20)] == [sorted(plain[i : i + 10]) for i in (0, 10, 20)]
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0, 2.0]], ids=["joined", "weighted"])
+@pytest.mark.parametrize("block_size", [1, 10, 1000])
+def test_a_stream_goes_on_where_it_stood(
+    sources: list[DataSource], weights: list[float] | None, block_size: int
+) -> None:
+    straight = questions(stream(sources, weights, block_size), 100)
+    rows, found = stream(sources, weights, block_size), []
+    for count in (0, 1, 9, 19, 1, 28, 2, 40):  # inside blocks, between blocks, between epochs, and twice in a row
+        state = json.loads(json.dumps(rows.state()))
+        rows = stream(sources, weights, block_size)
+        rows.load_state(state)
+        found += questions(rows, count)
+    assert found == straight
+
+
+def test_a_state_holds_no_rows(sources: list[DataSource]) -> None:
+    """A shuffle buffer is worth as much as its rows, and a checkpoint is no place for them."""
+    rows = stream(sources, None, 1000)
+    questions(rows, 20)
+    assert "xxx" not in json.dumps(rows.state()) and len(json.dumps(rows.state())) < 2000
+
+
+def test_a_set_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    read: list[int] = []
+    source = open_source(write(tmp_path / "a.jsonl", [task(str(i)) for i in range(1000)]), streaming=True)
+
+    def counted() -> Iterator[tuple[int, Any]]:
+        for row in source.read():
+            read.append(row[0])
+            yield row
+
+    rows = ShuffledStream(MixedStream([SetStream(replace(source, read=counted))], None), 0, 50)
+    questions(rows, 51)
+    assert len(read) <= 101
+
+
+# Batches
+
+
+def streamed(
+    sources: list[DataSource], tokenizer: PreTrainedTokenizerBase, block_size: int = 10, **options: Any
+) -> StreamedSets:
+    return StreamedSets(
+        sources, "data.train", tokenizer, TokeniseOptions(**{"max_length": 60} | options), 3, block_size
+    )
+
+
+def peers(comm: ThreadedComm) -> Peers:
+    return Peers(comm.rank(), comm.world_size(), comm.together, comm.all_reduce_sum, comm.gather_objects)
+
+
+def steps(
+    sources: list[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    world_size: int = 1,
+    micro: int = 2,
+    batch_size: int = 8,
+    state: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[list[list[MicroBatch]], list[dict[str, Any]]]:
+    """Micro-batches of all ranks, step by step, and every rank's state after each step."""
+    comm = ThreadedComm(world_size)
+
+    def of_rank(_: int) -> Any:
+        data = streamed(sources, tokenizer, **options)
+        if state is not None:
+            data.load_state(json.loads(json.dumps(state)))
+        batches = data.steps(batch_size=batch_size, micro_batch_size=micro, peers=peers(comm), pad_token_id=0)
+        return [(step, json.loads(json.dumps(data.state()))) for step in islice(batches, count)]
+
+    outcomes = comm.run(of_rank)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    assert all(len({json.dumps(state) for _, state in turn}) == 1 for turn in zip(*outcomes, strict=True))
+    per_step = [[batch for step, _ in turn for batch in step] for turn in zip(*outcomes, strict=True)]
+    return per_step, [state for _, state in outcomes[0]]
+
+
+def rows_of(batches: list[MicroBatch]) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Sequence id -> tokens and labels, of rows that are learned from."""
+    found = {}
+    for batch in batches:
+        for i, sequence in enumerate(batch.sequence_ids.tolist()):
+            length = int(batch.attention_mask[i].sum())
+            labels = tuple(batch.labels[i, :length].tolist())
+            if any(label != -100 for label in labels):
+                assert sequence not in found
+                found[sequence] = (tuple(batch.input_ids[i, :length].tolist()), labels)
+    return found
+
+
+def test_streamed_samples_are_those_of_the_sets_that_are_kept(
+    sources: list[DataSource], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens and masks of one epoch, 29 rows in four batches."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found, _ = steps(sources, tokenizer, 4)
+    rows = [row for step in found for place, row in rows_of(step).items() if place < 29]
+    kept = load_instructions(sources, "data.train", tokenizer, 60)
+    assert sorted(rows) == sorted((tuple(ids), tuple(labels)) for ids, labels in map(kept.sample, range(len(kept))))
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 8), (2, 2), (4, 1), (8, 1)])
+def test_what_a_step_learns_does_not_depend_on_ranks(
+    sources: list[DataSource], tokenizer: PreTrainedTokenizerBase, world_size: int, micro: int
+) -> None:
+    (found, states), (expected, same) = (
+        steps(sources, tokenizer, 6, world_size=number, micro=size) for number, size in ((world_size, micro), (1, 2))
+    )
+    assert states == same
+    for step, other in zip(found, expected, strict=True):
+        assert rows_of(step) == rows_of(other)
+        supervised = sum(batch.num_supervised_local for batch in step)
+        tokens = sum(int(batch.attention_mask.sum()) for batch in step)
+        assert {(b.num_supervised_global, b.num_tokens_global) for b in step} == {(supervised, tokens)}
+    assert [sorted(rows_of(step)) for step in found] == [list(range(8 * n, 8 * n + 8)) for n in range(6)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_batches_after_a_resume_are_equal_at_any_number_of_ranks(
+    sources: list[DataSource], tokenizer: PreTrainedTokenizerBase, world_size: int
+) -> None:
+    straight, states = steps(sources, tokenizer, 9, world_size=2)
+    for stop in (1, 4, 7):
+        found, again = steps(sources, tokenizer, 9 - stop, world_size=world_size, state=states[stop - 1])
+        assert [rows_of(step) for step in found] == [rows_of(step) for step in straight[stop:]]
+        assert again == states[stop:]
+
+
+def test_a_set_smaller_than_a_batch_comes_several_times(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write(tmp_path / "a.jsonl", [task("a"), task("b"), task("c")])
+    ((step,), _) = steps([source], tokenizer, 1, batch_size=8, micro=8)
+    found = Counter(ids for ids, _ in rows_of(step).values())
+    assert sorted(found.values()) == [2, 3, 3]
+
+
+# What is lost
+
+
+def test_wrong_and_cut_rows_leave_their_places_empty_and_are_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [task("a"), "{broken", task("b", ""), task("c", "x" * 90), task("q" * 90), task("d")]
+    source = write(tmp_path / "a.jsonl", rows)
+    with caplog.at_level(logging.WARNING):
+        found, states = steps([source], tokenizer, 2, batch_size=6, micro=1, world_size=2, on_bad_row="skip")
+    assert states[1]["counts"] == [[12, 4, 2, 2]]  # rows, skipped, cut, left out
+    assert sum(
+        "a.jsonl, row 2: invalid JSON" in r.message or "row 3: output is empty" in r.message for r in caplog.records
+    )
+    for step in found:
+        assert len(rows_of(step)) == 3
+        assert {batch.num_supervised_global for batch in step} == {sum(b.num_supervised_local for b in step)}
+        filler = [batch for batch in step if batch.num_supervised_local == 0]
+        assert all(batch.input_ids.tolist() == [[0]] and batch.attention_mask.tolist() == [[1]] for batch in filler)
+    data = streamed([source], tokenizer, on_bad_row="skip")
+    data.load_state(states[1])
+    (report,) = data.reports
+    assert report.losses().endswith(
+        "4 of 12 rows skipped; 2 of 12 cut at data.max_length; 2 of 12 left out, for nothing to learn was left of them"
+    )
+    assert data.metrics()["data/truncated_rows"] == 2
+
+
+def test_a_batch_of_wrong_rows_alone_is_passed_over(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write(tmp_path / "a.jsonl", [task("a"), "{", "{", "{", task("b"), task("c")])
+    found, _ = steps([source], tokenizer, 2, batch_size=2, micro=1, world_size=2, block_size=1, on_bad_row="skip")
+    assert [sorted(rows_of(step)) for step in found] == [[0], [4, 5]]
+
+
+def test_a_wrong_row_stops_all_ranks(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write(tmp_path / "a.jsonl", [task("a"), task("b"), task("c"), task("d", "")])
+    comm = ThreadedComm(2)
+
+    def of_rank(_: int) -> None:
+        data = streamed([source], tokenizer, block_size=1)
+        next(data.steps(batch_size=4, micro_batch_size=2, peers=peers(comm), pad_token_id=0))
+
+    first, second = comm.run(of_rank)
+    assert isinstance(second, DataError) and "a.jsonl, row 4: output is empty" in str(second)
+    assert isinstance(first, UserError) and str(first).startswith("rank 1: ") and str(second) in str(first)
+
+
+def test_an_epoch_without_anything_to_learn_ends_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write(tmp_path / "a.jsonl", [task("q" * 90)] * 5)
+    with pytest.raises(DataError, match=r"data\.train: a whole epoch .* data\.max_length = 60 .* left out"):
+        steps([source], tokenizer, 1, world_size=2)
+
+
+def test_a_file_that_vanishes_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write(tmp_path / "a.jsonl", [task("a"), task("b")])
+    data = streamed([source], tokenizer, block_size=1)
+    batches = data.steps(batch_size=2, micro_batch_size=2, peers=Peers(), pad_token_id=0)
+    next(batches)
+    Path(source.path).unlink()
+    with pytest.raises(DataError, match=r"a\.jsonl cannot be read on after 0 rows \(.*No such file.*--resume auto"):
+        next(batches)
+
+
+def test_a_set_that_shrank_is_noticed(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [task(str(i)) for i in range(20)])
+    rows = stream([source], None, 100)
+    questions(rows, 15)
+    state = rows.state()
+    write(Path(source.path), [task("a")])
+    with pytest.raises(DataError, match="fewer rows than when the checkpoint was saved"):
+        stream([source], None, 100).load_state(state)
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([], "holds no rows"),
+        ([{"a": 1}], "fit no known format"),
+        (['[{"instruction": "a", "output": "b"}]'], "holds a JSON array, which is read as a whole"),
+    ],
+)
+def test_sets_that_cannot_be_streamed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Any], problem: str
+) -> None:
+    with pytest.raises(DataError, match=problem):
+        streamed([write(tmp_path / "a.json", rows)], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"packing": True}, "data.packing is True, but it must be false with data.streaming"),
+        ({"num_proc": 2}, "data.num_proc is 2, but it must be null with data.streaming"),
+        ({"shuffle_buffer": 0}, "data.shuffle_buffer is 0, but it must be 1 or more"),
+        ({"shuffle_buffer": 5, "streaming": False}, "data.shuffle_buffer is 5, but it must be null without"),
+    ],
+)
+def test_keys_that_do_not_go_with_streaming(keys: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        DataConfig(**{"streaming": True} | keys)
+
+
+def test_the_fingerprint_changes_with_what_decides_about_samples(
+    sources: list[DataSource], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def of(sources: list[DataSource], **options: Any) -> str:
+        return streamed(sources, tokenizer, **options).fingerprint
+
+    plain = of(sources)
+    assert plain == of(sources) and plain.startswith("streamed ")
+    weighted = [DataSource(source.path, weight) for source, weight in zip(sources, (1.0, 2.0, 3.0), strict=True)]
+    others = [of(sources[::-1]), of(weighted), of(sources, max_length=50), of(sources, block_size=11)]
+    with Path(sources[0].path).open("a") as file:
+        file.write(json.dumps(task("one more")) + "\n")
+    assert len({plain, *others, of(sources)}) == 6
+
+
+def test_a_preview_reads_the_first_rows_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write(tmp_path / "a.jsonl", [task("first"), task("second"), "{broken"])
+    samples = first_samples([source], tokenizer, TokeniseOptions(60), 2)
+    text = preview(samples, tokenizer, 2)
+    assert "a.jsonl, row 2" in text and "⟦yes<|im_end|>⟧" in text
