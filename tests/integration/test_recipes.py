@@ -45,11 +45,13 @@ MATHS = {"query": "1+1?", "response": "2", "question": "2+2?", "answer": "4"}
 ATTENTION = "2 x q_proj, 2 x k_proj, 2 x v_proj, 2 x o_proj"
 ALL = f"{ATTENTION}, 2 x gate_proj, 2 x up_proj, 2 x down_proj"
 STAND_INS = {
+    "comoe.yaml": StandIn("llama", ALPACA, ATTENTION),
     "demo.yaml": StandIn("llama", ALPACA, ATTENTION),
     "gpt2_tiny_text.yaml": StandIn("gpt2", {"text": "Once upon a time."}, "2 x c_attn, 4 x c_proj, 2 x c_fc"),
     "llama2_7b_alpaca.yaml": StandIn("llama", ALPACA, ATTENTION),
     "llama3_8b_chat.yaml": StandIn("llama", MESSAGES, ALL),
     "mistral_7b_sharegpt.yaml": StandIn("mistral", SHAREGPT, ATTENTION),
+    "moelora_contrastive.yaml": StandIn("llama", ALPACA, "2 x q_proj, 2 x v_proj"),
     "qwen2.5_7b_math.yaml": StandIn("qwen2", MATHS, ALL),
 }
 
@@ -109,5 +111,5 @@ def test_dry_run(tmp_path: Path) -> None:
 def test_recipe_opens_with_its_launch_command(recipe: Path) -> None:
     head = recipe.read_text().partition("\nrun:")[0]
     assert head.startswith("# ")
-    assert f"--config launch/recipes/{recipe.name}" in head
+    assert f"--config {recipe.relative_to(ROOT)}" in head
     assert "--deepspeed ds_configs/zero3.json" in head
