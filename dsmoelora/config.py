@@ -17,7 +17,7 @@ from dsmoelora.adapter_options import ExpertName, MixerInit, RouterName, check_l
 from dsmoelora.errors import bad_value
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
-InitName = Literal["kaiming", "gaussian"]
+InitName = Literal["kaiming", "gaussian", "svd"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -109,7 +109,8 @@ class AdapterConfig:
         top_p: of router `top_p`: probability that the chosen experts reach together; `null` means 0.8
         bias_rate: of router `sigmoid_bias`: how far a bias moves in a step; `null` means 0.001
         init: what the factors start from; `b` starts at 0 and `a` at random: uniform in +-1/sqrt(in-features)
-            (`kaiming`), or normal with standard deviation 1/R (`gaussian`)
+            (`kaiming`), or normal with standard deviation 1/R (`gaussian`). With `svd` both start from singular vectors
+            of the base weight, which is shifted to make up for it (PiSSA; with more than one expert GOAT's segments)
         seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
     """
 

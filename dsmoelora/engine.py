@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, router_
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.adapters.routing_log import Routing, RoutingLog
 from dsmoelora.adapters.similarity import ExpertCosines
+from dsmoelora.adapters.svd_start import uniform_gates
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
@@ -35,6 +36,7 @@ from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.factors import expert_cosines, of_all_experts
+from dsmoelora.parallel.start_shards import StartShards
 from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.seeds import derive_seed
 from dsmoelora.watch import AdapterWatch
@@ -88,6 +90,7 @@ class Engine:
         heartbeat: gets a beat for every forward pass and every part of a file; None for one that nobody looks at
         stop: looked at in every forward and at the end of every step; None for one that nobody asks. An engine that
             has raised `Stopped` can still save, and nothing else
+        resumes: `load` comes next; with `adapter.init: svd` it is the checkpoint that says where the experts started
 
     Attributes:
         step: optimizer steps taken, skipped ones included
@@ -104,6 +107,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         heartbeat: Heartbeat | None = None,
         stop: StopRequest | None = None,
+        resumes: bool = False,
     ) -> None:
         self.recipe, self.tokenizer, self.model = recipe, tokenizer, model
         self._heartbeat = heartbeat or Heartbeat()
@@ -119,7 +123,11 @@ class Engine:
                 self.layout, recipe.parallel.exchange, recipe.adapter.top_k or recipe.adapter.num_experts
             )
             model.register_forward_pre_hook(partial(_announce_tokens, exchange), with_kwargs=True)
-        self.adapted_layers = inject(model, recipe.adapter, self.layout.local_experts, exchange)
+        self.adapted_layers = inject(model, recipe.adapter, self.layout.local_experts, exchange, lambda _: None)
+        self._prints = self._fingerprints()  # of the base as it came
+        self._start = None
+        if recipe.adapter.init == "svd":
+            self._start = StartShards(model, resumes, self._heartbeat.beat)
         if recipe.train.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         found = trainables(model)
@@ -138,6 +146,8 @@ class Engine:
             model=model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
         )
         self.optimizer.bind(zero.shard_groups(self._deepspeed, found, self.layout))
+        if self._start is not None:
+            self._start.bind(self.optimizer.shards)
         self.watch = AdapterWatch(self.optimizer)
         self._routing = self._context.log = RoutingLog(model, recipe.losses, self.device)
         comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
@@ -149,8 +159,9 @@ class Engine:
         deepspeed_config: dict[str, Any],
         heartbeat: Heartbeat | None = None,
         stop: StopRequest | None = None,
+        resumes: bool = False,
     ) -> Engine:
-        """Load tokenizer and weights (streamed into ZeRO-3 partitions), adapt, initialise.
+        """Load tokenizer and weights (streamed into ZeRO-3 partitions), adapt, initialise; arguments as of the class.
 
         Raises:
             UserError: the recipe, the DeepSpeed file or the model cannot work together
@@ -162,7 +173,7 @@ class Engine:
         tokenizer = comm.together(lambda: load_tokenizer(recipe.model))
         model = load_model(recipe.model, config)
         heartbeat.beat()
-        return cls(recipe, deepspeed_config, model, tokenizer, heartbeat, stop)
+        return cls(recipe, deepspeed_config, model, tokenizer, heartbeat, stop, resumes)
 
     @property
     def device(self) -> torch.device:
@@ -244,11 +255,16 @@ class Engine:
         """How alike the experts' updates are, the same on all ranks; see `parallel.factors`."""
         return expert_cosines(self.model, self.layout)
 
-    def evaluate(self, micro_batches: list[MicroBatch]) -> float:
-        """Mean negative log likelihood per supervised token, in nats, over all ranks' micro-batches."""
+    def evaluate(self, micro_batches: list[MicroBatch], routed: bool = True) -> float:
+        """Mean negative log likelihood per supervised token, in nats, over all ranks' micro-batches.
+
+        Args:
+            micro_batches: of this rank
+            routed: by the routers; otherwise all gates are 1 / E, with which `adapter.init: svd` starts as the base was
+        """
         self._heartbeat.enter(Phase.EVALUATE, self.step)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self._inference():
+        with self._inference(), nullcontext() if routed else uniform_gates(self.model):
             for micro_batch in micro_batches:
                 total += self._nll_sum(micro_batch)
         self._context.clear()
@@ -317,10 +333,18 @@ class Engine:
         return checkpoint_bytes(self._shard_states())
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Go on from a checkpoint, whatever the number of ranks it was written with; returns the caller's state."""
+        """Go on from a checkpoint, whatever the number of ranks it was written with; returns the caller's state.
+
+        Raises:
+            ModelError: `adapter.init` is svd, and the base has been shifted already
+        """
+        if self._start is not None:
+            self._start.check_untouched(folder)
         self._heartbeat.enter(Phase.LOAD, self.step)
         state = load_checkpoint(folder, self._shard_states())
         own = state["engine"]
+        if self._start is not None:
+            self._start.shift()
         zero.push_master_weights(self._deepspeed)
         self.step, self.skipped_steps = own["step"], own["skipped_steps"]
         self.optimizer.num_steps = own["optimizer_steps"]
@@ -343,25 +367,30 @@ class Engine:
                 if comm.rank() == 0:
                     tensors[trainable.name] = whole.cpu().clone()
         tensors |= {name: buffer.cpu().clone() for name, buffer in router_buffers(self.model).items()}
-        layers = dict(adapted_layers(self.model))
-        prints = {}
+        start = None if self._start is None else self._start.on_rank_0()
+        comm.together(lambda: self._write_adapter(folder, tensors, start) if comm.rank() == 0 else None)
+
+    def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], start: dict[str, Tensor] | None) -> None:
+        base = self.recipe.model.path
+        base = str(Path(base).resolve()) if Path(base).exists() else base
+        more = (self.tokenizer.save_pretrained, start)
+        write_adapter(folder, self.recipe.adapter, self.adapted_layers, tensors, base, self._prints, *more)
+
+    def _fingerprints(self) -> dict[str, Any]:
+        layers, prints = dict(adapted_layers(self.model)), {}
         for name in fingerprinted_layers(self.model):
             base = layers[name].base
             with zero.gathered(base.parameters()):
                 prints[name] = fingerprint(base.weight)
-        comm.together(lambda: self._write_adapter(folder, tensors, prints) if comm.rank() == 0 else None)
-
-    def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], prints: dict[str, Any]) -> None:
-        base = self.recipe.model.path
-        base = str(Path(base).resolve()) if Path(base).exists() else base
-        adapter = self.recipe.adapter
-        write_adapter(folder, adapter, self.adapted_layers, tensors, base, prints, self.tokenizer.save_pretrained)
+        return prints
 
     def _shard_states(self) -> list[ShardState]:
-        return [
-            ShardState(shard.runs, {"value": shard.tensor.detach().view(-1), **self.optimizer.state[shard.tensor]})
-            for shard in self.optimizer.shards
-        ]
+        states = []
+        for k, shard in enumerate(self.optimizer.shards):
+            start = {} if self._start is None else {"start": self._start.flat[k]}
+            value = {"value": shard.tensor.detach().view(-1)}
+            states.append(ShardState(shard.runs, value | self.optimizer.state[shard.tensor] | start))
+        return states
 
     def _nll_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar)."""

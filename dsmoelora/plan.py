@@ -82,7 +82,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     base = sum(parameter.numel() for parameter in model.parameters())
     _note_what_is_off(plan, model)
     plan.notes += untouched(model)
-    layers = inject(model, recipe.adapter)
+    layers = inject(model, recipe.adapter, start=lambda _: None)  # there are no weights to start from
     adapter = sum(math.prod(trainable.shape) for trainable, _ in trainables(model))
     _describe_model(plan, recipe, model, base, world_size)
     _describe_adapter(plan, recipe, layers, adapter, base)

@@ -142,7 +142,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
     trackers = comm.together(lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else [])
     console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
-    engine = Engine.build(recipe, command.deepspeed, heartbeat, stop)
+    engine = Engine.build(recipe, command.deepspeed, heartbeat, stop, resumes=checkpoint is not None)
     stop.check()
     mebibytes = engine.checkpoint_bytes() / 2**20
     console.print(

@@ -74,10 +74,11 @@ def build_engine(job: Job) -> Any:
     recipe = replace(job.recipe, train=train)
     # without this threshold ZeRO keeps parameters as small as ours whole, and nothing of interest happens
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000} | job.zero
+    resumes = job.load_from is not None
     if job.partitioned:
-        return Engine.build(recipe, {"zero_optimization": zero})
+        return Engine.build(recipe, {"zero_optimization": zero}, resumes=resumes)
     model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=recipe.model.torch_dtype)
-    return Engine(recipe, {"zero_optimization": zero}, model, load_tokenizer(recipe.model))
+    return Engine(recipe, {"zero_optimization": zero}, model, load_tokenizer(recipe.model), resumes=resumes)
 
 
 def batches_of(job: Job, step: int) -> Any:

@@ -15,15 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsmoelora.adapters.inject import inject
-from dsmoelora.adapters.layer import adapted_layers
+from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.linear import is_linear
 from dsmoelora.adapters.routers import routers
+from dsmoelora.adapters.svd_start import StartFactors, shift_bases, start_names
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, ModelError, listing
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+START_FILE = "start.safetensors"  # with `init: svd`: what the base was shifted by
 PEFT_TYPE = "DSMOELORA"
 _NUM_FINGERPRINT_VALUES = 16
 _NEEDED_KEYS = ("layers", "base_fingerprint", "base_model_name_or_path")
@@ -60,6 +62,7 @@ def write_adapter(
     base_model: str,
     base_fingerprint: Mapping[str, Any],
     write_more: Callable[[Path], object] = lambda _: None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter folder; an older one of that name is replaced when the new one is whole.
 
@@ -69,13 +72,16 @@ def write_adapter(
         layers: names of the adapted layers
         tensors: whole tensors by qualified name
         base_model: path or name of the base model
-        base_fingerprint: `fingerprint` of each of `fingerprinted_layers`
+        base_fingerprint: `fingerprint` of each of `fingerprinted_layers`, of the base as it was before `inject`
         write_more: writes what else belongs into the folder, such as the tokenizer
+        start: with `init: svd`, whole factors `a` and `b` of all layers as they were before the first step, by the
+            same names as in `tensors`
 
     Raises:
         CheckpointError: a tensor is empty or not finite; nothing is written
     """
-    for name, tensor in tensors.items():
+    assert (start is not None) == (config.init == "svd"), "an adapter with a shifted base needs its start"
+    for name, tensor in [*tensors.items(), *(start or {}).items()]:
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
             what = "is empty" if tensor.numel() == 0 else "has values that are not finite"
             raise CheckpointError(
@@ -94,6 +100,8 @@ def write_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS_FILE)
+    if start is not None:
+        save_file({name: tensor.contiguous() for name, tensor in start.items()}, partial / START_FILE)
     (partial / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
     write_more(partial)
     replaced = folder.with_name(f".{folder.name}.replaced")
@@ -158,7 +166,12 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     plain = [name for name in layers if layer_config(config, name).num_experts < config.num_experts]
     config.lora_modules, config.target_modules = plain, [name for name in layers if name not in plain]
     tensors = read_weights(folder / WEIGHTS_FILE)
-    inject(model, config)
+    start = read_start(folder, tensors) if config.init == "svd" else {}
+
+    def find_start(layer: RoutedLinear) -> StartFactors:
+        return StartFactors(*(start[name] for name in start_names(layer.name)))
+
+    inject(model, config, start=lambda adapted: shift_bases(adapted, find_start))
     wanted: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
     wanted |= router_buffers(model)
     shapes, wanted_shapes = _shapes(tensors), _shapes(wanted)
@@ -176,7 +189,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of `adapter_model.safetensors` by name.
+    """The tensors of a safetensors file by name.
 
     Raises:
         CheckpointError: missing or damaged
@@ -185,6 +198,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Copy the adapter folder again.") from error
+
+
+def read_start(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The start factors of an adapter with `init: svd`, by the names of the factors.
+
+    Args:
+        folder: of the adapter
+        tensors: its weights
+
+    Raises:
+        CheckpointError: missing, damaged, or of other shapes than the factors
+    """
+    path = folder / START_FILE
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} has no {START_FILE}, without which an adapter with adapter.init = svd cannot be used: it says "
+            "what the base model was shifted by. Copy the whole adapter folder again."
+        )
+    start = read_weights(path)
+    factors = {name: value for name, value in tensors.items() if name.endswith((".experts.a", ".experts.b"))}
+    if _shapes(start) != _shapes(factors):
+        raise CheckpointError(f"{path} does not fit {WEIGHTS_FILE}. Copy the whole adapter folder again.")
+    return start
 
 
 def _check_base(model: nn.Module, description: dict[str, Any], folder: Path) -> None:

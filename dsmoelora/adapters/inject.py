@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.linear import features, is_linear
 from dsmoelora.adapters.routers import RouterPlace, build_router, watch_prompts
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
+from dsmoelora.adapters.svd_start import check_svd_start, start_experts
 from dsmoelora.adapters.targets import LORA, TARGETS, adapted_names, layer_config, output_head_name
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError, bad_value
@@ -24,28 +25,33 @@ def inject(
     config: AdapterConfig,
     local_experts: range | None = None,
     exchange: TokenExchange | None = None,
+    start: Callable[[nn.Module], object] = start_experts,
 ) -> list[str]:
     """Wrap every linear layer that the configuration names, and freeze everything else.
 
-    The adapted model equals the base model to the last bit until the first optimizer step, for `b` starts at 0.
+    The adapted model equals the base model to the last bit until the first optimizer step, for `b` starts at 0; with
+    `init: svd` it does so for gates of 1 / E, up to rounding.
 
     Args:
         model: a causal language model of transformers (any `nn.Module` with linear layers works)
         config: of the adapter
         local_experts: which experts of every layer with several lie on this rank, all by default
         exchange: how tokens reach the others, where not all do
+        start: with `init: svd`, what sets factors and base of the adapted model; by default it does so at once
 
     Returns:
         names of the wrapped modules, in the order of the model
 
     Raises:
-        ModelError: the model is adapted already
+        ModelError: the model is adapted already, or a layer cannot start from its weight
         ConfigError: a target matches no linear layer, one that cannot be adapted, or one that `style` cannot route
     """
     if any(True for _ in adapted_layers(model)):
         raise ModelError("The model has routed experts already. Load the base model again before adapting it anew.")
     routed, plain = adapted_names(model, config)
     _check_head(model, config, routed, plain)
+    if config.init == "svd":
+        check_svd_start(model, config, [*routed, *plain])
     block_of = blocks_of(model, routed) if config.style == "ffn_block" else {}
     model.requires_grad_(False)
     context = BatchContext(exchange=exchange)
@@ -62,6 +68,8 @@ def inject(
         _put(model, name, wrapped)
     if config.router == "prompt":
         watch_prompts(model)
+    if config.init == "svd":
+        start(model)
     return names
 
 

@@ -45,6 +45,7 @@ class ExpertBank(nn.Module):
         experts: which of all experts lie here
 
     Attributes:
+        held: `experts`
         shapes: of each parameter by name, over the experts of all ranks (ZeRO-3 empties a parameter's own shape)
     """
 
@@ -57,6 +58,7 @@ class ExpertBank(nn.Module):
             "a": (num_experts, in_features, rank),
             "b": (num_experts, out_features, rank),
         }
+        self.held = experts
         self.scale = config.scale
         self.gate_power = config.gate_power
         self.power_reaches_input = config.gate_power_scope == "factors_and_input"

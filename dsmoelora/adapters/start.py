@@ -13,10 +13,12 @@ def draw_a(a_DR: Tensor, init: InitName, rng: torch.Generator) -> None:
     """Fill the factor `a` (D, R) of one expert, fp32, with its starting values, as PEFT fills its A (R, D).
 
     `kaiming` is uniform in +-1/sqrt(D) (`kaiming_uniform_(a=sqrt(5))`, PEFT's default), `gaussian` is normal with
-    standard deviation 1/R (PEFT's `init_lora_weights="gaussian"`).
+    standard deviation 1/R (PEFT's `init_lora_weights="gaussian"`). With `svd` it is 0 until `svd_start` fills it.
     """
     in_features, rank = a_DR.shape
-    if init == "gaussian":
+    if init == "svd":
+        a_DR.zero_()
+    elif init == "gaussian":
         a_DR.normal_(std=1 / rank, generator=rng)
     else:
         bound = in_features**-0.5

@@ -2,6 +2,8 @@
 
     s * sum_e g_e a_e b_e^T  =  A^T B^T   with   A^T = [a_1 ... a_E] (D, E*R),   B = s [g_1 b_1 ... g_E b_E] (O, E*R)
 
+With `adapter.init: svd` the columns of the shift of the base are added to both, as in `experts`.
+
 This is another function than the mixture, whose gate depends on the token; what it costs is measured on the same file.
 """
 
@@ -51,25 +53,28 @@ def average_experts(model: Any, folder: Path, samples: InstructionDataset, num_s
         folder: adapter folder
         samples: tokenised data file
         num_samples: how many of its first rows are used
-        rank: of the adapter; 0 for E * R, which loses nothing against the average
+        rank: of the adapter; 0 for E * R (twice that with `adapter.init: svd`), which loses nothing against the average
 
     Raises:
-        ConfigError: a rank above E * R
+        ConfigError: a rank above that
         CheckpointError: the folder is damaged, or was trained on another base model
     """
     config, experts = read_experts(folder)
-    full = config.num_experts * config.r
+    twice = 2 if config.init == "svd" else 1
+    full = twice * config.num_experts * config.r
     if not 0 <= rank <= full:
-        allowed = f"between 1 and num_experts x r = {config.num_experts} x {config.r} = {full}"
+        allowed = f"between 1 and {'2 x ' * (twice - 1)}num_experts x r = {full}"
         raise bad_value("--rank", rank, allowed, "Leave it out for the whole rank.")
     rank = rank or full
     base_loss = mean_loss(model.eval(), samples, num_samples)
     load_adapter(model, folder)
     with measured_gates(model) as gates:
         mixture_loss = mean_loss(model, samples, num_samples)
-    layers, kept, total = {}, 0.0, 0.0
+    layers, shifts, kept, total = {}, {}, 0.0, 0.0
     for name, factors in experts.items():
         a_DF, b_OF = weighted_sum(factors, config.scale * gates[name].cpu())
+        taken_DF, taken_OF = shifts[name] = _scaled_shift(factors, config.scale)
+        a_DF, b_OF = torch.cat((a_DF, taken_DF), 1), torch.cat((b_OF, -taken_OF), 1)
         before = _square_norm(a_DF, b_OF)
         if rank < a_DF.shape[1]:
             a_DF, b_OF = truncated(a_DF, b_OF, rank)
@@ -79,7 +84,7 @@ def average_experts(model: Any, folder: Path, samples: InstructionDataset, num_s
         dtype = factors.a_EDR.dtype
         layers[name] = (a_DF.t().to(dtype), b_OF.to(dtype))
     lora = Lora(rank, rank, False, layers)
-    _put_on(model, lora)
+    _put_on(model, lora, shifts)
     share = kept / total if total else 1.0
     return Average(lora, share, base_loss, mixture_loss, mean_loss(model, samples, num_samples))
 
@@ -152,13 +157,20 @@ def _square_norm(a_DF: Tensor, b_OF: Tensor) -> float:
     return float(((a_DF.t() @ a_DF) * (b_OF.t() @ b_OF)).sum())
 
 
-def _put_on(model: nn.Module, lora: Lora) -> None:
-    """Replace the mixture on a model by one adapter."""
+def _scaled_shift(factors: ExpertFactors, scale: float) -> tuple[Tensor, Tensor]:
+    a_DF, b_OF = factors.shift()
+    return a_DF.double(), scale * b_OF.double()
+
+
+def _put_on(model: nn.Module, lora: Lora, shifts: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Replace the mixture on a model by one adapter (of scale 1), and give the base back what was taken from it."""
     eject(model)
-    inject(model, AdapterConfig(r=lora.r, lora_alpha=lora.alpha, num_experts=1, top_k=1, target_modules=[*lora.layers]))
+    rank = lora.r + max(a_DF.shape[1] for a_DF, _ in shifts.values())
+    inject(model, AdapterConfig(r=rank, lora_alpha=rank, num_experts=1, top_k=1, target_modules=[*lora.layers]))
     with torch.no_grad():
         for name, layer in adapted_layers(model):
-            a_RD, b_OR = lora.layers[name]
-            layer.experts.a.copy_(a_RD.t()[None])
-            layer.experts.b.copy_(b_OR[None])
+            (a_RD, b_OR), (taken_DF, taken_OF) = lora.layers[name], shifts[name]
+            for whole, *parts in ((layer.experts.a, a_RD.t(), taken_DF), (layer.experts.b, b_OR, taken_OF)):
+                joined = torch.cat([part.to(whole) for part in parts], 1)
+                whole.copy_(nn.functional.pad(joined, (0, rank - joined.shape[1]))[None])
     model.eval()

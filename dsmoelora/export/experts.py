@@ -1,6 +1,9 @@
 """The experts of an adapter folder, one plain LoRA adapter each.
 
 s * a_e m_e b_e^T  ->  A = a_e^T (R, D),  B = b_e m_e^T (O, R),  the same r, alpha and scale
+
+With `adapter.init: svd` experts were trained on a base shifted by their start. What is exported takes that shift along,
+so that it is right on the base as it came: A = [a_e, all start a]^T, B = [b_e, -all start b / E], of rank R (1 + E).
 """
 
 from __future__ import annotations
@@ -8,10 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from dsmoelora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, adapter_config, read_adapter_config, read_weights
+from dsmoelora.adapters.folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_config,
+    read_adapter_config,
+    read_start,
+    read_weights,
+)
 from dsmoelora.adapters.function import outgoing
+from dsmoelora.adapters.svd_start import start_names
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, listing
@@ -25,15 +37,25 @@ class ExpertFactors:
     Args:
         a_EDR: (E, D, R)
         b_EOR: (E, O, R)
+        start: with `adapter.init: svd`, the factors before the first step
     """
 
     a_EDR: Tensor
     b_EOR: Tensor
+    start: ExpertFactors | None = None
 
     @property
     def in_out(self) -> tuple[int, int]:
         """In-features D and out-features O."""
         return self.a_EDR.shape[1], self.b_EOR.shape[1]
+
+    def shift(self) -> tuple[Tensor, Tensor]:
+        """Factors (D, F) and (O, F) of what was taken from the base, without the scale s; F is 0 where nothing was."""
+        if self.start is None:
+            num_in, num_out = self.in_out
+            return self.a_EDR.new_empty(num_in, 0), self.b_EOR.new_empty(num_out, 0)
+        a_DF, b_OF = (factor.permute(1, 0, 2).flatten(1) for factor in (self.start.a_EDR, self.start.b_EOR))
+        return a_DF, b_OF / len(self.a_EDR)
 
 
 def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]:
@@ -52,10 +74,12 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {listing(wrong)}. Copy the adapter folder again."
         )
+    starts = read_start(folder, tensors) if config.init == "svd" else {}
     experts = {}
     for layer in layers:
+        start = ExpertFactors(*(starts[name] for name in start_names(layer))) if starts else None
         a_EDR, b_EOR, *m = (tensors.pop(f"{layer}.experts.{factor}") for factor in own)
-        experts[layer] = ExpertFactors(a_EDR, _fold(b_EOR, m[0]) if m else b_EOR)
+        experts[layer] = ExpertFactors(a_EDR, _fold(b_EOR, m[0]) if m else b_EOR, start)
     strange = [name for name in tensors if ".router." not in name]
     if strange:
         raise CheckpointError(
@@ -69,12 +93,20 @@ def expert_loras(config: AdapterConfig, experts: dict[str, ExpertFactors]) -> di
     """Expert e of every layer as one LoRA adapter, by the name of its folder; each has the layers with one expert."""
     loras = {}
     for expert, folder in enumerate(folder_names(config.num_experts)):
-        layers = {}
-        for name, factors in experts.items():
-            own = expert % len(factors.a_EDR)
-            layers[name] = (factors.a_EDR[own].t(), factors.b_EOR[own])
-        loras[folder] = Lora(config.r, config.lora_alpha, config.use_rslora, layers)
+        shifted = config.init == "svd"
+        rank = config.r * (1 + config.num_experts) if shifted else config.r
+        layers = {name: _alone(factors, expert, rank) for name, factors in experts.items()}
+        scale = (config.scale * rank, False) if shifted else (config.lora_alpha, config.use_rslora)
+        loras[folder] = Lora(rank, *scale, layers)
     return loras
+
+
+def _alone(factors: ExpertFactors, expert: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, D) and B (O, rank) of an expert and of the base's shift; a layer with one expert gives that one."""
+    own, (a_DF, b_OF) = expert % len(factors.a_EDR), factors.shift()
+    joined = torch.cat((factors.a_EDR[own], a_DF), 1), torch.cat((factors.b_EOR[own], -b_OF), 1)
+    a_DR, b_OR = (nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in joined)
+    return a_DR.t(), b_OR
 
 
 def _fits(factor: Tensor, config: AdapterConfig) -> bool:

@@ -159,6 +159,13 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's numbers on every rank, in place; a contiguous tensor on the accelerator."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank; the same on all ranks."""
     return all_reduce_sum([float(flag)])[0] > 0

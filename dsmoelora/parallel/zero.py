@@ -404,10 +404,16 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters inside the block, pieces again after it (collective; reading only)."""
+def gathered(parameters: Iterable[nn.Parameter], rewrite: bool = False) -> Iterator[None]:
+    """Whole parameters inside the block, pieces again after it (collective).
+
+    Args:
+        parameters: partitioned or not
+        rewrite: what all ranks write into them lasts; where ranks differ, rank 0 has the last word. Otherwise for
+            reading only
+    """
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None):
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if rewrite else None):
         yield
 
 

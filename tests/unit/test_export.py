@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.folder import WEIGHTS_FILE, fingerprint, fingerprinted_layers, write_adapter
+from dsmoelora.adapters.svd_start import start_experts
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import CheckpointError, ConfigError, ModelError
 from dsmoelora.export import ExpertFactors, peft_base, read_experts
@@ -50,7 +51,7 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_adapter(base_path: Path, folder: Path, config: AdapterConfig = CONFIG) -> Path:
     """The folder that training would leave, with experts and routers that have learned something."""
     model = AutoModelForCausalLM.from_pretrained(base_path)
-    inject(model, config)
+    inject(model, config, start=lambda _: None)
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -59,7 +60,12 @@ def make_adapter(base_path: Path, folder: Path, config: AdapterConfig = CONFIG) 
     layers = dict(adapted_layers(model))
     prints = {name: fingerprint(layers[name].base.weight) for name in fingerprinted_layers(model)}
     tokenizer = load_tokenizer(ModelConfig(path=str(base_path)))
-    write_adapter(folder, config, list(layers), tensors, str(base_path), prints, tokenizer.save_pretrained)
+    more: list[Any] = [tokenizer.save_pretrained]
+    if config.init == "svd":
+        start_experts(model)
+        more.append({n: p.detach().clone() for n, p in model.named_parameters() if ".experts." in n and n in tensors})
+        tensors = {n: t + more[1].get(n, 0) for n, t in tensors.items()}
+    write_adapter(folder, config, list(layers), tensors, str(base_path), prints, *more)
     return folder
 
 
@@ -113,20 +119,26 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: str | Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "targets", "use_rslora"),
+    ("architecture", "targets", "settings"),
     [
-        ("llama", ["q_proj", "up_proj"], False),
-        ("llama", ["q_proj", "up_proj"], True),
-        ("gpt2", ["c_attn", "c_proj"], False),  # Conv1D: weights the other way round
-        ("phi3", "all-linear", False),  # q, k and v in one
-        ("qwen3-moe", ["q_proj", "o_proj"], False),
+        ("llama", ["q_proj", "up_proj"], {}),
+        ("llama", ["q_proj", "up_proj"], {"use_rslora": True}),
+        ("llama", ["q_proj", "up_proj"], {"use_rslora": True, "init": "svd"}),
+        ("gpt2", ["c_attn", "c_proj"], {}),  # Conv1D: weights the other way round
+        ("gpt2", ["c_attn", "c_proj"], {"init": "svd"}),
+        ("phi3", "all-linear", {}),  # q, k and v in one
+        ("qwen3-moe", ["q_proj", "o_proj"], {}),
     ],
 )
 def test_each_expert_alone_gives_the_logits_of_the_layer_with_its_gate_fixed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, targets: list[str] | str, use_rslora: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    targets: list[str] | str,
+    settings: dict[str, Any],
 ) -> None:
     base_path = save_model(architecture, tmp_path / "base")
-    config = AdapterConfig(r=3, lora_alpha=12, use_rslora=use_rslora, num_experts=4, top_k=2, target_modules=targets)
+    config = AdapterConfig(r=3, lora_alpha=12, num_experts=4, top_k=2, target_modules=targets, **settings)
     adapter = make_adapter(base_path, tmp_path / "adapter", config)
     run(monkeypatch, "--adapter", adapter, "--format", "peft", "--out", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"expert-0{e}" for e in range(4)]
@@ -280,13 +292,42 @@ def test_gates_are_averaged_over_all_tokens(base_path: Path, adapter: Path) -> N
         assert gate_E.shape == (4,) and gate_E.sum().item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("init", ["kaiming", "svd"])
 def test_one_expert_is_merged_exactly(
-    base_path: Path, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+    base_path: Path, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, init: Any
 ) -> None:
-    adapter = make_adapter(base_path, tmp_path / "adapter", AdapterConfig(r=2, num_experts=1, top_k=1))
+    adapter = make_adapter(base_path, tmp_path / "adapter", AdapterConfig(r=2, num_experts=1, top_k=1, init=init))
     run(monkeypatch, "--adapter", adapter, "--format", "average", "--data", data, "--out", tmp_path / "out")
     ours = load_adapter(AutoModelForCausalLM.from_pretrained(base_path), adapter)
     torch.testing.assert_close(logits(with_peft(base_path, tmp_path / "out")), logits(ours), rtol=1e-5, atol=1e-5)
+
+
+def test_the_average_of_experts_on_a_shifted_base_is_right_on_the_base_as_it_came(
+    base_path: Path, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    config = AdapterConfig(r=3, num_experts=4, router="softmax", target_modules=["v_proj", "down_proj"], init="svd")
+    adapter = make_adapter(base_path, tmp_path / "adapter", config)
+    flags = ("--adapter", adapter, "--format", "average", "--data", data, "--out")
+    run(monkeypatch, *flags, tmp_path / "out")
+    said = capsys.readouterr().out
+    losses = {line.split()[0]: float(line.split()[-1 if "(" not in line else -2]) for line in said.splitlines()[2:5]}
+    base = AutoModelForCausalLM.from_pretrained(base_path)
+    tokenizer = load_tokenizer(ModelConfig(path=str(adapter)))
+    chats = [chat_of(tokenizer, row) for row in ROWS]
+    num_targets = sum(len(answer) for _, answer in chats)
+    exported = with_peft(base_path, tmp_path / "out")
+    assert exported.peft_config["default"].r == 24
+    for what, model in (("base", base), ("average", exported)):
+        assert losses[what] == pytest.approx(sum(nll(model, *chat) for chat in chats) / num_targets, abs=1e-4)
+    assert abs(losses["average"] - losses["base"]) > 1e-3
+    mixture = load_adapter(base, adapter)
+    with measured_gates(mixture) as gates:
+        assert losses["mixture"] == pytest.approx(sum(nll(mixture, *chat) for chat in chats) / num_targets, abs=1e-4)
+    torch.testing.assert_close(logits(exported), logits(with_gates(base_path, adapter, gates)), rtol=1e-5, atol=1e-5)
+    run(monkeypatch, *flags, tmp_path / "short", "--rank", "6")
+    assert "average" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--rank is 25.*between 1 and 2 x num_experts x r = 24"):
+        run(monkeypatch, *flags, tmp_path / "long", "--rank", "25")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +335,7 @@ def test_one_expert_is_merged_exactly(
     [
         (["--format", "average"], "Add --data"),
         (["--format", "peft", "--rank", "3"], "--rank belongs to --format average"),
-        (["--format", "average", "--data", "DATA", "--rank", "13"], "--rank is 13.*4 x 3 = 12"),
+        (["--format", "average", "--data", "DATA", "--rank", "13"], "--rank is 13.*num_experts x r = 12"),
         (["--format", "average", "--data", "DATA", "--rank", "0"], "--rank is 0"),
         (["--format", "average", "--data", "missing.jsonl"], "missing.jsonl"),
     ],
