@@ -357,6 +357,12 @@ EARLY: dict[str, Case] = {
     "an endless learning rate": override("--optim.lr", ".inf"),
     "more experts a token than there are": override("--adapter.top_k", 5),
     "dropout of 1": override("--adapter.lora_dropout", 1),
+    "one expert, and a router for it and others": override(
+        "--adapter.num_experts", 1, "--adapter.top_k", 1, "--adapter.style", "ffn_block"
+    ),
+    "plain LoRA beside plain LoRA": override(
+        "--adapter.num_experts", 1, "--adapter.top_k", 1, "--adapter.lora_modules", "[o_proj]"
+    ),
     "a router that takes no `top_k`": override("--adapter.router", "softmax"),
     "an expert that has no mixer": override("--adapter.mixer_init", "kaiming"),
     "a balance loss where nothing can be balanced": override("--adapter.top_k", 4, "--losses.balance", 0.1),
@@ -413,6 +419,9 @@ EARLY: dict[str, Case] = {
     "an architecture that transformers does not know": unknown_architecture,
     "no causal language model": no_language_model,
     "a layer that the model does not have": override("--adapter.target_modules", "[q_proj, w_proj]"),
+    "a layer for plain LoRA that the model does not have": override("--adapter.lora_modules", "[w_proj]"),
+    "a layer with a router and with plain LoRA": override("--adapter.lora_modules", "[o_proj, v_proj]"),
+    "a layer outside of any feed-forward block": override("--adapter.style", "ffn_block"),
     "an attention that cannot be had": override("--model.attention", "flash_attention_2"),
     "the tokenizer is missing": no_tokenizer,
     "tokenizer.json is damaged": broken_tokenizer,

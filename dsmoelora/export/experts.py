@@ -77,7 +77,8 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
     starts = read_start(folder, tensors) if config.init == "svd" else {}
     experts = {}
     for layer in layers:
-        start = ExpertFactors(*(starts[name] for name in start_names(layer))) if starts else None
+        a_name, b_name = start_names(layer)
+        start = ExpertFactors(starts[a_name], starts[b_name]) if starts else None
         a_EDR, b_EOR, *m = (tensors.pop(f"{layer}.experts.{factor}") for factor in own)
         experts[layer] = ExpertFactors(a_EDR, _fold(b_EOR, m[0]) if m else b_EOR, start)
     strange = [name for name in tensors if ".router." not in name]
