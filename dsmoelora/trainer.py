@@ -109,9 +109,8 @@ class Trainer:
         self._mark_done(False)
         self._memory.start()
         self._call("on_train_begin")
-        if run.first_row == run.step and self._evaluation_is_due():
-            self._evaluate()
-            self._finish_metrics()
+        if run.first_row == run.step:
+            self._look_at_start()
         steps = self._steps()
         while run.step < recipe.max_steps:
             self._step(steps)
@@ -170,6 +169,28 @@ class Trainer:
             **({} if self._stream is None else self._stream.metrics()),
             **{f"losses/{name}": value for name, value in result.router_losses.items()},
         }
+
+    def _look_at_start(self) -> None:
+        """Fill the line of metrics that belongs to no step of this process."""
+        is_shifted = self.run.step == 0 and self._engine.recipe.adapter.init == "svd"
+        if self._evaluation_is_due():
+            self._evaluate()
+        if is_shifted:
+            self._measure_gap()
+        if is_shifted or self._evaluation_is_due():
+            self._finish_metrics()
+
+    def _measure_gap(self) -> None:
+        """How far the routers take the loss from that of the base, which the model has with gates of 1 / E."""
+        batches = self._eval_batches or next(self._steps())
+        routed = self.run.metrics.get("eval/loss")
+        if routed is None:
+            routed = self._engine.evaluate(batches)
+        base = self._engine.evaluate(batches, routed=False)
+        self.run.metrics |= {"start/base_loss": base, "start/loss_gap": routed - base}
+        if comm.rank() == 0:
+            text = "adapter.init svd: before the first step the loss is %.4f; the base model's is %.4f (gap %+.4f)"
+            logger.info(text, routed, base, routed - base)
 
     def _evaluation_is_due(self) -> bool:
         every = self._engine.recipe.train.eval_every

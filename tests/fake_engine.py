@@ -73,10 +73,10 @@ class FakeEngine:
     def check_packing(self) -> None:
         self.calls.append(f"check_packing at {self.step}")
 
-    def evaluate(self, micro_batches: list[MicroBatch]) -> float:
+    def evaluate(self, micro_batches: list[MicroBatch], routed: bool = True) -> float:
         self.stop.check()
-        self.calls.append(f"evaluate at {self.step}")
-        return 4.0 - self.step / 10
+        self.calls.append(f"evaluate at {self.step}" if routed else f"evaluate base at {self.step}")
+        return 4.0 - self.step / 10 if routed else 3.5
 
     def generate(self, conversations: list[list[Message]], max_new_tokens: int) -> list[str]:
         self.stop.check()

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from dsmoelora import load_adapter
+from dsmoelora.adapters.folder import START_FILE
 from dsmoelora.config import Recipe
 from tests.conftest import PoolFactory
-from tests.engine_ranks import Job, assert_parity, train_on_rank
+from tests.engine_ranks import Job, Share, assert_parity, batches_of, build_engine, train_on_rank
 from tests.expert_parallel import partitioned
-from tests.plain_training import SGD, Training, make_base, make_recipe, train_plainly
+from tests.plain_training import SGD, Training, global_batch, make_base, make_recipe, train_plainly
 
 HALF, WHOLE = 2, 5
 
@@ -58,3 +69,139 @@ def test_ways_of_zero_change_nothing(
     recipe, expected = reference
     shares = worker_pool(world_size).run(train_on_rank, Job(partitioned(recipe, ep_size), **settings))
     assert_parity(shares, expected, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def saved(
+    worker_pool: PoolFactory, reference: tuple[Recipe, Training], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Share]]:
+    """A checkpoint of two ranks in the middle of the run, and the run without a break."""
+    recipe, _ = reference
+    root = tmp_path_factory.mktemp("run")
+    worker_pool(2).run(train_on_rank, Job(recipe, last_step=HALF, save_to=root))
+    return root / f"checkpoint-{HALF}", worker_pool(2).run(train_on_rank, Job(recipe))
+
+
+@contextmanager
+def other_signs() -> Iterator[None]:
+    """Decompose as another machine might: every singular vector the other way round."""
+    svd = torch.linalg.svd
+
+    def flipped(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        u, singular, v = svd(*args, **options)
+        return -u, singular, -v
+
+    with mock.patch.object(torch.linalg, "svd", flipped):
+        yield
+
+
+def go_on_elsewhere(job: Job, adapter: Path) -> tuple[Share, Tensor]:
+    with other_signs():
+        engine = build_engine(job)
+        assert job.load_from is not None
+        engine.load(job.load_from)
+    results = [engine.train_step(batches_of(job, step)) for step in range(HALF, WHOLE)]
+    engine.save_adapter(adapter)
+    final_loss = engine.evaluate(batches_of(job, 0))
+    engine.model.eval()
+    with torch.no_grad():
+        logits = engine.model(global_batch(0)[0]).logits
+    share = Share([r.loss for r in results], [], [], final_loss, engine.optimizer.num_steps, {})
+    return share, logits
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "settings"),
+    [
+        pytest.param(1, 1, {"zero": {"stage": 0}, "partitioned": False}, id="stage-0-alone"),
+        pytest.param(2, 1, {}, id="stage-3"),
+        pytest.param(2, 2, {"zero": {"offload_param": {"device": "cpu"}}}, id="ep-size-2-offloaded"),
+        pytest.param(2, 1, {"zero": {"stage": 2}, "partitioned": False}, id="stage-2"),
+    ],
+)
+def test_a_run_goes_on_from_the_start_that_the_checkpoint_holds(
+    worker_pool: PoolFactory,
+    reference: tuple[Recipe, Training],
+    saved: tuple[Path, list[Share]],
+    tmp_path: Path,
+    world_size: int,
+    ep_size: int,
+    settings: dict[str, Any],
+) -> None:
+    """Also where a decomposition would give other vectors; and the adapter is right on an untouched base."""
+    (recipe, _), (checkpoint, uninterrupted) = reference, saved
+    job = Job(partitioned(recipe, ep_size), load_from=checkpoint, **settings)
+    shares = worker_pool(world_size).run(go_on_elsewhere, job, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.path)
+    with torch.no_grad():
+        of_base = base(global_batch(0)[0]).logits
+        loaded = load_adapter(base, tmp_path / "adapter")(global_batch(0)[0]).logits
+    assert (loaded - of_base).norm() > 0.05 * of_base.norm()
+    for share, logits in shares:
+        torch.testing.assert_close(share.losses, uninterrupted[0].losses[HALF:], rtol=1e-5, atol=0)
+        torch.testing.assert_close(share.final_loss, uninterrupted[0].final_loss, rtol=1e-5, atol=0)
+        assert (logits - loaded).norm() <= 1e-5 * loaded.norm()
+    start = load_file(tmp_path / "adapter" / START_FILE)
+    assert {name: value.shape[0] for name, value in start.items()} == dict.fromkeys(start, 4) and len(start) == 6
+
+
+def test_the_same_ranks_go_on_to_the_last_bit(
+    worker_pool: PoolFactory, reference: tuple[Recipe, Training], saved: tuple[Path, list[Share]], tmp_path: Path
+) -> None:
+    """In bf16, whose rounding would show any other order of operations."""
+    recipe, _ = reference
+    recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
+    worker_pool(2).run(train_on_rank, Job(recipe, last_step=HALF, save_to=tmp_path))
+    expected = worker_pool(2).run(train_on_rank, Job(recipe))[0]
+    job = Job(recipe, first_step=HALF, load_from=tmp_path / f"checkpoint-{HALF}")
+    for share in worker_pool(2).run(train_on_rank, job):
+        assert share.losses == expected.losses[HALF:]
+        assert share.final_loss == expected.final_loss
+
+
+def gathered_at_most(job: Job) -> tuple[float, list[int], list[str]]:
+    """Largest number of base elements that were whole at once while the base was shifted, by layer; and errors."""
+    from dsmoelora.adapters import adapted_layers, svd_start
+    from dsmoelora.errors import UserError
+    from dsmoelora.parallel import zero
+
+    counts = []
+    shift_bases = svd_start.shift_bases
+
+    def watched(model: Any, find: Any, open_weights: Any) -> float:
+        def look(layer: Any) -> Any:
+            frozen = [parameter for parameter in model.parameters() if zero.is_partitioned(parameter)]
+            counts.append(sum(p.numel() for p in frozen if p.numel() == zero.full_numel(p)))
+            assert layer.base.weight.numel() == counts[-1], "its own weight, and no other"
+            return find(layer)
+
+        return shift_bases(model, look, open_weights)
+
+    with mock.patch.object(svd_start, "shift_bases", watched):
+        engine = build_engine(job)
+    sizes = [zero.full_numel(layer.base.weight) for _, layer in adapted_layers(engine.model)]
+    losses = [engine.evaluate(batches_of(job, 0), routed=False), engine.evaluate(batches_of(job, 0))]
+    try:
+        engine.load(Path("checkpoint-1"))
+        said = ["nothing"]
+    except UserError as error:
+        said = [str(error)]
+    assert len(counts) == len(sizes) == 3
+    return losses[0], [count - size for count, size in zip(counts, sizes, strict=True)], said
+
+
+def test_one_whole_weight_at_a_time_and_uniform_gates_give_back_the_base(
+    worker_pool: PoolFactory, reference: tuple[Recipe, Training]
+) -> None:
+    recipe, _ = reference
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.path)
+    ids_BS, mask_BS, labels_BS = global_batch(0)
+    with torch.no_grad():
+        log_probs = base(ids_BS, attention_mask=mask_BS).logits[:, :-1].log_softmax(-1)
+    targets_BS = labels_BS[:, 1:]
+    chosen_BS = log_probs.gather(-1, targets_BS.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    expected = -chosen_BS[targets_BS != -100].mean().item()
+    for loss, more, said in worker_pool(2).run(gathered_at_most, Job(partitioned(recipe, 2))):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert not any(more)
+        assert "checkpoint-1 cannot be loaded" in said[0] and "resumes=True" in said[0]

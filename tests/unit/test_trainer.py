@@ -72,6 +72,26 @@ def test_hooks_come_in_this_order(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("held_out", [0, 3])
+def test_the_gap_to_the_base_is_measured_once_where_experts_start_from_singular_vectors(
+    tmp_path: Path, held_out: int
+) -> None:
+    recipe = make_recipe(max_steps=3, eval_every=2, save_every=2)
+    recipe.adapter.init = "svd"
+    engine = FakeEngine(recipe)
+    make_trainer(engine, tmp_path, [MetricsFile()], held_out=held_out).fit()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0]["start/base_loss"] == 3.5 and rows[0]["start/loss_gap"] == 0.5
+    assert ("eval/loss" in rows[0]) == bool(held_out)
+    assert not any("start/base_loss" in row for row in rows[1:])
+    assert engine.calls[:2] == ["evaluate at 0", "evaluate base at 0"]
+
+    engine = FakeEngine(recipe)
+    make_trainer(engine, tmp_path / "on", [MetricsFile()], held_out=held_out).fit(tmp_path / "checkpoint-2")
+    assert not any(call.startswith("evaluate base") for call in engine.calls), "a run that goes on has left the start"
+
+
 def calls_at(engine: FakeEngine, what: str) -> list[int]:
     return [int(call.split()[-1]) for call in engine.calls if call.startswith(what + " ")]
 
