@@ -147,6 +147,13 @@ class AdapterConfig:
         _require(
             self.gate_power >= 0, "adapter.gate_power", self.gate_power, "0 or more", "Use 1 (chain rule), 0.5 or 0."
         )
+        _require(
+            self.init != "svd" or self.expert == "lora",
+            "adapter.init",
+            self.init,
+            f"kaiming or gaussian with adapter.expert = {self.expert}",
+            "Only experts of two factors and nothing else (lora) can start as a part of the base weight.",
+        )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             self.target_modules = [self.target_modules]
         ok = self.target_modules == "all-linear" or (self.target_modules and all(self.target_modules))

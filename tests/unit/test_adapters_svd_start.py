@@ -10,11 +10,11 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from dsmoelora.router_options import RouterName
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject, load_adapter
+from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.folder import START_FILE, WEIGHTS_FILE, fingerprint, write_adapter
 from dsmoelora.adapters.svd_start import start_names, svd_start
@@ -200,6 +200,13 @@ def test_a_weight_that_another_module_has_too_is_refused(tmp_path: Path) -> None
     with pytest.raises(ModelError, match=r"weight of lm_head, but model\.embed_tokens has the same one"):
         inject(model, config_of(target_modules=["lm_head", "q_proj"]))
     inject(model, config_of(target_modules=["q_proj"]))
+
+
+def test_experts_with_a_mixer_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"adapter\.init is 'svd'.*kaiming or gaussian with adapter\.expert = moslora"
+    ):
+        config_of(expert="moslora")
 
 
 def test_a_weight_with_numbers_that_are_not_finite_is_named(tmp_path: Path) -> None:
