@@ -194,8 +194,9 @@ class Engine:
         self._deepspeed.train()
         lr = float(self.schedule.get_last_lr()[0])
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self._routing.begin_step(micro_batches[0].num_tokens_global, scale=comm.world_size())
-        self._contrast.begin_step(self.recipe.train.batch_size, scale=comm.world_size())
+        scale = comm.world_size() * zero.loss_scale(self._deepspeed)
+        self._routing.begin_step(micro_batches[0].num_tokens_global, scale)
+        self._contrast.begin_step(self.recipe.train.batch_size, scale)
         for micro_batch in micro_batches:
             with self._routing.listening():
                 nll = self._nll_sum(micro_batch)

@@ -29,6 +29,7 @@ class Job:
         rows: of each rank, where a global batch is not dealt out evenly (without accumulation)
         load_from: checkpoint to go on from
         save_to: where a checkpoint is written after the last step
+        loss_scale: by which ZeRO multiplies the loss, as it does for fp16
     """
 
     recipe: Recipe
@@ -40,6 +41,7 @@ class Job:
     rows: tuple[int, ...] = ()
     load_from: Path | None = None
     save_to: Path | None = None
+    loss_scale: float = 1.0
 
 
 @dataclass
@@ -94,6 +96,8 @@ def batches_of(job: Job, step: int) -> Any:
 def train_on_rank(job: Job) -> Share:
     """Run a job; called on every rank."""
     engine = build_engine(job)
+    if job.loss_scale != 1.0:
+        engine._deepspeed.optimizer.loss_scaler.cur_scale = job.loss_scale
     if job.load_from:
         assert engine.load(job.load_from) == {"next": job.first_step}
     last_step = job.last_step or job.recipe.train.max_steps

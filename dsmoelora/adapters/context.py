@@ -53,7 +53,7 @@ class Attachment(Protocol):
     """What a layer does to the output of its experts (`contrastive.Contrast`)."""
 
     def attach(self, y_TO: Tensor, *factors: Tensor | None) -> Tensor:
-        """The output to go on with; `factors` are the parameters of the experts."""
+        """The output to go on with; `factors` are what makes it, as `RoutedExperts` takes them."""
 
 
 class OutputLosses(Protocol):

@@ -422,6 +422,11 @@ def full_numel(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
+    """What fp16 multiplies the loss by in `backward`, for `step` to divide gradients by it again; 1 without fp16."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
 def step_was_applied(engine: deepspeed.DeepSpeedEngine) -> bool:
     """Whether the last step went through; ZeRO drops a step whose gradient norm is not finite on any rank."""
     return bool(engine.was_step_applied())

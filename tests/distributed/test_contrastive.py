@@ -48,6 +48,7 @@ def test_the_reference_feels_the_losses(plainly: tuple[Recipe, Training]) -> Non
         pytest.param(4, 1, {}, id="4-ranks"),
         pytest.param(2, 2, {"recompute": True}, id="recomputed"),
         pytest.param(2, 1, {"zero": {"stage": 0}}, id="stage-0"),
+        pytest.param(1, 1, {"loss_scale": 1024.0}, id="scaled-as-for-fp16"),
         pytest.param(2, 1, {"ep_size": 2}, id="partitioned-experts"),
         pytest.param(4, 2, {"ep_size": 2, "recompute": True}, id="partitioned-recomputed"),
         pytest.param(2, 1, {"ep_size": 2, "rows": (40, 8)}, id="partitioned-uneven-rows"),
@@ -64,7 +65,8 @@ def test_values_and_weights_are_those_of_plain_torch(
     train = replace(recipe.train, activation_checkpointing="recompute" in settings)
     parallel = ParallelConfig(ep_size=settings.get("ep_size", 1))
     changed = replace(recipe, train=train, parallel=parallel)
-    job = Job(changed, accumulation, zero=settings.get("zero", {}), rows=settings.get("rows", ()))
+    others = {name: settings[name] for name in ("zero", "rows", "loss_scale") if name in settings}
+    job = Job(changed, accumulation, **others)
     shares = worker_pool(world_size).run(train_on_rank, job)
     assert_parity(shares, expected, 1e-4)
     for share in shares:

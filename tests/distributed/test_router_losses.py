@@ -53,6 +53,7 @@ def test_the_reference_feels_the_losses(plainly: tuple[Recipe, Training]) -> Non
         pytest.param(2, 2, {"recompute": True}, id="recomputed"),
         pytest.param(2, 1, {"zero": {"stage": 2}}, id="stage-2"),
         pytest.param(2, 1, {"ep_size": 2}, id="partitioned-experts"),
+        pytest.param(1, 1, {"loss_scale": 1024.0}, id="scaled-as-for-fp16"),
     ],
 )
 def test_values_and_weights_are_those_of_plain_torch(
@@ -65,7 +66,8 @@ def test_values_and_weights_are_those_of_plain_torch(
     recipe, expected = plainly
     train = replace(recipe.train, activation_checkpointing="recompute" in settings)
     parallel = ParallelConfig(ep_size=settings.get("ep_size", 1))
-    job = Job(replace(recipe, train=train, parallel=parallel), accumulation, zero=settings.get("zero", {}))
+    others = {name: settings[name] for name in ("zero", "loss_scale") if name in settings}
+    job = Job(replace(recipe, train=train, parallel=parallel), accumulation, **others)
     shares = worker_pool(world_size).run(train_on_rank, job)
     assert_parity(shares, expected, 1e-4)
     assert_losses(shares, expected.router_losses)

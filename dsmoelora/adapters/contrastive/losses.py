@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsmoelora.adapters.contrastive.formula import coactive_together, experts_apart, unit_features
 from dsmoelora.adapters.contrastive.sample import TokenSample, sample_tokens
-from dsmoelora.adapters.function import side_by_side
+from dsmoelora.adapters.function import outgoing, side_by_side
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.adapters.similarity import cross_grams
 from dsmoelora.adapters.targets import output_head_name
@@ -83,20 +83,28 @@ class Contrast:
 
         Args:
             y_TO: (T, O), written to in place as far as autograd knows
-            factors: the parameters `a`, `b` and the mixer `m`, where there is one
+            factors: `a`, `b` and what else makes the outputs, as `values` takes them
         """
         output: Tensor = WithContrast.apply(y_TO, self.x_BND, self, *factors)
         return output
 
-    def values(self, x_BND: Tensor, a_LDR: Tensor, b_LOR: Tensor, m_LRR: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Both losses, fp32, summed over rows; 0 for one that is switched off."""
+    def values(
+        self, x_BND: Tensor, a_LDR: Tensor, b_LOR: Tensor, m_LRR: Tensor | None = None, *others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both losses, fp32, summed over rows; 0 for one that is switched off.
+
+        Args:
+            x_BND: the sampled tokens
+            a_LDR, b_LOR: factors
+            m_LRR: mixers, where there are any
+            others: what `function.outgoing` takes beside `b` and `m`
+        """
         x_MD = self.group.to_experts(x_BND.flatten(0, 1)).float()
-        num_local, _, rank = a_LDR.shape
-        features_MLR = (x_MD @ side_by_side(a_LDR.float())).unflatten(-1, (num_local, rank))
-        if m_LRR is not None:
+        features_MLR = (x_MD @ side_by_side(a_LDR.float())).unflatten(-1, (len(a_LDR), -1))
+        if m_LRR is not None:  # Grams of b m^T would square what m cancels
             features_MLR = torch.einsum("mlr,lrq->mlq", features_MLR, m_LRR.float())
         features_BNER = self.group.from_experts(features_MLR).unflatten(0, x_BND.shape[:2])
-        grams_EGRQ = self.group.cross_grams(b_LOR)
+        grams_EGRQ = self.group.cross_grams(outgoing(b_LOR, None, *others))
         unit_BNER = unit_features(features_BNER, grams_EGRQ)
         given = unit_BNER, grams_EGRQ, self.active_BNE
         off = x_MD.new_zeros(())
