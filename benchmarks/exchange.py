@@ -33,6 +33,7 @@ from dsmoelora.parallel.exchange import (
     all_to_all_bytes,
     gather_bytes,
 )
+from dsmoelora.parallel.zero_config import merge_config
 
 WORLD_SIZE = 4
 WIDTH = 1024  # in- and out-features
@@ -89,7 +90,7 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
         model=model,
         optimizer=ShardOptimizer(found, OptimConfig()),
         model_parameters=[parameter for _, parameter in found],
-        config=zero.merge_config(recipe, config, WORLD_SIZE),
+        config=merge_config(recipe, config, WORLD_SIZE),
     )
     torch.manual_seed(comm.rank())
     x_TD = torch.randn(num_tokens, WIDTH, dtype=torch.bfloat16, requires_grad=True)

@@ -24,7 +24,8 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.engine import Engine
 from dsmoelora.model import random_model
 from dsmoelora.optim import trainables
-from dsmoelora.parallel import comm, ranks, zero
+from dsmoelora.parallel import comm, ranks
+from dsmoelora.parallel.zero_config import merge_config
 
 WORLD_SIZE = 4
 SHAPE = {"hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16, "vocab_size": 512}
@@ -69,7 +70,7 @@ def measure(counter: Counter, rule: str, num_experts: int, rank: int) -> None:
         train=TrainConfig(batch_size=WORLD_SIZE, micro_batch_size=1),
     )
     deepspeed_file = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 10_000_000}}
-    config = zero.merge_config(recipe, deepspeed_file, comm.world_size())
+    config = merge_config(recipe, deepspeed_file, comm.world_size())
     model = random_model(LlamaConfig(**SHAPE, num_hidden_layers=2), recipe.model, config)
     engine = Engine(recipe, deepspeed_file, model, cast(Any, None))  # no text, so no tokenizer
     counter.num_bytes.clear()

@@ -21,6 +21,7 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.engine import Engine
 from dsmoelora.model import random_model
 from dsmoelora.parallel import comm, ranks, zero
+from dsmoelora.parallel.zero_config import merge_config
 
 LLAMA_2_7B: dict[str, Any] = {
     "hidden_size": 4096,
@@ -49,7 +50,7 @@ def worker(num_layers: int) -> None:
     )
     start = time.perf_counter()
     shape = LlamaConfig(**LLAMA_2_7B | {"num_hidden_layers": num_layers})
-    config = zero.merge_config(recipe, DEEPSPEED, comm.world_size())
+    config = merge_config(recipe, DEEPSPEED, comm.world_size())
     model = random_model(shape, recipe.model, config)
     num_parameters = sum(zero.full_numel(parameter) for parameter in model.parameters())
     no_tokenizer = cast(Any, None)  # neither text nor files in this benchmark

@@ -38,6 +38,7 @@ from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.factors import expert_cosines, of_all_experts
 from dsmoelora.parallel.start_shards import StartShards
 from dsmoelora.parallel.stopping import StopRequest
+from dsmoelora.parallel.zero_config import merge_config
 from dsmoelora.seeds import derive_seed
 from dsmoelora.watch import AdapterWatch
 
@@ -84,7 +85,7 @@ class Engine:
 
     Args:
         recipe: of the run
-        deepspeed_config: content of the DeepSpeed file, see `zero.merge_config`
+        deepspeed_config: content of the DeepSpeed file, see `merge_config`
         model: causal language model of transformers, not adapted yet, best built under ZeRO-3
         tokenizer: of the model
         heartbeat: gets a beat for every forward pass and every part of a file; None for one that nobody looks at
@@ -140,7 +141,7 @@ class Engine:
         self._can_keep_logits = not own_code and "logits_to_keep" in inspect.signature(model.forward).parameters
         self.optimizer = ShardOptimizer(found, recipe.optim)
         self.schedule = build_schedule(self.optimizer, recipe.optim, recipe.train.max_steps)
-        config = zero.merge_config(recipe, deepspeed_config, comm.world_size())
+        config = merge_config(recipe, deepspeed_config, comm.world_size())
         zero.place_experts(found, self.layout)
         self._deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
@@ -169,7 +170,7 @@ class Engine:
         heartbeat = heartbeat or Heartbeat()
         heartbeat.enter(Phase.BUILD, 0)
         zero.check_version()
-        config = zero.merge_config(recipe, deepspeed_config, comm.world_size())
+        config = merge_config(recipe, deepspeed_config, comm.world_size())
         tokenizer = comm.together(lambda: load_tokenizer(recipe.model))
         model = load_model(recipe.model, config)
         heartbeat.beat()

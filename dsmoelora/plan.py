@@ -63,8 +63,8 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
         UserError: something cannot work
     """
     # imports deepspeed, which takes a second: not before cheaper errors were found
-    from dsmoelora.parallel import zero
     from dsmoelora.parallel.layout import check_layout
+    from dsmoelora.parallel.zero_config import merge_config
 
     plan = Plan()
     _check_batches(plan, recipe, world_size)
@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _check_access(plan, run_folder(recipe))
     _check_trackers(recipe.train.report_to)
     _check_data(plan, recipe)
-    zero.merge_config(recipe, deepspeed, world_size)
+    merge_config(recipe, deepspeed, world_size)
     _check_model_folder(plan, recipe.model)
     model = model_without_weights(recipe.model)
     check_weights(recipe.model, model)

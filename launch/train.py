@@ -121,7 +121,8 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     from dsmoelora.callbacks import open_trackers
     from dsmoelora.data import InstructionDataset, packing_report
     from dsmoelora.engine import Engine
-    from dsmoelora.parallel import comm, zero
+    from dsmoelora.parallel import comm
+    from dsmoelora.parallel.zero_config import merge_config
     from dsmoelora.run_folder import find_checkpoint, run_folder, write_description
     from dsmoelora.trainer import Trainer, default_callbacks
 
@@ -138,7 +139,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     if packing is not None:
         assert isinstance(train_data, InstructionDataset), "streamed samples are not packed"
         console.print(packing_report(train_data, packing, recipe), soft_wrap=True)
-    config = zero.merge_config(recipe, command.deepspeed, comm.world_size())
+    config = merge_config(recipe, command.deepspeed, comm.world_size())
     comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
     trackers = comm.together(lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else [])
     console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)

@@ -406,6 +406,10 @@ EARLY: dict[str, Case] = {
     "parameters offloaded below ZeRO-3": zero(2, offload_param={"device": "cpu"}),
     "a key that DeepSpeed does not have": lambda bench: bench.deepspeed({"zero_optimisation": {"stage": 3}}),
     "a key of `zero_optimization` that DeepSpeed does not have": zero(3, overlap_com=True),
+    "a share of the optimizer that is no number": zero(3, offload_optimizer={"device": "cpu", "ratio": "half"}),
+    "a loss scale that is no number": lambda bench: bench.deepspeed(
+        {"zero_optimization": {"stage": 3}, "fp16": {"loss_scale": "big"}}
+    ),
     "a value of `zero_optimization` of the wrong type": zero(3, reduce_bucket_size="big"),
     "optimizer state on NVMe": zero(3, offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}),
     "ZeRO++'s quantised weights": zero(3, zero_quantized_weights=True),

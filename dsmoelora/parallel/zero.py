@@ -8,8 +8,6 @@ DeepSpeed that nobody has read.
 
 from __future__ import annotations
 
-import copy
-import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,35 +19,19 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dsmoelora.adapters.layer import Factor
 from dsmoelora.config import Recipe
-from dsmoelora.errors import ConfigError, bad_value, listing
+from dsmoelora.errors import bad_value, listing
 from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by, whole
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.layout import ExpertLayout, check_layout
 
 KNOWN_VERSIONS = ("0.19.8",)
-
-# What the user may set beside `zero_optimization`; everything else would be ignored, or decide what the recipe decides.
-_FREE_KEYS = {
-    "comms_logger",
-    "dump_state",
-    "flops_profiler",
-    "memory_breakdown",
-    "steps_per_print",
-    "timers",
-    "wall_clock_breakdown",
-}
-_RECIPE_SECTIONS = {"optimizer": "optim", "scheduler": "optim.schedule"}
-# One sub-group per process group, so that one call of the optimizer's step sees every gradient.
-_ONE_SUB_GROUP = int(1e12)
 
 
 def check_version() -> None:
@@ -63,158 +45,6 @@ def check_version() -> None:
         raise bad_value(
             "deepspeed.__version__", deepspeed.__version__, f"one of {known}", f"pip install deepspeed=={known}"
         )
-
-
-def merge_config(recipe: Recipe, user_config: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's file, filled in from the recipe.
-
-    The recipe decides batch sizes, accumulation, clipping and precision; the file decides how ZeRO works. A key that
-    both give must agree (`"auto"` always agrees).
-
-    Args:
-        recipe: of the run
-        user_config: content of the file of `--deepspeed`
-        world_size: number of ranks
-
-    Raises:
-        ConfigError: the two files disagree, or the file asks for what the sharded optimizer step cannot do
-    """
-    _check_sections(user_config)
-    _refuse_what_cannot_work(user_config, recipe)
-    _check_names_and_types(user_config.get("zero_optimization", {}))
-    config = copy.deepcopy(user_config)
-    for path, value in _filled_in(recipe, world_size).items():
-        *sections, key = path.split(".")
-        section = config
-        for name in sections:
-            section = section.setdefault(name, {})
-        given = section.get(key, "auto")
-        if given != "auto" and given != value:
-            raise bad_value(
-                f"{path} of the DeepSpeed file", given, f"{value!r}, which follows from the recipe", "Drop it there."
-            )
-        section[key] = value
-    return config
-
-
-def _filled_in(recipe: Recipe, world_size: int) -> dict[str, Any]:
-    return {
-        "train_batch_size": recipe.train.batch_size,
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
-        "gradient_accumulation_steps": recipe.train.accumulation_steps(world_size),
-        "gradient_clipping": float(recipe.optim.max_grad_norm),
-        "bf16.enabled": recipe.model.dtype == "bf16",
-        "bf16.check_grad_overflow": True,
-        "fp16.enabled": recipe.model.dtype == "fp16",
-        "data_types.grad_accum_dtype": "fp32",
-        "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization.sub_group_size": _ONE_SUB_GROUP,
-    }
-
-
-def _refuse_what_cannot_work(config: dict[str, Any], recipe: Recipe) -> None:
-    filled = {path.partition(".")[0] for path in _filled_in(Recipe(), world_size=1)}
-    for key in config:
-        if key in _RECIPE_SECTIONS:
-            raise ConfigError(
-                f"The DeepSpeed file has the section {key!r}, but the recipe decides that. "
-                f"Drop it there and set {_RECIPE_SECTIONS[key]} in the recipe."
-            )
-        if key not in filled | _FREE_KEYS:
-            allowed = listing(sorted(filled | _FREE_KEYS), limit=30)
-            raise ConfigError(f"The DeepSpeed file has the key {key!r}; supported are: {allowed}. Drop it.")
-    zero = config.get("zero_optimization", {})
-    _check_stage(zero, recipe)
-    if recipe.parallel.ep_size > 1 and zero.get("stage") != 3:
-        raise bad_value(
-            "zero_optimization.stage of the DeepSpeed file",
-            zero.get("stage"),
-            f"3 where parallel.ep_size is {recipe.parallel.ep_size}, for experts are partitioned by ZeRO-3",
-            "Use ds_configs/zero3.json, or set parallel.ep_size to 1.",
-        )
-    sharded_step = "the optimizer step works on one flat fp32 partition a rank"
-    offload = zero.get("offload_optimizer") or {}
-    refused = {
-        "zero_hpz_partition_size": (zero.get("zero_hpz_partition_size", 1) > 1, "hpZ keeps a second partition"),
-        "mics_shard_size": (zero.get("mics_shard_size", -1) > 0, "MiCS shards over smaller groups"),
-        "zero_quantized_weights": (bool(zero.get("zero_quantized_weights")), "ZeRO++ rounds what it gathers"),
-        "zero_quantized_nontrainable_weights": (
-            bool(zero.get("zero_quantized_nontrainable_weights")),
-            "ZeRO++ rounds what it gathers",
-        ),
-        "zero_quantized_gradients": (bool(zero.get("zero_quantized_gradients")), "ZeRO++ rounds the gradients"),
-        "zenflow": (bool(zero.get("zenflow")), "ZenFlow updates some columns later than others"),
-        "offload_optimizer.super_offload": (bool(offload.get("super_offload")), sharded_step),
-        "offload_optimizer.ratio": (float(offload.get("ratio", 1.0)) < 1.0, sharded_step),
-        "offload_optimizer.device": (offload.get("device") == "nvme", "optimizer state on NVMe is not one tensor"),
-    }
-    for key, (is_set, reason) in refused.items():
-        if is_set:
-            raise ConfigError(
-                f"zero_optimization.{key} of the DeepSpeed file is not supported: {reason}. Drop it there."
-            )
-    for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
-        if config.get("bf16", {}).get(key):
-            raise ConfigError(f"bf16.{key} of the DeepSpeed file is not supported: masters are fp32. Drop it there.")
-
-
-def _check_stage(zero: dict[str, Any], recipe: Recipe) -> None:
-    """Stage, precision and offload go together."""
-    stage, dtype = zero.get("stage"), recipe.model.dtype
-    stage_key = "zero_optimization.stage of the DeepSpeed file"
-    if type(stage) is not int or not 0 <= stage <= 3:
-        raise bad_value(stage_key, stage, "0, 1, 2 or 3", "Set it to 3.")
-    if stage == 0 and dtype != "fp32":
-        # its wrappers for 16 bits copy the parameters, and nobody can tell afterwards what a copy is of
-        raise bad_value(
-            stage_key,
-            0,
-            f"1, 2 or 3 where model.dtype is {dtype}",
-            "Use ds_configs/zero2.json, or set model.dtype: fp32.",
-        )
-    for section, first_stage in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = (zero.get(section) or {}).get("device", "none")
-        if device != "none" and stage < first_stage:
-            raise bad_value(
-                f"zero_optimization.{section}.device of the DeepSpeed file",
-                device,
-                f"none below stage {first_stage} (the file has stage {stage})",
-                f"Drop {section} there, or set stage to {first_stage}.",
-            )
-    if dtype == "fp16" and not get_accelerator().is_fp16_supported():
-        raise bad_value(
-            "model.dtype",
-            dtype,
-            f"bf16 or fp32, for the accelerator `{get_accelerator().device_name()}` has no fp16",
-            "Set bf16.",
-        )
-
-
-def _check_sections(config: dict[str, Any]) -> None:
-    for key in ("zero_optimization", "bf16", "fp16", "data_types"):
-        if not isinstance(config.get(key, {}), dict):
-            raise bad_value(f"{key} of the DeepSpeed file", config[key], "a JSON object", "See ds_configs/.")
-
-
-def _check_names_and_types(section: dict[str, Any]) -> None:
-    """Let DeepSpeed read its section now, for it will do so only when the model is loaded."""
-    try:
-        DeepSpeedZeroConfig(**section)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, DeepSpeedZeroConfig.model_fields, n=1)
-            remedy = f"Did you mean {near[0]}?" if near else "Drop it there."
-            raise ConfigError(
-                f"zero_optimization.{name} of the DeepSpeed file is no key that DeepSpeed knows. {remedy}"
-            ) from None
-        raise ConfigError(
-            f"zero_optimization.{name} of the DeepSpeed file is {first['input']!r}, but DeepSpeed wants another value: "
-            f"{first['msg']}. Correct it there."
-        ) from None
 
 
 def make_layout(recipe: Recipe) -> ExpertLayout:

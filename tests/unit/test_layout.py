@@ -9,10 +9,10 @@ import pytest
 
 from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
 from dsmoelora.errors import ConfigError
-from dsmoelora.parallel import zero
 from dsmoelora.parallel.exchange import TokenExchange, all_to_all_bytes, gather_bytes
 from dsmoelora.parallel.layout import ExpertLayout, check_layout
 from dsmoelora.parallel.zero import make_layout
+from dsmoelora.parallel.zero_config import merge_config
 
 
 def recipe_with(num_experts: int, ep_size: int) -> Recipe:
@@ -56,10 +56,10 @@ def test_one_process_has_all_experts_and_can_have_no_partner() -> None:
 def test_partitioned_experts_want_stage_3() -> None:
     recipe = recipe_with(num_experts=4, ep_size=2)
     with pytest.raises(ConfigError) as caught:
-        zero.merge_config(recipe, {"zero_optimization": {"stage": 2}}, world_size=4)
+        merge_config(recipe, {"zero_optimization": {"stage": 2}}, world_size=4)
     for words in ("zero_optimization.stage", "2", "parallel.ep_size is 2", "zero3.json"):
         assert words in str(caught.value)
-    zero.merge_config(recipe, {"zero_optimization": {"stage": 3}}, world_size=4)
+    merge_config(recipe, {"zero_optimization": {"stage": 3}}, world_size=4)
 
 
 SIZES = [(6, 2, 2), (6, 3, 1), (8, 4, 3), (6, 2, 5), (4, 4, 4)]  # E, P, K

@@ -10,7 +10,8 @@ import pytest
 
 from dsmoelora.config import AdapterConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dsmoelora.errors import ConfigError
-from dsmoelora.parallel import zero
+from dsmoelora.parallel import zero, zero_config
+from dsmoelora.parallel.zero_config import merge_config
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -30,17 +31,17 @@ def with_zero(**settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 12), (3, 4), (12, 1)])
 def test_the_recipe_fills_in_batch_sizes_clipping_and_precision(world_size: int, accumulation: int) -> None:
-    config = zero.merge_config(make_recipe(), with_zero(), world_size)
+    config = merge_config(make_recipe(), with_zero(), world_size)
     assert config["train_batch_size"] == 24
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == accumulation
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"]["enabled"] is True
-    assert zero.merge_config(make_recipe("fp32"), with_zero(), world_size)["bf16"]["enabled"] is False
+    assert merge_config(make_recipe("fp32"), with_zero(), world_size)["bf16"]["enabled"] is False
 
 
 def test_gradients_are_summed_in_fp32_and_one_step_sees_them_all() -> None:
-    config = zero.merge_config(make_recipe(), with_zero(), 1)
+    config = merge_config(make_recipe(), with_zero(), 1)
     assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
     assert config["zero_optimization"]["sub_group_size"] == 10**12
 
@@ -49,7 +50,7 @@ def test_the_users_file_is_kept_and_not_written_to() -> None:
     given = {"wall_clock_breakdown": True, "train_batch_size": "auto", "bf16": {"enabled": "auto"}}
     given |= with_zero(reduce_bucket_size=1000, overlap_comm=True)
     before = json.dumps(given)
-    config = zero.merge_config(make_recipe(), given, 1)
+    config = merge_config(make_recipe(), given, 1)
     assert config["wall_clock_breakdown"] is True
     assert config["zero_optimization"]["reduce_bucket_size"] == 1000
     assert config["train_batch_size"] == 24
@@ -58,14 +59,14 @@ def test_the_users_file_is_kept_and_not_written_to() -> None:
 
 def test_values_that_agree_with_the_recipe_are_fine() -> None:
     given = {"train_batch_size": 24, "gradient_accumulation_steps": 4, "gradient_clipping": 0.5} | with_zero()
-    assert zero.merge_config(make_recipe(), given, 3)["gradient_accumulation_steps"] == 4
+    assert merge_config(make_recipe(), given, 3)["gradient_accumulation_steps"] == 4
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_files_that_we_ship_go_with_any_recipe(file: Path) -> None:
     given = json.loads(file.read_text())
     for dtype in ("fp32",) if given["zero_optimization"]["stage"] == 0 else ("bf16", "fp32"):
-        assert zero.merge_config(make_recipe(dtype), given, 2)["train_batch_size"] == 24
+        assert merge_config(make_recipe(dtype), given, 2)["train_batch_size"] == 24
 
 
 def test_we_ship_files() -> None:
@@ -110,40 +111,57 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (with_zero(stage=True), ("zero_optimization.stage", "is True")),
     (with_zero(stage=2, offload_param={"device": "cpu"}), ("offload_param.device", "stage 3", "has stage 2")),
     ({"zero_optimization": {}}, ("zero_optimization.stage", "is None")),
+    ({"fp16": {"fp16_master_weights_and_grads": True}}, ("fp16.fp16_master_weights_and_grads", "fp32")),
+]
+
+
+OF_THE_WRONG_TYPE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    (with_zero(offload_optimizer={"device": "cpu", "ratio": "half"}), ("offload_optimizer.ratio", "'half'", "number")),
+    (with_zero(offload_optimizer=3), ("zero_optimization.offload_optimizer", "is 3")),
+    (with_zero(zero_hpz_partition_size="two"), ("zero_hpz_partition_size", "'two'", "integer")),
+    (with_zero(stage="3"), ("zero_optimization.stage", "is '3'")),
+    ({"fp16": {"initial_scale_power": "big"}}, ("fp16.initial_scale_power", "'big'", "integer")),
+    ({"fp16": {"loss_scale": None}}, ("fp16.loss_scale", "None", "number")),
+    ({"bf16": {"check_overflow": True}}, ("bf16.check_overflow", "Did you mean check_grad_overflow?")),
+    ({"bf16": 1}, ("bf16", "is 1", "JSON object")),
+    ({"comms_logger": {"enabled": "maybe"}}, ("comms_logger.enabled", "'maybe'", "boolean")),
+    ({"flops_profiler": True}, ("flops_profiler", "is True", "JSON object")),
+    ({"steps_per_print": "ten"}, ("steps_per_print", "'ten'", "whole number")),
+    ({"wall_clock_breakdown": "yes"}, ("wall_clock_breakdown", "'yes'", "true or false")),
 ]
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [*CONFLICTS, *SECTIONS_OF_THE_RECIPE, *UNKNOWN, *REFUSED],
+    [*CONFLICTS, *SECTIONS_OF_THE_RECIPE, *UNKNOWN, *REFUSED, *OF_THE_WRONG_TYPE],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
 def test_what_does_not_go_together_is_named(given: dict[str, Any], words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as error:
-        zero.merge_config(make_recipe(), with_zero() | given, 3)
+        merge_config(make_recipe(), with_zero() | given, 3)
     for word in words:
         assert word in str(error.value)
 
 
 def test_nothing_is_offloaded_without_partitions() -> None:
     with pytest.raises(ConfigError, match=r"offload_optimizer\.device.*below stage 1"):
-        zero.merge_config(make_recipe("fp32"), with_zero(stage=0, offload_optimizer={"device": "cpu"}), 3)
+        merge_config(make_recipe("fp32"), with_zero(stage=0, offload_optimizer={"device": "cpu"}), 3)
 
 
 def test_fp16_needs_an_accelerator_that_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     given = with_zero() | {"fp16": {"initial_scale_power": 8}}
-    monkeypatch.setattr(zero.get_accelerator(), "is_fp16_supported", lambda: True)
-    config = zero.merge_config(make_recipe("fp16"), given, 3)
+    monkeypatch.setattr(zero_config.get_accelerator(), "is_fp16_supported", lambda: True)
+    config = merge_config(make_recipe("fp16"), given, 3)
     assert config["fp16"] == {"enabled": True, "initial_scale_power": 8}
     assert config["bf16"]["enabled"] is False
-    monkeypatch.setattr(zero.get_accelerator(), "is_fp16_supported", lambda: False)
+    monkeypatch.setattr(zero_config.get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(ConfigError, match=r"model\.dtype is 'fp16'.*has no fp16.*bf16"):
-        zero.merge_config(make_recipe("fp16"), given, 3)
+        merge_config(make_recipe("fp16"), given, 3)
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
     with pytest.raises(ConfigError, match=r"train\.batch_size is 24.*2 x 5 = 10.*Nearest: 20"):
-        zero.merge_config(make_recipe(), with_zero(), 5)
+        merge_config(make_recipe(), with_zero(), 5)
 
 
 def test_an_unknown_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
