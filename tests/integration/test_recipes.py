@@ -42,17 +42,27 @@ ALPACA = {"instruction": "Say yes.", "input": "", "output": "yes"}
 MESSAGES = {"messages": [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "yes"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "yes"}]}
 MATHS = {"query": "1+1?", "response": "2", "question": "2+2?", "answer": "4"}
+COMMONSENSE_QA = {
+    "question": "Where is milk kept?",
+    "choices": {"label": ["A", "B"], "text": ["fridge", "shoe"]},
+    "answerKey": "A",
+}
 ATTENTION = "2 x q_proj, 2 x k_proj, 2 x v_proj, 2 x o_proj"
 ALL = f"{ATTENTION}, 2 x gate_proj, 2 x up_proj, 2 x down_proj"
 STAND_INS = {
+    "adamole.yaml": StandIn("llama", COMMONSENSE_QA, ATTENTION),
     "comoe.yaml": StandIn("llama", ALPACA, ATTENTION),
     "demo.yaml": StandIn("llama", ALPACA, ATTENTION),
     "gpt2_tiny_text.yaml": StandIn("gpt2", {"text": "Once upon a time."}, "2 x c_attn, 4 x c_proj, 2 x c_fc"),
     "llama2_7b_alpaca.yaml": StandIn("llama", ALPACA, ATTENTION),
     "llama3_8b_chat.yaml": StandIn("llama", MESSAGES, ALL),
+    "lora_plus.yaml": StandIn("llama", ALPACA, ALL),
     "mistral_7b_sharegpt.yaml": StandIn("mistral", SHAREGPT, ATTENTION),
+    "mixlora.yaml": StandIn("llama", ALPACA, ALL),
     "moelora_contrastive.yaml": StandIn("llama", ALPACA, "2 x q_proj, 2 x v_proj"),
     "qwen2.5_7b_math.yaml": StandIn("qwen2", MATHS, ALL),
+    "smora.yaml": StandIn("llama", ALPACA, ALL),
+    "sun2025_riemannian.yaml": StandIn("llama", ALPACA, ATTENTION),
 }
 
 
