@@ -3,7 +3,7 @@
 P ranks, n sampled tokens of a rank, D in- and O out-features, E experts, L = E / P of them on a rank, rank R, `b` the
 bytes of a parameter. A rank puts into its collectives, for a layer and a micro-batch,
 
-    P n D b  (the tokens, to all)  +  P n E R 4  (features)  +  L O R b  (its `b` factors)  +  (E R)^2 4  (cross-Grams)
+    P n D b  (the tokens, to all)  +  n E R 4  (features)  +  L O R b  (its `b` factors)  +  (E R)^2 4  (cross-Grams)
 
 and the same once more for the gradients. The cross-Grams need the `b` factors of every pair of experts. They are cut
 anew for that, each rank taking O / P out-features of all experts, so no rank ever holds more of them than its own

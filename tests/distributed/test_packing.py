@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoelora.config import Recipe
+from dsmoelora.config import LossesConfig, Recipe
 from dsmoelora.data.mixing import Mixture
 from dsmoelora.data.packing import pack
 from tests.conftest import PoolFactory
@@ -61,6 +61,7 @@ class Outcome:
     num_columns: int = 0
     eval_loss: float = 0.0
     numbers: dict[str, Any] = field(default_factory=dict)
+    contrastive: list[float] = field(default_factory=list)
 
 
 def unpacked(batch: Any) -> Any:
@@ -101,6 +102,7 @@ def train_on_rank(job: Job) -> Outcome:
         outcome.losses.append(result.loss)
         outcome.grad_norms.append(result.grad_norm)
         outcome.num_tokens.append(result.num_tokens)
+        outcome.contrastive += result.router_losses.values()
         outcome.num_columns += sum(batch.input_ids.numel() for batch in step)
     outcome.eval_loss = engine.evaluate(steps[0])
     outcome.numbers = numbers_of(engine)
@@ -159,7 +161,25 @@ def test_packing_changes_no_loss_and_no_weight(
 
 
 def test_ranks_change_nothing_in_packed_training(worker_pool: PoolFactory, model: Path) -> None:
-    recipe = recipe_of(model, "sdpa", checkpointing=False)
+    losses = LossesConfig(contrastive=0.01, contrastive_tokens=CAPACITY)
+    recipe = replace(recipe_of(model, "sdpa", checkpointing=False), losses=losses)
     (alone,), pair = (worker_pool(size).run(train_on_rank, Job(recipe, packed=True)) for size in (1, 2))
     for share in pair:
         torch.testing.assert_close(share.losses, alone.losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(share.contrastive, alone.contrastive, rtol=1e-5, atol=0)
+    assert alone.contrastive[0] == pytest.approx(contrastive_at_the_start(), rel=1e-5)
+
+
+def contrastive_at_the_start() -> float:
+    """With outputs of 0, an output of a sample of n tokens counts `log(1 + negatives)`: those of two other experts."""
+    from dsmoelora.data import train_steps
+
+    samples: Any = Samples()
+    layout = {"rank": 0, "world_size": 1, "pad_token_id": 0, "batch_size": BATCH_SIZE, "micro_batch_size": BATCH_SIZE}
+    packing = pack(samples.num_tokens, CAPACITY, seed=1)
+    ((batch,),) = islice(train_steps(samples, seed=1, packing=packing, **layout), 1)
+    of_rows = []
+    for ids, mask in zip(batch.sequence_ids, batch.attention_mask, strict=True):
+        _, counts = ids[mask == 1].unique(return_counts=True)
+        of_rows.append(float((counts * (1 + 2 * counts).log()).sum() / counts.sum()))
+    return sum(of_rows) / len(of_rows)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dsmoelora import AdapterConfig, inject
@@ -20,6 +19,7 @@ from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.similarity import cosine_matrix, cross_grams, largest_and_mean
 from dsmoelora.config import LossesConfig, Recipe
 from dsmoelora.errors import ConfigError
+from tests.largest_tensor import LargestTensor
 from tests.plain_contrastive import of_tokens
 
 NUM_EXPERTS, LENGTH, WIDTH, NUM_ROWS = 5, 7, 16, 8
@@ -132,6 +132,18 @@ def test_values_and_gradients_are_those_of_the_formulas(
     assert (found_x - grad_x).abs().max() <= 1e-4 * grad_x.abs().max()
 
 
+@pytest.mark.parametrize("router", ["softmax", "noisy_topk", "top_p", "threshold", "sigmoid_bias", "prompt"])
+def test_every_router_says_which_outputs_take_part(router: str) -> None:
+    top_k = 2 if router in ("noisy_topk", "sigmoid_bias", "prompt") else None
+    network = Network(router=router, top_k=top_k)
+    batch_context(network).prompt_BS = batch()[1]
+    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"))
+    run_step(network, losses, 1)
+    apart, together, _ = reference(network, LOSSES)
+    assert losses.loss_values(losses.sums).tolist() == pytest.approx([apart.item(), together.item()], rel=1e-5)
+    assert bool(losses.sums[1] == 0) == (router == "softmax"), "no unselected experts"
+
+
 @pytest.mark.parametrize("name", ["contrastive", "contrastive_coactive"])
 def test_each_loss_alone_is_that_part_of_both(name: str) -> None:
     network = Network()
@@ -236,21 +248,6 @@ def test_tokens_are_real_and_differ_between_layers_and_sequences_alone() -> None
     chosen, wider_chosen = sample.places_BN % LENGTH, wider.places_BN % (LENGTH + 3)
     assert torch.equal(chosen[sample.real_BN], wider_chosen[wider.real_BN]), "whatever the padding"
     assert not torch.equal(sample.places_BN, sample_tokens(keys_BS, real_BS, None, 2, 4).places_BN)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation has made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(one, Tensor):
-                self.numel = max(self.numel, one.numel())
-        return result
 
 
 def test_no_tensor_has_tokens_experts_and_out_features() -> None:
