@@ -69,9 +69,13 @@ def compare(num_experts: int, rank: int, top_k: int, args: argparse.Namespace) -
     grad_TO = torch.randn(args.tokens, args.size, device=device, dtype=torch.bfloat16)
 
     ours = nn.Sequential(base_layer(args.size, device))
-    inject(ours, AdapterConfig(r=rank, num_experts=num_experts, top_k=top_k, target_modules="all-linear"))
-    for parameter in ours.parameters():
-        parameter.data.normal_(std=0.02)  # `b` starts at 0, which is no typical value
+    inject(
+        ours,
+        AdapterConfig(r=rank, num_experts=num_experts, top_k=top_k, expert=args.expert, target_modules="all-linear"),
+    )
+    for name, parameter in ours.named_parameters():
+        if "magnitude" not in name:
+            parameter.data.normal_(std=0.02)  # `b` starts at 0, which is no typical value
     total_rank = num_experts * rank
     lora = peft.LoraConfig(r=total_rank, lora_alpha=16, target_modules=["0"], init_lora_weights=False)
     plain = peft.get_peft_model(nn.Sequential(base_layer(args.size, device)), lora, autocast_adapter_dtype=False)
@@ -100,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=2048, help="in- and out-features")
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--expert", choices=("lora", "moslora", "dora"), default="lora", help="kind of expert")
     parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
     print(f"bf16, D = O = {args.size}, {args.tokens} tokens, forward + backward with input gradient, dropout 0")

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from dsmoelora.errors import bad_value, listing
 
 RouterName = Literal["softmax_topk", "softmax", "noisy_topk", "top_p", "threshold", "sigmoid_bias", "prompt"]
-ExpertName = Literal["lora", "moslora"]
+ExpertName = Literal["lora", "moslora", "dora"]
 MixerInit = Literal["kaiming", "orthogonal"]
 
 
@@ -31,10 +31,12 @@ class Kind:
 
     Args:
         options: keys of the section `adapter` that are its own
+        parameters: of an expert, as the layer names them
         no_balance: why `losses.balance` does not go with a router; empty where it does
     """
 
     options: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
     no_balance: str = ""
 
 
@@ -47,7 +49,11 @@ ROUTERS: dict[RouterName, Kind] = {
     "sigmoid_bias": Kind(("top_k", "bias_rate"), no_balance="its selection bias balances the experts already"),
     "prompt": Kind(("top_k",)),
 }
-EXPERTS: dict[ExpertName, Kind] = {"lora": Kind(), "moslora": Kind(("mixer_init",))}
+EXPERTS: dict[ExpertName, Kind] = {
+    "lora": Kind(parameters=("a", "b")),
+    "moslora": Kind(("mixer_init",), parameters=("a", "b", "m")),
+    "dora": Kind(parameters=("a", "b", "magnitude")),
+}
 _KINDS: dict[str, Mapping[Any, Kind]] = {"router": ROUTERS, "expert": EXPERTS}
 _WHY_NOT_ONE = "only softmax_topk (plain LoRA) where adapter.num_experts is 1, for one expert needs no router"
 # Where the chosen kind has the option, `null` means this.

@@ -101,7 +101,8 @@ class AdapterConfig:
             loss, and `grad_norm` is not its norm
         gate_power_scope: `factors` keeps the input's gradient exact for every `gate_power`; `factors_and_input`
             sends the rescaled gradient down to the input too, as Sun et al.'s released code does (parity checks only)
-        expert: kind of expert: two factors (`lora`), or two with a mixer between them (`moslora`)
+        expert: kind of expert: two factors (`lora`), two with a mixer between them (`moslora`), or two and the lengths
+            of the weight's rows (`dora`)
         mixer_init: of expert `moslora`: how the mixer starts; `null` means `kaiming`
         router: kind of router: the `top_k` best experts (`softmax_topk`), all of them (`softmax`), the best after noise
             (`noisy_topk`), the fewest that reach `top_p` (`top_p`), those above a learned threshold (`threshold`), the

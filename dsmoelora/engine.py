@@ -124,7 +124,8 @@ class Engine:
                 self.layout, recipe.parallel.exchange, recipe.adapter.top_k or recipe.adapter.num_experts
             )
             model.register_forward_pre_hook(partial(_announce_tokens, exchange), with_kwargs=True)
-        self.adapted_layers = inject(model, recipe.adapter, self.layout.local_experts, exchange, lambda _: None)
+        held = self.layout.local_experts
+        self.adapted_layers = inject(model, recipe.adapter, held, exchange, lambda _: None, zero.gathered)
         self._prints = self._fingerprints()  # of the base as it came
         self._start = None
         if recipe.adapter.init == "svd":

@@ -26,6 +26,7 @@ from dsmoelora.data import InstructionDataset, load_instructions
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.export import (
     Average,
+    Lora,
     average_experts,
     check_output,
     expert_loras,
@@ -98,20 +99,28 @@ def export_experts(options: argparse.Namespace, base: str) -> None:
     print(f"{len(loras)} experts of rank {config.r} on {len(experts)} layers: {first} ... {last}")
     if config.num_experts > 1:
         print(f"{NOT_THE_MIXTURE}: each of these is one expert alone, with gate 1.")
-    print_use(base, first, config.r)
+    print_use(base, first, next(iter(loras.values())))
 
 
 def export_average(options: argparse.Namespace, base: str) -> None:
     """A single adapter for the average gates."""
-    shapes = {name: factors.in_out for name, factors in read_experts(options.adapter)[1].items()}
-    described = peft_base(base, shapes)
+    config, experts = read_experts(options.adapter)
+    if config.expert == "dora":
+        raise bad_value(
+            "--format",
+            options.format,
+            "peft for experts of kind dora, whose average changes the lengths of the weight's rows too, as no update "
+            "of low rank does",
+            "Use --format peft, or the mixture itself with dsmoelora.load_adapter.",
+        )
+    described = peft_base(base, {name: factors.in_out for name, factors in experts.items()})
     tokenizer = load_tokenizer(ModelConfig(path=str(options.adapter)))
     samples = load_instructions([DataSource(options.data)], "--data", tokenizer, options.max_length)
     print(f"Measuring base, mixture and average, {min(options.num_samples, len(samples)):,} rows each ...", flush=True)
     average = average_experts(load_model(base), options.adapter, samples, options.num_samples, options.rank)
     write_loras(options.out, described, {"": average.lora})
     print_losses(options, average, samples)
-    print_use(base, options.out, average.lora.r)
+    print_use(base, options.out, average.lora)
 
 
 def load_model(path: str) -> Any:
@@ -135,14 +144,16 @@ def print_losses(options: argparse.Namespace, average: Average, samples: Instruc
     print(f"Rank {average.lora.r} keeps {100 * average.kept:.2f}% of the average's squared norm.")
 
 
-def print_use(base: str, folder: Path, rank: int) -> None:
+def print_use(base: str, folder: Path, lora: Lora) -> None:
     """How to go on."""
     print(f'PEFT:  PeftModel.from_pretrained(base_model, "{folder}")')
-    fitting = [allowed for allowed in VLLM_RANKS if allowed >= rank]
-    if fitting:
+    fitting = [allowed for allowed in VLLM_RANKS if allowed >= lora.r]
+    if lora.magnitudes:
+        print("vLLM serves no DoRA adapter.")
+    elif fitting:
         print(f"vLLM:  vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules tuned={folder}")
     else:
-        print(f"vLLM serves no LoRA adapter above rank {VLLM_RANKS[-1]}; this one has {rank}. Give a lower --rank.")
+        print(f"vLLM serves no LoRA adapter above rank {VLLM_RANKS[-1]}; this one has {lora.r}. Give a lower --rank.")
 
 
 if __name__ == "__main__":

@@ -341,6 +341,15 @@ def export_base_without_a_tensor(bench: Bench) -> list[str]:
     return bench.export("average", "--data", bench.folder / "eval.jsonl")
 
 
+def export_average_of_dora(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", expert="dora")
+    path = bench.adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    lengths = {name.replace(".b", ".magnitude"): b[..., 0] + 1 for name, b in tensors.items() if name.endswith(".b")}
+    save_file(tensors | lengths, path)
+    return bench.export("average", "--data", bench.folder / "eval.jsonl")
+
+
 EARLY: dict[str, Case] = {
     # recipe and command line
     "the recipe file does not exist": no_recipe_file,
@@ -488,6 +497,7 @@ AFTER_A_RUN: dict[str, Case] = {
     "the export's folder exists": export_over_something,
     "an export for a base of another shape": export_other_base,
     "an export measured on a base that lacks a tensor": export_base_without_a_tensor,
+    "an average of experts of kind `dora`": export_average_of_dora,
     "an average without data": lambda bench: bench.export("average"),
     "data where nothing is measured": lambda bench: bench.export("peft", "--data", "x.jsonl"),
     "a rank of the export below 1": lambda bench: bench.export("average", "--data", "x.jsonl", "--rank", 0),

@@ -29,7 +29,7 @@ from tests.helpers import tiny_llama
 from tests.plain_contrastive import PlainContrastive
 from tests.plain_router_losses import PlainRouterLosses
 
-ROLES = ("experts.a", "experts.b", "experts.m", "router.")
+ROLES = ("experts.a.", "experts.b.", "experts.m.", "experts.magnitude.", "router.")
 NUM_STEPS = 20
 BATCH_SIZE = 48  # divides by 1, 2, 3 and 4 ranks times 1, 2 and 4 micro-batches
 LENGTH = 6
@@ -168,7 +168,7 @@ def preconditioned(config: OptimConfig, norms: list[float]) -> Iterator[None]:
     """
 
     def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        factors_a, factors_b, mixers, routers = (group["params"] for group in optimizer.param_groups)
+        factors_a, factors_b, mixers, magnitudes, routers = (group["params"] for group in optimizer.param_groups)
         if config.max_grad_norm_router:
             torch.nn.utils.clip_grad_norm_(routers, config.max_grad_norm_router)
         for factors in zip(factors_a, factors_b, mixers or len(factors_a) * [None], strict=True):
@@ -179,7 +179,7 @@ def preconditioned(config: OptimConfig, norms: list[float]) -> Iterator[None]:
             for each, grad in zip(factors, new_grads, strict=True):
                 if each is not None:
                     each.grad = grad
-        everything = (*factors_a, *factors_b, *mixers, *routers)
+        everything = (*factors_a, *factors_b, *mixers, *magnitudes, *routers)
         norms.append(torch.stack([p.grad.norm() for p in everything]).norm().item())
 
     hook = register_optimizer_step_pre_hook(before_step)
@@ -198,9 +198,10 @@ def _share_of_lr(step: int, recipe: Recipe) -> float:
 
 def _torch_optimizer(trainable: dict[str, torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     lr_router = config.lr if config.lr_router is None else config.lr_router
+    lrs = (config.lr, config.lr * config.lr_b_ratio, config.lr, config.lr, lr_router)
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trainable.items() if f".{role}" in name], "lr": lr, "full_lr": lr}
-        for role, lr in zip(ROLES, (config.lr, config.lr * config.lr_b_ratio, config.lr, lr_router), strict=True)
+        {"params": [p for name, p in trainable.items() if f".{role}" in f"{name}."], "lr": lr, "full_lr": lr}
+        for role, lr in zip(ROLES, lrs, strict=True)
     ]
     assert sum(len(group["params"]) for group in groups) == len(trainable)
     if config.name == "sgd":

@@ -38,6 +38,9 @@ class TokenExchange(Protocol):
             out_features: O
         """
 
+    def of_all_experts(self, own_LX: Tensor) -> Tensor:
+        """(L, X) of this rank's experts -> (E, X) of all; the gradient comes back as a sum over the ranks."""
+
 
 class RouterListener(Protocol):
     """Who hears what routers do (`routing_log.RoutingLog`); N counts tokens, or sequences where they are routed."""

@@ -31,18 +31,32 @@ def _weigh(features_TF: Tensor, weight_TE: Tensor) -> Tensor:
     return (features_TER * weight_TE.unsqueeze(-1)).to(features_TF.dtype).view_as(features_TF)
 
 
-def outgoing(b_EOR: Tensor, m_ERR: Tensor | None) -> Tensor:
-    """(E, O, R): `b_e m_e^T`, what the features `x a_e` of an expert meet; `b_e` itself without mixers.
+def outgoing(b_EOR: Tensor, m_ERR: Tensor | None, ratio_EO: Tensor | None = None) -> Tensor:
+    """(E, O, R): what the features `x a_e` of an expert meet: `b_e m_e^T`, or `diag(ratio_e) b_e`, or `b_e` itself.
 
     To mix `b` costs `2 E O R^2` FLOPs, the features instead `2 T E R^2` and two more passes over (T, F).
     """
-    return b_EOR if m_ERR is None else torch.bmm(b_EOR, m_ERR.mT)
+    if m_ERR is not None:
+        return torch.bmm(b_EOR, m_ERR.mT)
+    return b_EOR if ratio_EO is None else (b_EOR * ratio_EO.unsqueeze(-1)).to(b_EOR.dtype)
+
+
+def _outgoing_backward(
+    grad_EOR: Tensor, b_EOR: Tensor, m_ERR: Tensor | None, ratio_EO: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of b, m and ratio from that of `outgoing`."""
+    if m_ERR is not None:
+        return torch.bmm(grad_EOR, m_ERR), torch.bmm(grad_EOR.mT, b_EOR), None
+    if ratio_EO is not None:
+        return outgoing(grad_EOR, None, ratio_EO), None, (grad_EOR.to(ratio_EO.dtype) * b_EOR).sum(-1)
+    return grad_EOR, None, None
 
 
 class RoutedExperts(torch.autograd.Function):
     """`y = base + s * sum_e gate_e (x a_e) m_e b_e^T`, with the gate's power of choice in the factors' gradients.
 
-    The mixers `m_e` are those of MoSLoRA (Wu et al. 2024, arXiv 2406.11909). All experts take part for every token,
+    The mixers `m_e` are those of MoSLoRA (Wu et al. 2024, arXiv 2406.11909); `diag(ratio_e) b_e` takes the place of
+    `b_e` for DoRA (see `dora`). All experts take part for every token,
     unselected ones with gate 0, so the shapes never depend on the data. Saved for the backward pass are the parameters
     themselves, no copy and no view of them: under ZeRO-3 anything else would keep the gathered weight alive.
     """
@@ -57,6 +71,7 @@ class RoutedExperts(torch.autograd.Function):
         a_EDR: Tensor,
         b_EOR: Tensor,
         m_ERR: Tensor | None,
+        ratio_EO: Tensor | None,
         scale: float,
         gate_power: float,
         power_reaches_input: bool,
@@ -71,26 +86,30 @@ class RoutedExperts(torch.autograd.Function):
             a_EDR: (E, D, R)
             b_EOR: (E, O, R)
             m_ERR: (E, R, R); None stands for identities
+            ratio_EO: fp32, where there is no `m_ERR`; None stands for ones
             scale: s of the layer
-            gate_power: the gate enters the gradients of `a`, `b` and `m` as `where(selected, gate ** gate_power, 0)`
+            gate_power: the gate enters the gradients of `a`, `b`, `m` and the ratios as
+                `where(selected, gate ** gate_power, 0)`
             power_reaches_input: send the gradient with that power down to `x` too (Sun et al.'s released code)
         """
         features_TF = x_TD @ side_by_side(a_EDR)
         hidden_TF = _weigh(features_TF, scale * gate_TE)
-        ctx.save_for_backward(x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR, m_ERR)  # type: ignore[arg-type]  # takes None
+        factors = (a_EDR, b_EOR, m_ERR, ratio_EO)
+        ctx.save_for_backward(x_TD, gate_TE, selected_TE, features_TF, *factors)  # type: ignore[arg-type]  # takes None
         ctx.scale, ctx.gate_power, ctx.power_reaches_input = scale, gate_power, power_reaches_input  # type: ignore[attr-defined]
-        out_FO = side_by_side(outgoing(b_EOR, m_ERR)).t()
+        out_FO = side_by_side(outgoing(b_EOR, m_ERR, ratio_EO)).t()
         return hidden_TF @ out_FO if base_TO is None else torch.addmm(base_TO, hidden_TF, out_FO)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of base, x, gate, a, b and m; exact for gate_power 1, and for x and gate always by default."""
-        x_TD, gate_TE, selected_TE, features_TF, a_EDR, b_EOR, m_ERR = ctx.saved_tensors  # type: ignore[attr-defined]
+        """Gradients of base, x, gate and factors; exact for gate_power 1, and for x and gate always by default."""
+        x_TD, gate_TE, selected_TE, features_TF, a_EDR, *rest = ctx.saved_tensors  # type: ignore[attr-defined]
+        b_EOR, m_ERR, ratio_EO = rest
         scale, gate_power = ctx.scale, ctx.gate_power  # type: ignore[attr-defined]
-        need_base, need_x, need_gate, _, need_a, need_b, need_m, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        grad_x = grad_gate = grad_a = grad_b = grad_m = None
+        need_base, need_x, need_gate, _, need_a, *need_out = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad_x = grad_gate = grad_a = grad_b = grad_m = grad_ratio = None
 
-        grad_TF = grad_TO @ side_by_side(outgoing(b_EOR, m_ERR))
+        grad_TF = grad_TO @ side_by_side(outgoing(b_EOR, m_ERR, ratio_EO))
         if need_gate:
             per_feature = grad_TF.float() * features_TF
             grad_gate = scale * per_feature.unflatten(-1, (gate_TE.shape[-1], -1)).sum(-1)
@@ -102,16 +121,16 @@ class RoutedExperts(torch.autograd.Function):
         weighted_TF = _weigh(grad_TF, factor_weight_TE)
         if need_a:
             grad_a = _per_expert(weighted_TF.t() @ x_TD, a_EDR.shape[0])
-        if need_b or need_m:
+        if any(need_out):
             hidden_TF = _weigh(features_TF, factor_weight_TE)
-            grad_b = _per_expert(hidden_TF.t() @ grad_TO, b_EOR.shape[0])
-            if m_ERR is not None:  # so far it is the gradient of b m^T
-                grad_b, grad_m = torch.bmm(grad_b, m_ERR), torch.bmm(grad_b.mT, b_EOR)
+            grad_EOR = _per_expert(hidden_TF.t() @ grad_TO, b_EOR.shape[0])
+            grad_b, grad_m, grad_ratio = _outgoing_backward(grad_EOR, b_EOR, m_ERR, ratio_EO)
         if need_x:
             if gate_power != 1.0 and not ctx.power_reaches_input:  # type: ignore[attr-defined]
                 weighted_TF = _weigh(grad_TF, weight_TE)
             grad_x = weighted_TF @ side_by_side(a_EDR).t()
-        return grad_TO if need_base else None, grad_x, grad_gate, None, grad_a, grad_b, grad_m, None, None, None
+        of_inputs = (grad_TO if need_base else None, grad_x, grad_gate, None)
+        return *of_inputs, grad_a, grad_b, grad_m, grad_ratio, None, None, None
 
 
 def product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 from torch import nn
 
 from dsmoelora.adapters.blocks import blocks_of, linears_of_block
 from dsmoelora.adapters.context import BatchContext, TokenExchange
+from dsmoelora.adapters.dora import Gathered, start_magnitudes
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.linear import features, is_linear
 from dsmoelora.adapters.routers import RouterPlace, build_router, watch_prompts
@@ -26,6 +28,7 @@ def inject(
     local_experts: range | None = None,
     exchange: TokenExchange | None = None,
     start: Callable[[nn.Module], object] = start_experts,
+    gathered: Gathered = lambda _: nullcontext(),
 ) -> list[str]:
     """Wrap every linear layer that the configuration names, and freeze everything else.
 
@@ -38,6 +41,7 @@ def inject(
         local_experts: which experts of every layer with several lie on this rank, all by default
         exchange: how tokens reach the others, where not all do
         start: with `init: svd`, what sets factors and base of the adapted model; by default it does so at once
+        gathered: with `expert: dora`, makes base weights whole for the time of a block, where they are not
 
     Returns:
         names of the wrapped modules, in the order of the model
@@ -70,6 +74,8 @@ def inject(
         watch_prompts(model)
     if config.init == "svd":
         start(model)
+    rows = ((layer.base, layer.experts.rows) for _, layer in adapted_layers(model))
+    start_magnitudes(((base, own) for base, own in rows if own is not None), gathered)
     return names
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.context import Attachment, BatchContext
+from dsmoelora.adapters.dora import DoraRows
 from dsmoelora.adapters.dropout import keyed_dropout
 from dsmoelora.adapters.function import RoutedExperts
 from dsmoelora.adapters.linear import Linear, features
@@ -28,13 +29,15 @@ class Factor(Enum):
     A = "a"
     B = "b"
     M = "m"
+    MAGNITUDE = "magnitude"
     ROUTER = "router"
 
 
 class ExpertBank(nn.Module):
     """The factors of this rank's experts of a layer: `a` (L, D, R) random, `b` (L, O, R) zero.
 
-    Experts of kind `moslora` have a mixer `m` (L, R, R) between them.
+    Experts of kind `moslora` have a mixer `m` (L, R, R) between them, those of kind `dora` a `magnitude` (L, O) and the
+    module `rows` that reads it.
 
     Args:
         in_features: D
@@ -75,6 +78,11 @@ class ExpertBank(nn.Module):
         if config.expert == "moslora":
             self.shapes["m"] = (num_experts, rank, rank)
             self.m = drawn("m", rank, partial(draw_m, init=config.mixer_init))
+        self.rows: DoraRows | None = None
+        if config.expert == "dora":
+            self.shapes["magnitude"] = (num_experts, out_features)
+            self.magnitude = nn.Parameter(torch.ones_like(self.b[..., 0]))
+            self.rows = DoraRows(self.a, self.b, self.magnitude, config.scale, config.gate_power)
 
     def forward(
         self,
@@ -83,9 +91,10 @@ class ExpertBank(nn.Module):
         gate_TL: Tensor,
         selected_TL: Tensor,
         attachment: Attachment | None = None,
+        ratio_LO: Tensor | None = None,
     ) -> Tensor:
         """(T, O): `base_TO + s sum_e gate_e (x a_e) m_e b_e^T` over the experts that lie here; see `RoutedExperts`."""
-        factors, power = (self.a, self.b, self.m), (self.gate_power, self.power_reaches_input)
+        factors, power = (self.a, self.b, self.m, ratio_LO), (self.gate_power, self.power_reaches_input)
         output: Tensor = RoutedExperts.apply(base_TO, x_TD, gate_TL, selected_TL, *factors, self.scale, *power)
         return output if attachment is None else attachment.attach(output, *factors)
 
@@ -137,17 +146,17 @@ class RoutedLinear(nn.Module):
         """(..., D) -> (..., O)."""
         shared = self.context.shared_input(x, self.dropout_key)
         x_TD, gate_TE, selected_TE = self.router(x.reshape(-1, x.shape[-1]))
-        base_TO = self.base(x_TD)
+        base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
         drops = self.training and self.dropout > 0.0
         if drops or self._is_partitioned:  # made of the input itself, for all layers that read it
             x_TD = shared.once("tokens", lambda: self._tokens(x, shared.dropout_key, drops))
         attachment = self.context.attachment(self.name, x_TD, selected_TE) if self.training else None
         if self._is_partitioned:
             assert self.context.exchange is not None, "partitioned experts need an exchange"
-            own_experts = partial(self.experts, None, attachment=attachment)
+            own_experts = partial(experts, None, attachment=attachment)
             y_TO = base_TO + self.context.exchange(shared, x_TD, gate_TE, selected_TE, own_experts, base_TO.shape[-1])
         else:
-            y_TO = self.experts(base_TO, x_TD, gate_TE, selected_TE, attachment)
+            y_TO = experts(base_TO, x_TD, gate_TE, selected_TE, attachment=attachment)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def __getattr__(self, name: str) -> Any:
@@ -159,6 +168,15 @@ class RoutedLinear(nn.Module):
                 "(or adapter.lora_modules)."
             )
         return super().__getattr__(name)
+
+    def _base(self, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+        """(T, O) of the base, as the experts see it, and the experts that go with it."""
+        if self.experts.rows is None:
+            return self.base(x_TD), self.experts
+        exchange = self.context.exchange if self._is_partitioned else None
+        of_all = exchange.of_all_experts if exchange else lambda ratio_LO: ratio_LO
+        base_TO, ratio_LO = self.experts.rows(self.base, x_TD, gate_TE, selected_TE, of_all)
+        return base_TO, partial(self.experts, ratio_LO=ratio_LO)
 
     def _tokens(self, x: Tensor, dropout_key: int, drops: bool) -> Tensor:
         """(T, D): what the experts see of the input."""

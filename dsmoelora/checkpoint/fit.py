@@ -21,6 +21,7 @@ _SHAPE_KEYS = {
     Factor.A: ("adapter.num_experts", "model.path (in-features)", "adapter.r"),
     Factor.B: ("adapter.num_experts", "model.path (out-features)", "adapter.r"),
     Factor.M: ("adapter.num_experts", "adapter.r", "adapter.r"),
+    Factor.MAGNITUDE: ("adapter.num_experts", "model.path (out-features)"),
     Factor.ROUTER: ("adapter.num_experts", "model.path (in-features)"),
 }
 

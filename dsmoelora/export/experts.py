@@ -2,6 +2,8 @@
 
 s * a_e m_e b_e^T  ->  A = a_e^T (R, D),  B = b_e m_e^T (O, R),  the same r, alpha and scale
 
+Experts of kind `dora` become DoRA adapters, with their magnitudes as they are.
+
 With `adapter.init: svd` experts were trained on a base shifted by their start. What is exported takes that shift along,
 so that it is right on the base as it came: A = [a_e, all start a]^T, B = [b_e, -all start b / E], of rank R (1 + E).
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dsmoelora.adapter_options import EXPERTS
 from dsmoelora.adapters.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -38,11 +41,13 @@ class ExpertFactors:
         a_EDR: (E, D, R)
         b_EOR: (E, O, R)
         start: with `adapter.init: svd`, the factors before the first step
+        magnitude_EO: of experts of kind `dora`
     """
 
     a_EDR: Tensor
     b_EOR: Tensor
     start: ExpertFactors | None = None
+    magnitude_EO: Tensor | None = None
 
     @property
     def in_out(self) -> tuple[int, int]:
@@ -67,8 +72,8 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
     description = read_adapter_config(folder)
     config, layers = adapter_config(description), description["layers"]
     tensors = read_weights(folder / WEIGHTS_FILE)
-    own = "abm" if config.expert == "moslora" else "ab"
-    wanted = {f"{layer}.experts.{factor}": layer_config(config, layer) for layer in layers for factor in own}
+    own = EXPERTS[config.expert].parameters
+    wanted = {f"{layer}.experts.{name}": layer_config(config, layer) for layer in layers for name in own}
     wrong = [name for name, own in wanted.items() if name not in tensors or not _fits(tensors[name], own)]
     if wrong:
         raise CheckpointError(
@@ -79,8 +84,9 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
     for layer in layers:
         a_name, b_name = start_names(layer)
         start = ExpertFactors(starts[a_name], starts[b_name]) if starts else None
-        a_EDR, b_EOR, *m = (tensors.pop(f"{layer}.experts.{factor}") for factor in own)
-        experts[layer] = ExpertFactors(a_EDR, _fold(b_EOR, m[0]) if m else b_EOR, start)
+        found = {name: tensors.pop(f"{layer}.experts.{name}") for name in own}
+        b_EOR = _fold(found["b"], found["m"]) if "m" in found else found["b"]
+        experts[layer] = ExpertFactors(found["a"], b_EOR, start, found.get("magnitude"))
     strange = [name for name in tensors if ".router." not in name]
     if strange:
         raise CheckpointError(
@@ -98,7 +104,12 @@ def expert_loras(config: AdapterConfig, experts: dict[str, ExpertFactors]) -> di
         rank = config.r * (1 + config.num_experts) if shifted else config.r
         layers = {name: _alone(factors, expert, rank) for name, factors in experts.items()}
         scale = (config.scale * rank, False) if shifted else (config.lora_alpha, config.use_rslora)
-        loras[folder] = Lora(rank, *scale, layers)
+        magnitudes = {
+            name: factors.magnitude_EO[expert % len(factors.magnitude_EO)]
+            for name, factors in experts.items()
+            if factors.magnitude_EO is not None
+        }
+        loras[folder] = Lora(rank, *scale, layers, magnitudes)
     return loras
 
 
@@ -111,6 +122,8 @@ def _alone(factors: ExpertFactors, expert: int, rank: int) -> tuple[Tensor, Tens
 
 
 def _fits(factor: Tensor, config: AdapterConfig) -> bool:
+    if factor.dim() == 2:  # magnitudes
+        return factor.shape[0] == config.num_experts
     return factor.dim() == 3 and (factor.shape[0], factor.shape[2]) == (config.num_experts, config.r)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,14 @@ class Lora:
         alpha: numerator of the scale
         use_rslora: which of the two scales
         layers: A (r, D) and B (O, r) by layer name
+        magnitudes: (O,) by layer name, of a DoRA adapter; none for LoRA
     """
 
     r: int
     alpha: float
     use_rslora: bool
     layers: Mapping[str, tuple[Tensor, Tensor]]
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def peft_base(path: str, shapes: Mapping[str, tuple[int, int]]) -> PeftBase:
@@ -149,6 +151,8 @@ def _tensors(lora: Lora) -> dict[str, Tensor]:
     for name, (a_RD, b_OR) in lora.layers.items():
         named[f"{_PREFIX}{name}.lora_A.weight"] = a_RD.contiguous()
         named[f"{_PREFIX}{name}.lora_B.weight"] = b_OR.contiguous()
+    for name, magnitude_O in lora.magnitudes.items():
+        named[f"{_PREFIX}{name}.lora_magnitude_vector"] = magnitude_O.contiguous()
     return named
 
 
@@ -165,6 +169,6 @@ def _description(base: PeftBase, lora: Lora) -> dict[str, Any]:
         "fan_in_fan_out": base.fan_in_fan_out,
         "bias": "none",
         "modules_to_save": None,
-        "use_dora": False,
+        "use_dora": bool(lora.magnitudes),
         "inference_mode": True,
     }

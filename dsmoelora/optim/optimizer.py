@@ -94,7 +94,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         if self.config.max_grad_norm_router and has_routers:
             parts.append(RouterClip(group, self.config.max_grad_norm_router))
         if self.config.preconditioner != "none":
-            has_factors = any(trainable.factor is not Factor.ROUTER for trainable in group.trainables)
+            has_factors = any(trainable.factor is Factor.A for trainable in group.trainables)
             self._reporters.append(Preconditioner(group, self.config) if has_factors else RouterReport(group))
             parts.append(self._reporters[-1])
         return parts

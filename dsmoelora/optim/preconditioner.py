@@ -20,6 +20,8 @@ from dsmoelora.optim.riemannian import Mixers, RowFactors, row_factors
 from dsmoelora.optim.rows import Run, Shard, ShardGroup, joined_spans
 from dsmoelora.optim.tiles import Tile, tiles
 
+_PAIRED = (Factor.A, Factor.B, Factor.M)  # the others, routers and magnitudes, are left as they are
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -61,7 +63,7 @@ class _Part:
     tiles: list[Tile]
     cut: _Places
     mixers: _Places
-    routers: list[slice]
+    others: list[slice]
 
     @property
     def value(self) -> Tensor:
@@ -125,8 +127,8 @@ class Preconditioner:
                 first = self._first_slot[run.of.layer, Factor.A] * run.of.row_size**2
                 mixers.append((run.offset, first + run.start, run.stop - run.start))
         own_tiles = tiles(shard.runs, self._first_slot, device)
-        routers = joined_spans(run for run in shard.runs if run.of.factor is Factor.ROUTER)
-        return _Part(shard, own_tiles, _places(cut, device), _places(mixers, device), routers)
+        others = joined_spans(run for run in shard.runs if run.of.factor not in _PAIRED)
+        return _Part(shard, own_tiles, _places(cut, device), _places(mixers, device), others)
 
     def finish(self, buffer: PackedBuffer) -> None:
         """Precondition the gradients at hand with what all ranks packed."""
@@ -172,7 +174,7 @@ class Preconditioner:
             part.cut.unpack(new_cut, part.grad)
             if factors.grad_m is not None:
                 part.mixers.unpack(factors.grad_m, part.grad)
-            rest: list[Tensor | slice] = [part.cut.in_shard, part.mixers.in_shard, *part.routers]
+            rest: list[Tensor | slice] = [part.cut.in_shard, part.mixers.in_shard, *part.others]
             squares.append(torch.stack(torch._foreach_norm([part.grad[where] for where in rest])).square().sum())
             shares.append(torch.stack(squares).sum() / part.shard.num_copies)
         return torch.stack(shares).sum()
@@ -210,7 +212,7 @@ def _pair_up(group: ShardGroup) -> tuple[dict[tuple[str, Factor], int], int]:
 
     Slots are for the group's own experts; where these begin above 0, the slot of expert 0 lies below theirs.
     """
-    shapes = {(of.layer, of.factor): of.shape for of in group.trainables if of.factor is not Factor.ROUTER}
+    shapes = {(of.layer, of.factor): of.shape for of in group.trainables if of.factor in _PAIRED}
     first_slot: dict[tuple[str, Factor], int] = {}
     num_pairs = 0
     for layer, factor in shapes:

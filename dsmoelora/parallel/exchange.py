@@ -238,6 +238,11 @@ class TokenExchange:
             return self._gather(shared, x_TD, packed_TE, experts)
         return self._all_to_all(shared, x_TD, packed_TE, selected_TE, experts)
 
+    def of_all_experts(self, own_LX: Tensor) -> Tensor:
+        """See `adapters.context.TokenExchange`."""
+        counts = [self.layout.num_local_experts] * self.layout.ep_size
+        return Dispatch.apply(own_LX, GatherRoute(counts, self.layout.ep_rank, self.layout.expert_group))
+
     def _gather(self, shared: SharedInput, x_TD: Tensor, packed_TE: Tensor, experts: LocalExperts) -> Tensor:
         group, num_ranks = self.layout.expert_group, self.layout.ep_size
         route = GatherRoute(self.num_tokens, self.layout.ep_rank, group)

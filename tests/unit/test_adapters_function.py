@@ -36,7 +36,7 @@ class Case:
 
     def run(self, gate_power: float = 1.0, scope: str = "factors") -> Tensor:
         tensors = (self.base_TO, self.x_TD, self.gate_TE, self.selected_TE, self.a_EDR, self.b_EOR, self.m_ERR)
-        return RoutedExperts.apply(*tensors, SCALE, gate_power, scope == "factors_and_input")
+        return RoutedExperts.apply(*tensors, None, SCALE, gate_power, scope == "factors_and_input")
 
     def gradients(self, gate_power: float = 1.0, scope: str = "factors") -> dict[str, Tensor]:
         grads = torch.autograd.grad(self.run(gate_power, scope), list(self.leaves.values()), self.grad_TO)
@@ -133,8 +133,8 @@ def test_gradcheck_of_the_chain_rule(mixers: bool) -> None:
     case = make_case(num_tokens=4, num_experts=3, top_k=2, mixers=mixers)
 
     def function(base_TO: Tensor, x_TD: Tensor, gate_TE: Tensor, *factors: Tensor) -> Tensor:
-        a_EDR, b_EOR, m_ERR = factors if mixers else (*factors, None)
-        return RoutedExperts.apply(base_TO, x_TD, gate_TE, case.selected_TE, a_EDR, b_EOR, m_ERR, SCALE, 1.0, False)
+        tensors = base_TO, x_TD, gate_TE, case.selected_TE, *factors, *([] if mixers else [None])
+        return RoutedExperts.apply(*tensors, None, SCALE, 1.0, False)
 
     assert torch.autograd.gradcheck(function, tuple(case.leaves.values()), rtol=1e-5, atol=1e-6)
 

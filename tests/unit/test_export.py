@@ -195,6 +195,28 @@ def test_mixers_are_folded_into_b(base_path: Path, tmp_path: Path, data: str, mo
         torch.testing.assert_close(logits(with_peft(base_path, tmp_path / folder)), ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_dora_experts_become_dora_adapters(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, architecture: str, capsys: Any
+) -> None:
+    base_path = save_model(architecture, tmp_path / "base")
+    config = AdapterConfig(r=3, num_experts=4, expert="dora", router="softmax", target_modules="all-linear")
+    adapter = make_adapter(base_path, tmp_path / "adapter", config)
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    lengths = {name: 1 + tensor for name, tensor in tensors.items() if name.endswith("experts.magnitude")}
+    assert lengths
+    save_file(tensors | lengths, adapter / WEIGHTS_FILE)
+    run(monkeypatch, "--adapter", adapter, "--format", "peft", "--out", tmp_path / "out")
+    assert "vLLM serves no DoRA adapter" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "expert-02" / "adapter_config.json").read_text())["use_dora"] is True
+    base = logits(AutoModelForCausalLM.from_pretrained(base_path).eval())
+    ours = logits(with_gates(base_path, adapter, torch.eye(4)[2]))
+    assert (ours - base).abs().max() > 1e-2
+    torch.testing.assert_close(logits(with_peft(base_path, tmp_path / "out" / "expert-02")), ours, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"--format is 'average', but it must be peft for experts of kind dora"):
+        run(monkeypatch, "--adapter", adapter, "--format", "average", "--data", data, "--out", tmp_path / "average")
+
+
 def test_mixers_that_are_missing_are_not_left_out_in_silence(adapter: Path, tmp_path: Path) -> None:
     odd = tmp_path / "odd"
     shutil.copytree(adapter, odd)
