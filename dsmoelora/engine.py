@@ -327,6 +327,7 @@ class Engine:
             "skipped_steps": self.skipped_steps,
             "optimizer_steps": self.optimizer.num_steps,
             "routing": self._routing.state(),
+            "loss_scaler": zero.loss_scaler_state(self._deepspeed),
         }
         kept = {"engine": own, "caller": state}
         return save_checkpoint(root, self.step, self._shard_states(), kept, keep, self._heartbeat.beat)
@@ -352,6 +353,7 @@ class Engine:
         self.step, self.skipped_steps = own["step"], own["skipped_steps"]
         self.optimizer.num_steps = own["optimizer_steps"]
         self._routing.load_state(own["routing"])
+        zero.load_loss_scaler_state(self._deepspeed, own["loss_scaler"])
         self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps, self.step)
         caller_state: dict[str, Any] = state["caller"]
         return caller_state

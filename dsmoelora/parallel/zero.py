@@ -1,7 +1,7 @@
 """The only room that knows ZeRO's internals.
 
 Checked against deepspeed 0.19.8, in `runtime`: `zero/stage3.py`, `zero/stage_1_and_2.py`, `bf16_optimizer.py`,
-`zero/partition_parameters.py`, `engine.py`.
+`zero/partition_parameters.py`, `fp16/loss_scaler.py`, `engine.py`.
 Everything private that the project uses is used here, looked at before it is trusted, and refused on a version of
 DeepSpeed that nobody has read.
 """
@@ -19,6 +19,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
@@ -32,6 +33,7 @@ from dsmoelora.parallel import comm
 from dsmoelora.parallel.layout import ExpertLayout, check_layout
 
 KNOWN_VERSIONS = ("0.19.8",)
+_LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def check_version() -> None:
@@ -255,6 +257,22 @@ def full_numel(parameter: Tensor) -> int:
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
     """What fp16 multiplies the loss by in `backward`, for `step` to divide gradients by it again; 1 without fp16."""
     return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+def loss_scaler_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, float] | None:
+    """What fp16's loss scale has come to and how near it is to its next change; None where it is not adapted."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not isinstance(scaler, DynamicLossScaler):
+        return None
+    return {name: getattr(scaler, name) for name in _LOSS_SCALER}
+
+
+def load_loss_scaler_state(engine: deepspeed.DeepSpeedEngine, state: dict[str, float] | None) -> None:
+    """Go on with a loss scale; a run that adapts none, or a checkpoint without one, leaves all as it is."""
+    if state is None or loss_scaler_state(engine) is None:
+        return
+    for name in _LOSS_SCALER:
+        setattr(engine.optimizer.loss_scaler, name, state[name])
 
 
 def step_was_applied(engine: deepspeed.DeepSpeedEngine) -> bool:

@@ -1,0 +1,116 @@
+"""fp16 with loss scaling, on accelerators that know it: losses, steps that overflow, and the scale after a resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from dsmoelora.config import Recipe
+from tests.conftest import PoolFactory
+from tests.engine_ranks import Job, Pieces, batches_of, build_engine, numbers_of
+from tests.plain_training import ADAMW, make_base, make_recipe, train_plainly
+
+pytestmark = pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="the accelerator has no fp16")
+
+NUM_STEPS = 6
+FULL = 2.0**16  # DeepSpeed's first scale; the first overflow leaves it as it is, every further one halves it
+
+
+@dataclass
+class Told:
+    """What a rank tells: of every step, and the adapter's numbers before the first step and after each."""
+
+    losses: list[float] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    numbers: list[dict[str, Pieces]] = field(default_factory=list)
+
+
+def train_with_overflows(job: Job, bad_steps: tuple[int, ...]) -> Told:
+    """Train; in these steps the gradient is too large for fp16 on the last rank, and there alone."""
+    from dsmoelora.parallel import comm, zero
+
+    engine = build_engine(job)
+    if job.load_from:
+        engine.load(job.load_from)
+    told = Told(numbers=[numbers_of(engine)])
+
+    def overflow(_: Any, __: Any, output: torch.Tensor) -> None:
+        if output.requires_grad and engine.step in bad_steps and comm.rank() == comm.world_size() - 1:
+            output.register_hook(lambda grad: grad * torch.finfo(torch.float16).max)
+
+    engine.model.get_submodule("model.layers.0.mlp").register_forward_hook(overflow)
+    for step in range(job.first_step, job.last_step or NUM_STEPS):
+        result = engine.train_step(batches_of(job, step))
+        told.losses.append(result.loss)
+        told.skipped.append(result.skipped)
+        told.scales.append(zero.loss_scale(engine._deepspeed))
+        told.numbers.append(numbers_of(engine))
+    if job.save_to:
+        engine.save(job.save_to, {}, keep=1)
+    return told
+
+
+def same(one: dict[str, Pieces], other: dict[str, Pieces]) -> bool:
+    pieces = [(name, *piece) for kind in one for name in one[kind] for piece in one[kind][name]]
+    others = [(name, *piece) for kind in other for name in other[kind] for piece in other[kind][name]]
+    return all(a[:3] == b[:3] and torch.equal(a[3], b[3]) for a, b in zip(pieces, others, strict=True))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    recipe = make_recipe(
+        make_base(tmp_path_factory.mktemp("base")), adapter={}, optim=ADAMW, max_steps=NUM_STEPS, seed=33
+    )
+    return replace(recipe, model=replace(recipe.model, dtype="fp16"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("preconditioner", ["none", "scaled"])
+def test_losses_stay_close_to_fp32(worker_pool: PoolFactory, recipe: Recipe, stage: int, preconditioner: Any) -> None:
+    """fp16 has 11 bits: a loss of rounded products is right to about 1e-3; the reference is plain torch in fp32."""
+    job = Job(recipe, 2, zero={"stage": stage}, partitioned=stage == 3)
+    if preconditioner == "scaled":
+        job = replace(job, recipe=replace(recipe, optim=replace(recipe.optim, preconditioner="scaled")))
+        reference = worker_pool(2).run(train_with_overflows, replace(job, recipe=in_fp32(job.recipe)), ())[0].losses
+    else:
+        reference = train_plainly(recipe).losses
+    for told in worker_pool(2).run(train_with_overflows, job, ()):
+        assert told.skipped == [False] * NUM_STEPS and told.scales == [FULL] * NUM_STEPS
+        torch.testing.assert_close(told.losses, reference, rtol=2e-3, atol=0)
+        assert told.losses != reference, "nothing was computed in fp16"
+
+
+def in_fp32(recipe: Recipe) -> Recipe:
+    return replace(recipe, model=replace(recipe.model, dtype="fp32"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_all_ranks_skip_what_overflows_on_one_and_lower_the_scale(
+    worker_pool: PoolFactory, recipe: Recipe, stage: int
+) -> None:
+    job = Job(recipe, 2, zero={"stage": stage}, partitioned=stage == 3)
+    for told in worker_pool(2).run(train_with_overflows, job, (1, 3)):
+        assert told.skipped == [False, True, False, True, False, False]
+        assert told.scales == [FULL, FULL, FULL, FULL / 2, FULL / 2, FULL / 2]
+        moved = [not same(*pair) for pair in zip(told.numbers, told.numbers[1:], strict=False)]
+        assert moved == [not skipped for skipped in told.skipped]
+        assert torch.tensor(told.losses).isfinite().all()
+
+
+def test_a_resumed_run_goes_on_with_the_scale(worker_pool: PoolFactory, recipe: Recipe, tmp_path: Path) -> None:
+    """The overflow before the checkpoint counts: the one after it halves the scale."""
+    straight = worker_pool(2).run(train_with_overflows, Job(recipe), (1, 3))
+    worker_pool(2).run(train_with_overflows, Job(recipe, last_step=3, save_to=tmp_path), (1,))
+    resumed = worker_pool(2).run(
+        train_with_overflows, Job(recipe, first_step=3, load_from=tmp_path / "checkpoint-3"), (3,)
+    )
+    for one, other in zip(straight, resumed, strict=True):
+        assert other.losses == one.losses[3:]
+        assert other.scales == one.scales[3:] == [FULL / 2] * 3
+        assert same(other.numbers[-1], one.numbers[-1])
