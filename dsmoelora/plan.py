@@ -286,10 +286,14 @@ def _check_disk(plan: Plan, recipe: Recipe, adapter: int) -> None:
     """
     optim, folder = recipe.optim, run_folder(recipe)
     num_moments = 2 if optim.name == "adamw" else int(optim.momentum > 0)
-    checkpoint = adapter * _FP32_BYTES * (1 + num_moments)
-    wanted = checkpoint * (recipe.train.keep_checkpoints + 1) + adapter * recipe.model.torch_dtype.itemsize
+    # with `init: svd` checkpoints and adapter hold the experts' start beside their values
+    start, itemsize = int(recipe.adapter.init == "svd"), recipe.model.torch_dtype.itemsize
+    checkpoint = adapter * (_FP32_BYTES * (1 + num_moments) + start * itemsize)
+    wanted = checkpoint * (recipe.train.keep_checkpoints + 1) + adapter * itemsize * (1 + start)
     free = shutil.disk_usage(existing_parent(folder)).free
-    plan.add("checkpoint", f"{_size(checkpoint)} each (values and {num_moments} moments in fp32)")
+    plan.add(
+        "checkpoint", f"{_size(checkpoint)} each (values and {num_moments} moments in fp32{', the start' * start})"
+    )
     plan.add("disk", f"{_size(wanted)} wanted in {folder}, {_size(free)} free")
     if free < wanted:
         raise ConfigError(

@@ -138,6 +138,11 @@ def binary_recipe(bench: Bench) -> list[str]:
 # Model and tokenizer
 
 
+def start_from_shared_weight(bench: Bench) -> list[str]:
+    bench.spoiled_json("model/config.json", tie_word_embeddings=True)
+    return bench.train("--adapter.init", "svd", "--adapter.target_modules", "[lm_head]")
+
+
 def no_config(bench: Bench) -> list[str]:
     (bench.model / "config.json").unlink()
     return bench.train()
@@ -291,6 +296,11 @@ def other_kind_of_adapter(bench: Bench) -> list[str]:
     return bench.generate()
 
 
+def adapter_without_start(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", init="svd")
+    return bench.generate()
+
+
 def wrong_adapter_setting(bench: Bench) -> list[str]:
     bench.spoiled_json("runs/tiny/adapter/adapter_config.json", r=3)
     return bench.generate()
@@ -381,6 +391,9 @@ EARLY: dict[str, Case] = {
     "co-activated experts where a token uses one": override("--adapter.top_k", 1, "--losses.contrastive_coactive", 0.1),
     "co-activated experts where a token uses all": override("--adapter.top_k", 4, "--losses.contrastive_coactive", 0.1),
     "a contrastive temperature of 0": override("--losses.contrastive_temperature", 0),
+    "a start from the base weight for experts with a mixer": override(
+        "--adapter.init", "svd", "--adapter.expert", "moslora"
+    ),
     "packing with the router `prompt`": override("--adapter.router", "prompt", "--data.packing", "true"),
     "`fp16` on an accelerator without it": override("--model.dtype", "fp16"),
     "a run name with a slash": override("--run.name", "a/b"),
@@ -434,6 +447,8 @@ EARLY: dict[str, Case] = {
     "a layer that the model does not have": override("--adapter.target_modules", "[q_proj, w_proj]"),
     "a layer for plain LoRA that the model does not have": override("--adapter.lora_modules", "[w_proj]"),
     "a layer with a router and with plain LoRA": override("--adapter.lora_modules", "[o_proj, v_proj]"),
+    "more singular values than a weight has": override("--adapter.init", "svd", "--adapter.r", 8),
+    "a start from a weight that two layers share": start_from_shared_weight,
     "a layer outside of any feed-forward block": override("--adapter.style", "ffn_block"),
     "an attention that cannot be had": override("--model.attention", "flash_attention_2"),
     "the tokenizer is missing": no_tokenizer,
@@ -488,6 +503,7 @@ AFTER_A_RUN: dict[str, Case] = {
     "an adapter of another kind": other_kind_of_adapter,
     "the adapter's settings and weights disagree": wrong_adapter_setting,
     "the adapter's weights are cut short": cut_adapter,
+    "the adapter's start is missing": adapter_without_start,
     "the adapter folder has no tokenizer": adapter_without_tokenizer,
     "a base model with other numbers": another_base,
     "a base model of another shape": base_of_another_shape,
@@ -518,6 +534,7 @@ LATE: dict[str, Case] = {
     "a checkpoint of another rank R": resume_with("--adapter.r", 3),
     "a checkpoint of other layers": resume_with("--adapter.target_modules", "[q_proj]"),
     "a checkpoint of another optimizer": resume_with("--optim.name", "sgd"),
+    "a checkpoint of another start": resume_with("--adapter.init", "svd"),
     "a checkpoint of other data": resume_other_data,
     "a checkpoint of another seed": resume_with("--run.seed", 5),
 }

@@ -155,8 +155,8 @@ def _check_tensors(folder: Path, saved: dict[str, dict[str, str]], here: dict[st
         found = saved[name]
         if found.keys() != wanted.keys():
             raise CheckpointError(
-                f"{folder} holds {listing(sorted(found))} for {name}, but the optimizer of this recipe keeps "
-                f"{listing(sorted(wanted))}. Set optim.name and optim.momentum {_AS_SAVED_OR_NEW}."
+                f"{folder} holds {listing(sorted(found))} for {name}, but this recipe keeps "
+                f"{listing(sorted(wanted))}. Set optim.name, optim.momentum and adapter.init {_AS_SAVED_OR_NEW}."
             )
         for tensor, dtype in wanted.items():
             if found[tensor] != dtype:

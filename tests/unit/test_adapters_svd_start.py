@@ -17,7 +17,7 @@ from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.folder import START_FILE, WEIGHTS_FILE, fingerprint, write_adapter
-from dsmoelora.adapters.svd_start import start_names, svd_start
+from dsmoelora.adapters.svd_start import start_names, svd_start, uniform_gates
 from dsmoelora.errors import CheckpointError, ConfigError, ModelError
 from tests.architectures import save_model
 from tests.helpers import tiny_llama
@@ -157,6 +157,24 @@ def test_a_loaded_adapter_shifts_an_untouched_base_and_gives_the_same_logits(sav
     assert torch.equal(logits(load_adapter(base, folder)), expected)
     with pytest.raises(ModelError, match="has routed experts already"):
         load_adapter(base, folder)
+
+
+def test_blocks_with_one_router_beside_plain_lora_start_so_too(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(save_model("llama", tmp_path / "base")).eval()
+    config = config_of(style="ffn_block", target_modules=["up_proj", "down_proj"], lora_modules=["q_proj"])
+    model, expected = copy.deepcopy(base), logits(base)
+    inject(model, config)
+    assert {layer.experts.a.shape[0] for _, layer in adapted_layers(model)} == {1, 4}
+    with uniform_gates(model):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert (logits(model) - expected).abs().max() > 1e-3, "the routers choose"
+    start = {
+        factor: model.get_parameter(factor).detach().clone()
+        for name, _ in adapted_layers(model)
+        for factor in start_names(name)
+    }
+    folder = save(model, config, base, start, tmp_path / "adapter")
+    assert torch.equal(logits(load_adapter(base, folder)), logits(model))
 
 
 def test_a_base_that_is_shifted_already_is_refused(saved: tuple[Any, Any, Path]) -> None:
