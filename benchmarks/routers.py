@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters import batch_context
+from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.routing_log import RoutingLog
 from dsmoelora.config import LossesConfig
@@ -46,6 +47,8 @@ def training_step(
         log = RoutingLog(model, losses, device)
         log.begin_step(real_BS.numel(), scale=1.0)
         context.log, listening = log, log.listening
+        context.losses = contrastive = ContrastiveLosses(model, losses, device, num_used=10)
+        contrastive.begin_step(len(x_BSD), scale=1.0)
 
     def step() -> None:
         x_BSD.grad = None
@@ -73,6 +76,8 @@ def main() -> None:
     listened = {
         "softmax_topk, counted": LossesConfig(),
         "softmax_topk, counted, balance and z": LossesConfig(0.01, 0.001),
+        "softmax_topk, counted, contrastive": LossesConfig(contrastive=0.01),
+        "softmax_topk, counted, contrastive_coactive": LossesConfig(contrastive_coactive=0.01),
     }
     steps |= {name: training_step("softmax_topk", x_BSD, grad_BSD, losses) for name, losses in listened.items()}
     for step in steps.values():
@@ -83,7 +88,7 @@ def main() -> None:
     print(f"bf16, D = O = {args.size}, {args.tokens} tokens, E=20 R=4 K=10, forward + backward of the layer")
     for name in steps:
         ratio = statistics.median(one[name] / one["softmax_topk"] for one in rounds)
-        print(f"{name:40s} {ratio:.2f}x")
+        print(f"{name:45s} {ratio:.2f}x")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,11 @@ class AdapterConfig:
         return replace(self, num_experts=1, style="per_linear", lora_modules=[], **routing)
 
     @property
+    def num_used(self) -> int:
+        """How many experts a token of a routed layer uses at most."""
+        return self.top_k or self.num_experts
+
+    @property
     def scale(self) -> float:
         """s = alpha / R, or alpha / sqrt(R) with rsLoRA."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
@@ -246,7 +251,7 @@ class LossesConfig:
         contrastive_coactive: weight of the same for one token: outputs of its other selected experts are positives,
             those of the rest negatives (CoMoE, Feng et al. 2025)
         contrastive_temperature: by which both divide cosines (0.07 is MoCo's, our choice: CoMoE prints none)
-        contrastive_tokens: N, tokens drawn from each row for both; time and memory of `contrastive` grow with (N E)^2
+        contrastive_tokens: N, tokens drawn from each row for both; time and memory of `contrastive` grow with (N K)^2
     """
 
     balance: float = 0.0

@@ -120,9 +120,7 @@ class Engine:
         self.layout = zero.make_layout(recipe)
         exchange = None
         if self.layout.ep_size > 1:
-            exchange = TokenExchange(
-                self.layout, recipe.parallel.exchange, recipe.adapter.top_k or recipe.adapter.num_experts
-            )
+            exchange = TokenExchange(self.layout, recipe.parallel.exchange, recipe.adapter.num_used)
             model.register_forward_pre_hook(partial(_announce_tokens, exchange), with_kwargs=True)
         held = self.layout.local_experts
         self.adapted_layers = inject(model, recipe.adapter, held, exchange, lambda _: None, zero.gathered)
@@ -136,7 +134,9 @@ class Engine:
         self.num_trainable = sum(math.prod(trainable.shape) for trainable, _ in found)
         self._context = batch_context(model)
         group = PartitionedExperts(exchange, recipe.losses.contrastive_tokens) if exchange else None
-        self._contrast = self._context.losses = ContrastiveLosses(model, recipe.losses, self.device, group)
+        self._contrast = self._context.losses = ContrastiveLosses(
+            model, recipe.losses, self.device, recipe.adapter.num_used, group
+        )
         # What code that comes with a model takes for `logits_to_keep` is its own affair.
         own_code = not type(model).__module__.startswith("transformers.")
         self._can_keep_logits = not own_code and "logits_to_keep" in inspect.signature(model.forward).parameters

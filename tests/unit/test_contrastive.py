@@ -22,7 +22,7 @@ from dsmoelora.errors import ConfigError
 from tests.largest_tensor import LargestTensor
 from tests.plain_contrastive import of_tokens
 
-NUM_EXPERTS, LENGTH, WIDTH, NUM_ROWS = 5, 7, 16, 8
+NUM_EXPERTS, TOP_K, LENGTH, WIDTH, NUM_ROWS = 5, 2, 7, 16, 8
 TAU = 0.3
 LOSSES = LossesConfig(contrastive=0.7, contrastive_coactive=0.4, contrastive_temperature=TAU, contrastive_tokens=5)
 
@@ -34,7 +34,7 @@ class Network(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
         self.recompute = recompute
-        settings = {"r": 2, "num_experts": NUM_EXPERTS, "top_k": 2, "target_modules": "all-linear"} | adapter
+        settings = {"r": 2, "num_experts": NUM_EXPERTS, "top_k": TOP_K, "target_modules": "all-linear"} | adapter
         inject(self, AdapterConfig(**settings))
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters()):
@@ -101,7 +101,7 @@ def reference(network: Network, losses: LossesConfig) -> tuple[Tensor, Tensor, T
         a, b = layer.experts.a.double(), layer.experts.b.double()
         a = a if layer.experts.m is None else a @ layer.experts.m.double()
         outputs_TEO = torch.einsum("td,edr,eor->teo", x_TD.double(), a, b)
-        key = ContrastiveLosses(network, losses, torch.device("cpu"))._keys[name]
+        key = ContrastiveLosses(network, losses, torch.device("cpu"), TOP_K)._keys[name]
         sample = sample_tokens(keys_BS, real_BS, None, key, losses.contrastive_tokens)
         for row in range(NUM_ROWS):
             places = sample.places_BN[row][sample.real_BN[row]]
@@ -117,7 +117,7 @@ def test_values_and_gradients_are_those_of_the_formulas(
     num_parts: int, world_size: int, recompute: bool, expert: str
 ) -> None:
     network = Network(recompute, expert=expert)
-    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"))
+    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
     found, found_x = run_step(network, losses, num_parts, world_size)
     values = dict(zip(losses.loss_names, losses.loss_values(losses.sums).tolist(), strict=True))
     apart, together, x = reference(network, LOSSES)
@@ -134,10 +134,10 @@ def test_values_and_gradients_are_those_of_the_formulas(
 
 @pytest.mark.parametrize("router", ["softmax", "noisy_topk", "top_p", "threshold", "sigmoid_bias", "prompt"])
 def test_every_router_says_which_outputs_take_part(router: str) -> None:
-    top_k = 2 if router in ("noisy_topk", "sigmoid_bias", "prompt") else None
+    top_k = TOP_K if router in ("noisy_topk", "sigmoid_bias", "prompt") else None
     network = Network(router=router, top_k=top_k)
     batch_context(network).prompt_BS = batch()[1]
-    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"))
+    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), top_k or NUM_EXPERTS)
     run_step(network, losses, 1)
     apart, together, _ = reference(network, LOSSES)
     assert losses.loss_values(losses.sums).tolist() == pytest.approx([apart.item(), together.item()], rel=1e-5)
@@ -147,10 +147,13 @@ def test_every_router_says_which_outputs_take_part(router: str) -> None:
 @pytest.mark.parametrize("name", ["contrastive", "contrastive_coactive"])
 def test_each_loss_alone_is_that_part_of_both(name: str) -> None:
     network = Network()
-    both = ContrastiveLosses(network, LOSSES, torch.device("cpu"))
+    both = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
     run_step(network, both, 1)
     alone = ContrastiveLosses(
-        network, LossesConfig(**{name: 0.1}, contrastive_temperature=TAU, contrastive_tokens=5), torch.device("cpu")
+        network,
+        LossesConfig(**{name: 0.1}, contrastive_temperature=TAU, contrastive_tokens=5),
+        torch.device("cpu"),
+        TOP_K,
     )
     run_step(network, alone, 2)
     assert alone.loss_names == [name]
@@ -174,7 +177,9 @@ def losses_of(x: Tensor, a: Tensor, b: Tensor, selected: Tensor) -> tuple[Tensor
     unit = unit_features(torch.einsum("bnd,edr->bner", x, a), grams)
     real = torch.ones(2, 3, dtype=torch.bool)
     same = real.unsqueeze(-1) & real.unsqueeze(-2)
-    return experts_apart(unit, grams, selected, same, TAU), coactive_together(unit, grams, selected, real, TAU)
+    return experts_apart(unit, grams, selected, same, TAU, num_used=2), coactive_together(
+        unit, grams, selected, real, TAU
+    )
 
 
 def test_losses_of_rows_are_those_of_whole_outputs() -> None:
@@ -197,7 +202,7 @@ def test_at_zero_outputs_there_is_a_value_and_no_gradient() -> None:
     with torch.no_grad():
         for _, layer in adapted_layers(network):
             layer.experts.b.zero_()
-    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"))
+    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
     found, found_x = run_step(network, losses, 1)
     assert not found_x.any() and not any(grad.any() for grad in found.values())
     assert (losses.loss_values(losses.sums) > 0.5).all()
@@ -205,10 +210,10 @@ def test_at_zero_outputs_there_is_a_value_and_no_gradient() -> None:
 
 def test_nothing_is_added_in_evaluation_or_when_switched_off() -> None:
     network = Network().eval()
-    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"))
+    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
     _, found_x = run_step(network, losses, 1)
     assert not losses.sums.any() and not found_x.any()
-    off = ContrastiveLosses(network.train(), LossesConfig(), torch.device("cpu"))
+    off = ContrastiveLosses(network.train(), LossesConfig(), torch.device("cpu"), TOP_K)
     assert off.loss_names == [] and not len(off.loss_values(off.sums))
     run_step(network, off, 1)
     assert not off.sums.any()
@@ -228,7 +233,7 @@ def test_sequences_of_a_packed_row_are_apart() -> None:
     network = Network()
     values = []
     for sequences in (None, sequences_BS):
-        losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"))
+        losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
         run_step(network, losses, 1, sequences_BS=sequences)
         values.append(losses.loss_values(losses.sums).tolist())
     assert values[0][0] != pytest.approx(values[1][0], rel=1e-3), "pairs of tokens fall away"
@@ -255,7 +260,7 @@ def test_no_tensor_has_tokens_experts_and_out_features() -> None:
     layer, num_tokens, out_features = nn.Linear(32, 4096, bias=False), 32, 4096
     network = nn.Sequential(layer)
     inject(network, AdapterConfig(r=2, num_experts=NUM_EXPERTS, top_k=2, target_modules=["0"]))
-    losses = ContrastiveLosses(network, LossesConfig(contrastive=1, contrastive_coactive=1), torch.device("cpu"))
+    losses = ContrastiveLosses(network, LossesConfig(contrastive=1, contrastive_coactive=1), torch.device("cpu"), TOP_K)
     context = batch_context(network)
     context.real_BS = torch.ones(1, num_tokens, dtype=torch.bool)
     context.token_keys = token_keys(0, torch.arange(1), context.real_BS)
@@ -294,7 +299,7 @@ def mean_cosine_after_training(config: LossesConfig) -> float:
     with torch.no_grad():
         network[0].base.weight.zero_()  # type: ignore[union-attr]
         experts.a.copy_(experts.a[:1] + 0.1 * experts.a)
-    losses = ContrastiveLosses(network.train(), config, torch.device("cpu"))
+    losses = ContrastiveLosses(network.train(), config, torch.device("cpu"), TOP_K)
     context = batch_context(network)
     context.losses = losses
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=0.02)
@@ -350,5 +355,5 @@ def test_an_adapted_output_head_is_refused() -> None:
     model = Model()
     inject(model, AdapterConfig(r=2, num_experts=3, top_k=2, target_modules=["body", "lm_head"]))
     with pytest.raises(ConfigError, match="Leave lm_head out of"):
-        ContrastiveLosses(model, LOSSES, torch.device("cpu"))
-    ContrastiveLosses(model, LossesConfig(), torch.device("cpu"))
+        ContrastiveLosses(model, LOSSES, torch.device("cpu"), TOP_K)
+    ContrastiveLosses(model, LossesConfig(), torch.device("cpu"), TOP_K)

@@ -1,7 +1,7 @@
 """InfoNCE over expert outputs, from low-rank features and cross-Grams.
 
 Shapes: `B` rows of a micro-batch, `N` tokens sampled of each (also written `M` where two tokens meet), `E` experts
-(also `G`), `R` rank (also `Q`).
+(also `G`), `R` rank (also `Q`), `F = E R`, `K` experts that a token uses at most, `A = N K` anchors (`C` candidates).
 
 The output of expert e for token t is `z_te = h_te b_e^T` with features `h_te = x_t a_e`, so
 
@@ -26,7 +26,9 @@ SHORTEST = 1e-6
 _NEVER = -1e9
 
 
-def experts_apart(unit_BNER: Tensor, gram_EGRQ: Tensor, active_BNE: Tensor, same_BNM: Tensor, tau: float) -> Tensor:
+def experts_apart(
+    unit_BNER: Tensor, gram_EGRQ: Tensor, active_BNE: Tensor, same_BNM: Tensor, tau: float, num_used: int
+) -> Tensor:
     """(B,): an expert's outputs for other tokens are positives, outputs of other experts negatives (Luo et al. 2024).
 
     Only outputs that are used take part. Pairs are formed within a sequence.
@@ -37,18 +39,24 @@ def experts_apart(unit_BNER: Tensor, gram_EGRQ: Tensor, active_BNE: Tensor, same
         active_BNE: bool, which outputs are used: real tokens, selected experts
         same_BNM: bool, which tokens of a row are of one sequence
         tau: temperature
+        num_used: K, experts of a token at most
     """
-    turned_BNEGQ = torch.einsum("bner,egrq->bnegq", unit_BNER, gram_EGRQ)
-    cosine_BNEMG = torch.einsum("bnegq,bmgq->bnemg", turned_BNEGQ, unit_BNER)
-    num_tokens, num_experts = active_BNE.shape[1:]
-    device = active_BNE.device
-    same_expert_EG = torch.eye(num_experts, dtype=torch.bool, device=device)
-    same_token_NM = torch.eye(num_tokens, dtype=torch.bool, device=device)
-    allowed_BNEMG = active_BNE[:, :, :, None, None] & active_BNE[:, None, None] & same_BNM[:, :, None, :, None]
-    negative_BNEMG = allowed_BNEMG & ~same_expert_EG[:, None, :]
-    positive_BNEMG = allowed_BNEMG & same_expert_EG[:, None, :] & ~same_token_NM[:, None, :, None]
-    pairs = (each.flatten(3).flatten(1, 2) for each in (cosine_BNEMG / tau, positive_BNEMG, negative_BNEMG))
-    return info_nce(*pairs)
+    num_tokens = active_BNE.shape[1]
+    # the used ones of each token come first, so that K^2 pairs of two tokens are looked at, not E^2
+    expert_BNK = active_BNE.int().argsort(dim=-1, descending=True, stable=True)[..., :num_used]
+    place_BNK1R = expert_BNK[..., None, None].expand(-1, -1, -1, 1, unit_BNER.shape[-1])
+    used_BNKR = unit_BNER.gather(2, place_BNK1R.squeeze(3))
+    in_place_BNKER = torch.zeros_like(unit_BNER).unsqueeze(2).repeat(1, 1, num_used, 1, 1)
+    in_place_BAF = in_place_BNKER.scatter(3, place_BNK1R, used_BNKR.unsqueeze(3)).flatten(3).flatten(1, 2)
+    turned_BNEF = torch.einsum("bner,egrq->bnegq", unit_BNER / tau, gram_EGRQ).flatten(3)
+    turned_BAF = turned_BNEF.gather(2, place_BNK1R[..., :1].squeeze(3).expand(-1, -1, -1, in_place_BAF.shape[-1]))
+    score_BAC = turned_BAF.flatten(1, 2) @ in_place_BAF.mT
+    expert_BA, used_BA = expert_BNK.flatten(1), active_BNE.gather(-1, expert_BNK).flatten(1)
+    token_A = torch.arange(num_tokens, device=active_BNE.device).repeat_interleave(num_used)
+    allowed_BAC = same_BNM[:, token_A][:, :, token_A] & used_BA.unsqueeze(-1) & used_BA.unsqueeze(-2)
+    same_expert_BAC = expert_BA.unsqueeze(-1) == expert_BA.unsqueeze(-2)
+    other_token_AC = token_A.unsqueeze(-1) != token_A
+    return info_nce(score_BAC, allowed_BAC & same_expert_BAC & other_token_AC, allowed_BAC & ~same_expert_BAC)
 
 
 def coactive_together(unit_BNER: Tensor, gram_EGRQ: Tensor, active_BNE: Tensor, real_BN: Tensor, tau: float) -> Tensor:

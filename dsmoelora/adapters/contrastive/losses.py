@@ -66,6 +66,7 @@ class Contrast:
         active_BNE: bool, real tokens and their selected experts
         weights: what a row of this layer counts in the loss that the backward pass is of, in the order of `NAMES`
         tau: temperature
+        num_used: experts of a token at most
         group: where the experts are
         hear: gets the values (2,), summed over rows, when the backward pass comes by
     """
@@ -75,6 +76,7 @@ class Contrast:
     active_BNE: Tensor
     weights: tuple[float, float]
     tau: float
+    num_used: int
     group: ExpertGroup
     hear: Callable[[Tensor], None]
 
@@ -108,7 +110,8 @@ class Contrast:
         unit_BNER = unit_features(features_BNER, grams_EGRQ)
         given = unit_BNER, grams_EGRQ, self.active_BNE
         off = x_MD.new_zeros(())
-        apart = experts_apart(*given, self.sample.same_BNM, self.tau).sum() if self.weights[0] else off
+        settings = self.tau, self.num_used
+        apart = experts_apart(*given, self.sample.same_BNM, *settings).sum() if self.weights[0] else off
         together = coactive_together(*given, self.sample.real_BN, self.tau).sum() if self.weights[1] else off
         return apart, together
 
@@ -153,6 +156,7 @@ class ContrastiveLosses:
         model: adapted; layers with one expert take no part
         config: weights, temperature, tokens of a row
         device: where sums are kept
+        num_used: experts of a token at most
         group: where experts are
 
     Attributes:
@@ -163,9 +167,14 @@ class ContrastiveLosses:
     """
 
     def __init__(
-        self, model: nn.Module, config: LossesConfig, device: torch.device, group: ExpertGroup | None = None
+        self,
+        model: nn.Module,
+        config: LossesConfig,
+        device: torch.device,
+        num_used: int,
+        group: ExpertGroup | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._num_used = config, num_used
         self._keys = {
             name: derive_seed("contrastive", name)
             for name, layer in adapted_layers(model)
@@ -225,7 +234,7 @@ class ContrastiveLosses:
         selected_BNE = selected_TE.index_select(0, places_N).view(*sample.places_BN.shape, -1)
         active_BNE = selected_BNE & sample.real_BN.unsqueeze(-1)
         tau = self._config.contrastive_temperature
-        return Contrast(x_BND, sample, active_BNE, self._weights, tau, self._group, self._hear)
+        return Contrast(x_BND, sample, active_BNE, self._weights, tau, self._num_used, self._group, self._hear)
 
     def loss_values(self, sums: Tensor) -> Tensor:
         """The losses of the step at hand, those of `loss_names`: means over rows and layers.
