@@ -31,11 +31,13 @@ class StandIn:
         architecture: of the model, see tests/architectures.py
         row: of the data, in the recipe's format and columns; of several sets, the columns of all
         layers: what the plan says is adapted
+        overrides: of what a tiny model has no room for
     """
 
     architecture: str
     row: dict[str, Any]
     layers: str
+    overrides: tuple[str, ...] = ()
 
 
 ALPACA = {"instruction": "Say yes.", "input": "", "output": "yes"}
@@ -53,6 +55,7 @@ STAND_INS = {
     "adamole.yaml": StandIn("llama", COMMONSENSE_QA, ATTENTION),
     "comoe.yaml": StandIn("llama", ALPACA, ATTENTION),
     "demo.yaml": StandIn("llama", ALPACA, ATTENTION),
+    "goat.yaml": StandIn("llama", MATHS, ALL),
     "gpt2_tiny_text.yaml": StandIn("gpt2", {"text": "Once upon a time."}, "2 x c_attn, 4 x c_proj, 2 x c_fc"),
     "llama2_7b_alpaca.yaml": StandIn("llama", ALPACA, ATTENTION),
     "llama3_8b_chat.yaml": StandIn("llama", MESSAGES, ALL),
@@ -60,6 +63,7 @@ STAND_INS = {
     "mistral_7b_sharegpt.yaml": StandIn("mistral", SHAREGPT, ATTENTION),
     "mixlora.yaml": StandIn("llama", ALPACA, ALL),
     "moelora_contrastive.yaml": StandIn("llama", ALPACA, "2 x q_proj, 2 x v_proj"),
+    "pissa.yaml": StandIn("llama", MATHS, ALL, ("--adapter.r", "8")),
     "qwen2.5_7b_math.yaml": StandIn("qwen2", MATHS, ALL),
     "smora.yaml": StandIn("llama", ALPACA, ALL),
     "sun2025_riemannian.yaml": StandIn("llama", ALPACA, ATTENTION),
@@ -71,7 +75,7 @@ def stand_in(recipe: Path, folder: Path) -> list[str]:
     chosen = STAND_INS[recipe.name]
     rows = folder / "rows.jsonl"
     rows.write_text(2 * (json.dumps(chosen.row) + "\n"))
-    overrides = ["--model.path", str(save_model(chosen.architecture, folder / "model"))]
+    overrides = ["--model.path", str(save_model(chosen.architecture, folder / "model")), *chosen.overrides]
     data = yaml.safe_load(recipe.read_text())["data"]
     for key in ("train", "eval"):
         sources = [{**source, "path": str(rows)} for source in data[key]]
