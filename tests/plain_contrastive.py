@@ -21,6 +21,8 @@ class PlainContrastive:
         self.values: list[dict[str, float]] = []
         self._seen: dict[str, tuple[Any, Tensor, Tensor]] = {}
         for name, layer in adapted_layers(model):
+            if layer.experts.shapes["a"][0] == 1:
+                continue
             layer.experts.register_forward_pre_hook(partial(self._remember, name))
 
     def _remember(self, name: str, experts: Any, inputs: tuple[Any, ...]) -> None:

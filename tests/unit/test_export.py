@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,11 @@ def test_each_expert_alone_gives_the_logits_of_the_layer_with_its_gate_fixed(
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"init": "svd"}, {"expert": "moslora"}], ids=str)
 def test_layers_of_plain_lora_are_part_of_every_adapter(
-    base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    adapter = make_adapter(base_path, tmp_path / "adapter", BLOCKS)
+    adapter = make_adapter(base_path, tmp_path / "adapter", replace(BLOCKS, **changes))
     run(monkeypatch, "--adapter", adapter, "--format", "peft", "--out", tmp_path / "out")
     for expert in (0, 3):
         ours = logits(with_gates(base_path, adapter, torch.eye(4)[expert]))

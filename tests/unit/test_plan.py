@@ -200,6 +200,17 @@ def test_a_conflict_with_the_deepspeed_file_is_named(recipe: Recipe) -> None:
         make_plan(recipe, ZERO_3 | {"train_batch_size": 9}, world_size=1, resume="none")
 
 
+def test_a_router_for_a_block_is_counted_once_and_plain_lora_has_none(recipe: Recipe) -> None:
+    recipe.adapter.style, recipe.adapter.lora_modules = "ffn_block", ["q_proj"]
+    recipe.adapter.target_modules = ["up_proj", "down_proj"]
+    rows = dict(make_plan(recipe, ZERO_3, world_size=2, resume="none").rows)
+    # Two layers; up_proj is 64 -> 128, down_proj back; one router reads the block's 64 features.
+    trainable = 2 * (4 * 2 * 2 * (64 + 128) + 4 * 64 + 2 * (64 + 64))
+    assert rows["trainable"].startswith(f"{trainable:,} numbers")
+    assert rows["plain LoRA"] == "2 of the layers have one expert of rank 2 and no router"
+    assert rows["router"] == "softmax_topk of each feed-forward block"
+
+
 @pytest.mark.parametrize("world_size", [0, -1])
 def test_a_world_has_at_least_one_rank(recipe: Recipe, world_size: int) -> None:
     with pytest.raises(UserError, match="--world-size"):
