@@ -32,12 +32,15 @@ class Network(nn.Module):
 
     def __init__(self, recompute: bool = False, **adapter: Any) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
         self.recompute = recompute
         settings = {"r": 2, "num_experts": NUM_EXPERTS, "top_k": TOP_K, "target_modules": "all-linear"} | adapter
         inject(self, AdapterConfig(**settings))
         with torch.no_grad():
-            for number, parameter in enumerate(self.parameters()):
+            trained = [p for name, p in self.named_parameters() if p.requires_grad and "magnitude" not in name]
+            for number, parameter in enumerate(trained):
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
         self.train()
 
@@ -82,14 +85,15 @@ def run_step(
 def reference(network: Network, losses: LossesConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses in fp64 from outputs of all experts for all tokens, and the inputs they depend on."""
     batch_context(network).losses, network.recompute = None, False
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     handles = []
     for name, layer in adapted_layers(network):
 
-        def remember(_: Any, inputs: tuple[Any, ...], name: str) -> None:
-            seen[name] = inputs[1], inputs[3]
+        def remember(_: Any, inputs: tuple[Any, ...], others: dict[str, Any], name: str) -> None:
+            seen[name] = inputs[1], inputs[3], others.get("ratio_LO")
 
-        handles.append(layer.experts.register_forward_pre_hook(partial(remember, name=name)))
+        hook = partial(remember, name=name)
+        handles.append(layer.experts.register_forward_pre_hook(hook, with_kwargs=True))
     x, real_BS, keys_BS = batch()
     x.requires_grad_()
     network(x)
@@ -97,9 +101,10 @@ def reference(network: Network, losses: LossesConfig) -> tuple[Tensor, Tensor, T
         handle.remove()
     found = []
     for name, layer in adapted_layers(network):
-        x_TD, selected_TE = seen[name]
+        x_TD, selected_TE, ratio_EO = seen[name]
         a, b = layer.experts.a.double(), layer.experts.b.double()
         a = a if layer.experts.m is None else a @ layer.experts.m.double()
+        b = b if ratio_EO is None else ratio_EO.double().unsqueeze(-1) * b
         outputs_TEO = torch.einsum("td,edr,eor->teo", x_TD.double(), a, b)
         key = ContrastiveLosses(network, losses, torch.device("cpu"), TOP_K)._keys[name]
         sample = sample_tokens(keys_BS, real_BS, None, key, losses.contrastive_tokens)
@@ -110,7 +115,7 @@ def reference(network: Network, losses: LossesConfig) -> tuple[Tensor, Tensor, T
     return apart, together, x
 
 
-@pytest.mark.parametrize("expert", ["lora", "moslora"])
+@pytest.mark.parametrize("expert", ["lora", "moslora", "dora"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("num_parts", "world_size"), [(1, 1), (4, 1), (8, 2)])
 def test_values_and_gradients_are_those_of_the_formulas(
