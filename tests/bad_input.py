@@ -444,6 +444,9 @@ EARLY: dict[str, Case] = {
     "config.json is damaged": broken_config,
     "an architecture that transformers does not know": unknown_architecture,
     "no causal language model": no_language_model,
+    "a contrastive loss for experts on the output head": override(
+        "--adapter.target_modules", "[q_proj, lm_head]", "--losses.contrastive", 0.1
+    ),
     "a layer that the model does not have": override("--adapter.target_modules", "[q_proj, w_proj]"),
     "a layer for plain LoRA that the model does not have": override("--adapter.lora_modules", "[w_proj]"),
     "a layer with a router and with plain LoRA": override("--adapter.lora_modules", "[o_proj, v_proj]"),

@@ -149,6 +149,28 @@ class WithContrast(torch.autograd.Function):
         return grad_TO, grad_x, None, *grads
 
 
+def check_head(model: nn.Module, config: LossesConfig) -> None:
+    """Refuse the losses for experts on the output head, which sees only the positions whose logits are wanted.
+
+    Args:
+        model: adapted
+        config: which losses are switched on
+
+    Raises:
+        ConfigError: one is, and the head has several experts
+    """
+    head = output_head_name(model)
+    on = [name for name in NAMES if getattr(config, name)]
+    if on and head in _layers(model):
+        allowed = f"0 for experts on the output head ({head})"
+        remedy = f"Leave {head} out of adapter.target_modules, or set it to 0."
+        raise bad_value(f"losses.{on[0]}", getattr(config, on[0]), allowed, remedy)
+
+
+def _layers(model: nn.Module) -> list[str]:
+    return [name for name, layer in adapted_layers(model) if layer.experts.shapes["a"][0] > 1]
+
+
 class ContrastiveLosses:
     """The contrastive losses of all layers of a model (see `BatchContext.contrast`).
 
@@ -161,9 +183,6 @@ class ContrastiveLosses:
 
     Attributes:
         sums: (2,) fp64, values of this rank's rows and layers in the step at hand
-
-    Raises:
-        ConfigError: a loss is switched on, and the output head is adapted
     """
 
     def __init__(
@@ -174,19 +193,10 @@ class ContrastiveLosses:
         num_used: int,
         group: ExpertGroup | None = None,
     ) -> None:
+        check_head(model, config)
         self._config, self._num_used = config, num_used
-        self._keys = {
-            name: derive_seed("contrastive", name)
-            for name, layer in adapted_layers(model)
-            if layer.experts.shapes["a"][0] > 1
-        }
+        self._keys = {name: derive_seed("contrastive", name) for name in _layers(model)}
         self._group = group or AllHere()
-        head = output_head_name(model)
-        if head in self._keys and self.loss_names:
-            # it sees the positions whose logits are wanted, so nobody could tell which tokens those are
-            allowed = f"0 for an adapter on the output head ({head})"
-            remedy = f"Leave {head} out of adapter.target_modules, or set it to 0."
-            raise bad_value(f"losses.{self.loss_names[0]}", getattr(config, self.loss_names[0]), allowed, remedy)
         self._weights = (0.0, 0.0)
         self._num_rows = 0
         self.sums = torch.zeros(len(NAMES), dtype=torch.float64, device=device)
