@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,10 +79,20 @@ def _change(base_TO: Tensor, gate_TE: Tensor, ratio_EO: Tensor) -> Tensor:
     return gate_TE.to(base_TO.dtype) @ (ratio_EO - 1).to(base_TO.dtype)
 
 
+@dataclass(frozen=True)
+class _Norms:
+    """What follows from the weights alone: norms (L, O), the bias (O,) if there is one; and what weights these were."""
+
+    norm_LO: Tensor
+    bias_O: Tensor | None
+    versions: tuple[int, ...]
+
+
 class DoraRows(nn.Module):
     """The base layer of experts of kind `dora`, its rows rescaled, and the ratios that go with it.
 
-    A module with the same parameters as the experts' own, for ZeRO-3 gathers what the module that is called has.
+    A module with the same parameters as the experts' own, for ZeRO-3 gathers what the module that is called has. In
+    evaluation mode norms are computed once: answers come token by token, and E R columns are many beside one token.
 
     Args:
         a: (L, D, R)
@@ -97,6 +108,7 @@ class DoraRows(nn.Module):
         super().__init__()
         self.a, self.b, self.magnitude = a, b, magnitude
         self._scale, self._gate_power = scale, gate_power
+        self._kept: _Norms | None = None
         self.base_norm_O: Tensor
         self.register_buffer("base_norm_O", torch.ones_like(magnitude[0], requires_grad=False), persistent=False)
 
@@ -111,17 +123,33 @@ class DoraRows(nn.Module):
         """What the base layer says with its rows rescaled (T, O), and the ratios (L, O), fp32, of this rank's experts.
 
         Args:
-            base: the frozen layer; called twice, so that ZeRO-3 gathers its weight
+            base: the frozen layer; called for the norms too, so that ZeRO-3 gathers its weight
             x_TD: tokens, without dropout
             gate_TE: fp32, for the experts of all ranks
             selected_TE: bool
             of_all_experts: makes (E, O) of this rank's (L, O)
         """
-        norm_LO, bias_O = self._norms(base)
-        ratio_LO = self.magnitude.to(torch.promote_types(self.magnitude.dtype, torch.float32)) / norm_LO
+        norms = self._kept_norms(base)
+        ratio_LO = self.magnitude.to(norms.norm_LO.dtype) / norms.norm_LO
         ratio_EO = of_all_experts(ratio_LO)
-        base_TO = RescaledRows.apply(base(x_TD), bias_O, gate_TE, selected_TE, ratio_EO, self._gate_power)
+        base_TO = RescaledRows.apply(base(x_TD), norms.bias_O, gate_TE, selected_TE, ratio_EO, self._gate_power)
         return base_TO, ratio_LO
+
+    def train(self, mode: bool = True) -> DoraRows:
+        """Another mode; what was kept is forgotten."""
+        self._kept = None
+        super().train(mode)
+        return self
+
+    def _kept_norms(self, base: Linear) -> _Norms:
+        versions = tuple(weight._version for weight in (self.a, self.b, base.weight))  # in-place writes count them up
+        kept = self._kept
+        if kept is not None and kept.versions == versions:
+            return kept
+        norms = _Norms(*self._norms(base), versions)
+        # others could not be used any more when gradients are wanted
+        self._kept = None if self.training or norms.norm_LO.is_inference() else norms
+        return norms
 
     @torch.no_grad()
     def _norms(self, base: Linear) -> tuple[Tensor, Tensor | None]:

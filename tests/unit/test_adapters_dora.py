@@ -160,6 +160,32 @@ def test_dropout_leaves_the_base_alone() -> None:
     assert (expected_TO - reference(layer, x_TD, gate_TE)).abs().max() > 0.1
 
 
+def test_norms_are_computed_once_in_evaluation_and_never_out_of_date() -> None:
+    layer = make_layer(linear()).eval()
+    gate_TE, x_TD = gates(), random(NUM_TOKENS, NUM_IN, seed=8)
+    layer.router = GivenGates(gate_TE)
+    num_tokens: list[int] = []
+    layer.base.register_forward_pre_hook(lambda _, inputs: num_tokens.append(len(inputs[0])))
+
+    def is_right() -> bool:
+        return torch.allclose(layer(x_TD), reference(layer, x_TD, gate_TE), rtol=1e-12)
+
+    columns = NUM_EXPERTS * RANK + 1  # the last one says the bias
+    assert is_right() and is_right()
+    assert num_tokens == [columns, NUM_TOKENS, NUM_TOKENS]
+    layer.experts.b.data.mul_(2)  # autograd counts no writes to `data`, so a change of mode is wanted
+    layer.eval()
+    assert is_right() and num_tokens[3:] == [columns, NUM_TOKENS]
+    with torch.no_grad():
+        layer.experts.a.mul_(2)
+    assert is_right() and num_tokens[5:] == [columns, NUM_TOKENS]
+    layer.train()
+    assert is_right() and is_right() and num_tokens[7:] == [columns, NUM_TOKENS, columns, NUM_TOKENS]
+    with torch.inference_mode():
+        assert is_right()
+    layer(x_TD).sum().backward()
+
+
 def test_bf16_is_as_close_to_fp64_as_its_eight_bits_allow() -> None:
     exact = make_layer(linear())
     rounded = make_layer(linear().bfloat16())
