@@ -51,10 +51,12 @@ COMMONSENSE_QA = {
 }
 ATTENTION = "2 x q_proj, 2 x k_proj, 2 x v_proj, 2 x o_proj"
 ALL = f"{ATTENTION}, 2 x gate_proj, 2 x up_proj, 2 x down_proj"
+NO_OUTPUT_NO_GATE = "2 x q_proj, 2 x k_proj, 2 x v_proj, 2 x up_proj, 2 x down_proj"
 STAND_INS = {
     "adamole.yaml": StandIn("llama", COMMONSENSE_QA, ATTENTION),
     "comoe.yaml": StandIn("llama", ALPACA, ATTENTION),
     "demo.yaml": StandIn("llama", ALPACA, ATTENTION),
+    "dora.yaml": StandIn("llama", ALPACA, NO_OUTPUT_NO_GATE),
     "goat.yaml": StandIn("llama", MATHS, ALL),
     "gpt2_tiny_text.yaml": StandIn("gpt2", {"text": "Once upon a time."}, "2 x c_attn, 4 x c_proj, 2 x c_fc"),
     "llama2_7b_alpaca.yaml": StandIn("llama", ALPACA, ATTENTION),
@@ -63,6 +65,7 @@ STAND_INS = {
     "mistral_7b_sharegpt.yaml": StandIn("mistral", SHAREGPT, ATTENTION),
     "mixlora.yaml": StandIn("llama", ALPACA, ALL),
     "moelora_contrastive.yaml": StandIn("llama", ALPACA, "2 x q_proj, 2 x v_proj"),
+    "moslora_llama3.yaml": StandIn("llama", ALPACA, NO_OUTPUT_NO_GATE),
     "pissa.yaml": StandIn("llama", MATHS, ALL, ("--adapter.r", "8")),
     "qwen2.5_7b_math.yaml": StandIn("qwen2", MATHS, ALL),
     "smora.yaml": StandIn("llama", ALPACA, ALL),
