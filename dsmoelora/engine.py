@@ -17,10 +17,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsmoelora.adapters import adapted_layers, batch_context, inject
+from dsmoelora.adapters import batch_context, inject
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.dropout import token_keys
-from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, router_buffers, write_adapter
+from dsmoelora.adapters.folder import write_adapter
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.adapters.routing_log import Routing, RoutingLog
 from dsmoelora.adapters.similarity import ExpertCosines
@@ -33,9 +33,10 @@ from dsmoelora.inputs import check_probe, model_inputs, probe
 from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
+from dsmoelora.parallel.adapter_tensors import fingerprints, tensors_on_rank_0
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
-from dsmoelora.parallel.factors import expert_cosines, of_all_experts
+from dsmoelora.parallel.factors import expert_cosines
 from dsmoelora.parallel.start_shards import StartShards
 from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.parallel.zero_config import merge_config
@@ -124,7 +125,7 @@ class Engine:
             model.register_forward_pre_hook(partial(_announce_tokens, exchange), with_kwargs=True)
         held = self.layout.local_experts
         self.adapted_layers = inject(model, recipe.adapter, held, exchange, lambda _: None, zero.gathered)
-        self._prints = self._fingerprints()  # of the base as it came
+        self._prints = fingerprints(model)  # of the base as it came
         self._start = None
         if recipe.adapter.init == "svd":
             self._start = StartShards(model, resumes, self._heartbeat.beat)
@@ -365,13 +366,7 @@ class Engine:
             CheckpointError: a tensor is empty or not finite; on all ranks, and nothing is written
         """
         self._heartbeat.enter(Phase.SAVE, self.step)
-        tensors: dict[str, Tensor] = {}
-        for trainable, parameter in trainables(self.model):
-            with zero.gathered([parameter]):
-                whole = of_all_experts(parameter.detach(), trainable.shape[0], self.layout)
-                if comm.rank() == 0:
-                    tensors[trainable.name] = whole.cpu().clone()
-        tensors |= {name: buffer.cpu().clone() for name, buffer in router_buffers(self.model).items()}
+        tensors = tensors_on_rank_0(self.model, self.layout)
         start = None if self._start is None else self._start.on_rank_0()
         comm.together(lambda: self._write_adapter(folder, tensors, start) if comm.rank() == 0 else None)
 
@@ -380,14 +375,6 @@ class Engine:
         base = str(Path(base).resolve()) if Path(base).exists() else base
         more = (self.tokenizer.save_pretrained, start)
         write_adapter(folder, self.recipe.adapter, self.adapted_layers, tensors, base, self._prints, *more)
-
-    def _fingerprints(self) -> dict[str, Any]:
-        layers, prints = dict(adapted_layers(self.model)), {}
-        for name in fingerprinted_layers(self.model):
-            base = layers[name].base
-            with zero.gathered(base.parameters()):
-                prints[name] = fingerprint(base.weight)
-        return prints
 
     def _shard_states(self) -> list[ShardState]:
         states = []

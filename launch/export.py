@@ -96,7 +96,10 @@ def export_experts(options: argparse.Namespace, base: str) -> None:
     loras = expert_loras(config, experts)
     write_loras(options.out, described, loras)
     first, last = options.out / next(iter(loras)), options.out / next(reversed(loras))
-    print(f"{len(loras)} experts of rank {config.r} on {len(experts)} layers: {first} ... {last}")
+    rank = next(iter(loras.values())).r
+    print(f"{len(loras)} experts of rank {rank} on {len(experts)} layers: {first} ... {last}")
+    if config.init == "svd":
+        print(f"Trained were experts of rank {config.r}; the rest takes their start off the base (adapter.init: svd).")
     if config.num_experts > 1:
         print(f"{NOT_THE_MIXTURE}: each of these is one expert alone, with gate 1.")
     print_use(base, first, next(iter(loras.values())))
