@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from dsmoelora.parallel.adapter_tensors import fingerprints, tensors_on_rank_0
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.factors import expert_cosines
+from dsmoelora.parallel.reports import over_ranks
 from dsmoelora.parallel.start_shards import StartShards
 from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.parallel.zero_config import merge_config
@@ -44,14 +44,6 @@ from dsmoelora.seeds import derive_seed
 from dsmoelora.watch import AdapterWatch
 
 IGNORED_LABEL = -100
-
-
-def _announce_tokens(exchange: TokenExchange, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before a forward pass: every rank learns how many tokens the others of its group have."""
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    if tokens is None:
-        tokens = kwargs["inputs_embeds"][..., 0]
-    exchange.announce(tokens.numel(), len(tokens))
 
 
 @dataclass(frozen=True)
@@ -122,7 +114,7 @@ class Engine:
         exchange = None
         if self.layout.ep_size > 1:
             exchange = TokenExchange(self.layout, recipe.parallel.exchange, recipe.adapter.num_used)
-            model.register_forward_pre_hook(partial(_announce_tokens, exchange), with_kwargs=True)
+            model.register_forward_pre_hook(exchange.announce_call, with_kwargs=True)
         held = self.layout.local_experts
         self.adapted_layers = inject(model, recipe.adapter, held, exchange, lambda _: None, zero.gathered)
         self._prints = fingerprints(model)  # of the base as it came
@@ -225,7 +217,7 @@ class Engine:
         self.skipped_steps += skipped
         num_supervised = micro_batches[0].num_supervised_global
         grad_norm = zero.global_grad_norm(self._deepspeed) if own_norm is None else own_norm
-        report = {} if skipped else self._preconditioning()
+        report = {} if skipped else over_ranks(self.optimizer.reports)
         if not skipped:
             self._routing.finish_step(routing)
         self._context.clear()
@@ -233,23 +225,6 @@ class Engine:
         named = dict(zip(names, values, strict=True))
         loss = nll_sum / num_supervised
         return StepResult(loss, grad_norm, lr, skipped, int(num_tokens), num_supervised, report, named)
-
-    def _preconditioning(self) -> dict[str, float]:
-        reports = self.optimizer.reports
-        if not reports:
-            return {}
-        # a rank reports what its whole process group met
-        own = [
-            sum(float(report.square_norm) for report in reports),
-            max(float(report.condition) for report in reports),
-            sum(report.num_fallbacks / report.num_ranks for report in reports),
-        ]
-        square_norms, conditions, num_fallbacks = zip(*comm.all_gather_floats(own), strict=True)
-        return {
-            "preconditioned_norm": sum(square_norms) ** 0.5,
-            "condition": max(conditions),
-            "eigh_fallbacks": float(round(sum(num_fallbacks))),
-        }
 
     def take_routing(self) -> Routing:
         """How routers have used their experts since the last call, on all ranks together; the same on all."""

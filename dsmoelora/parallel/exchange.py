@@ -27,7 +27,7 @@ from typing import Any, Literal, Protocol
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsmoelora.adapters.context import LocalExperts
 from dsmoelora.adapters.shared_input import SharedInput
@@ -212,6 +212,13 @@ class TokenExchange:
         everyone = own.new_empty(2 * self.layout.ep_size)
         dist.all_gather_into_tensor(everyone, own, group=self.layout.expert_group)
         self.num_tokens, self.num_rows = (list(one) for one in zip(*everyone.view(-1, 2).tolist(), strict=True))
+
+    def announce_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`announce` of the tokens that a model is called with; a pre-forward hook of it."""
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"][..., 0]
+        self.announce(tokens.numel(), len(tokens))
 
     def kind_for(self, in_features: int, out_features: int, itemsize: int) -> str:
         """`gather` or `all_to_all` for a layer, the same on all ranks."""
