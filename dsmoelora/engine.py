@@ -329,7 +329,7 @@ class Engine:
         self.step, self.skipped_steps = own["step"], own["skipped_steps"]
         self.optimizer.num_steps = own["optimizer_steps"]
         self._routing.load_state(own["routing"])
-        zero.load_loss_scaler_state(self._deepspeed, own["loss_scaler"])
+        zero.load_loss_scaler_state(self._deepspeed, own.get("loss_scaler"))
         self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps, self.step)
         caller_state: dict[str, Any] = state["caller"]
         return caller_state

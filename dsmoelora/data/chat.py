@@ -131,6 +131,8 @@ def _turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, text:
 
 def _common_length(one: str, other: str) -> int:
     """Characters that both begin with."""
+    if one.startswith(other):
+        return len(other)
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -125,7 +125,11 @@ def _csv_rows(path: Path, lines: Any) -> NumberedRows:
             yield number, dict(zip(header, fields, strict=True))
         else:
             counts = f"it has {len(fields)} fields, but the header names {len(header)} ({listing(header)})"
-            yield number, RowProblem(f"{counts}; texts with a delimiter in them must stand in double quotes.")
+            if len(fields) < len(header):
+                remedy = "empty fields at its end need their delimiters too."
+            else:
+                remedy = "texts with a delimiter in them must stand in double quotes."
+            yield number, RowProblem(f"{counts}; {remedy}")
 
 
 def read_parquet(path: Path) -> NumberedRows:

@@ -30,7 +30,7 @@ from dsmoelora.errors import DataError
 
 CACHE_VERSION = 2  # raise it when the same files would be tokenised in another way
 _BATCH = 256
-_ROWS_A_PROCESS = 5000  # starting a process takes about as long as tokenising this many
+_ROWS_A_PROCESS = 5000  # with less, starting a second process takes what it saves (benchmarks/tokenising.py)
 ROWS_SCHEMA = pyarrow.schema(
     {
         "messages": pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})),
@@ -140,9 +140,14 @@ def _write_rows(file: Path, conversations: Iterable[Conversation], name: str) ->
             writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=ROWS_SCHEMA))
 
 
+def automatic_num_proc(num_rows: int) -> int:
+    """Processes that tokenise where nobody says how many."""
+    return max(1, min(len(os.sched_getaffinity(0)), num_rows // _ROWS_A_PROCESS))
+
+
 def _write_tokens(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions) -> None:
     rows = _from_files(folder, "rows")
-    num_proc = options.num_proc or min(len(os.sched_getaffinity(0)), len(rows) // _ROWS_A_PROCESS)
+    num_proc = options.num_proc or automatic_num_proc(len(rows))
     # The fingerprint is ours, because the one of `datasets` would hash the tokenizer object, which changes with use.
     rows.map(
         partial(_tokenise_batch, name=name, tokenizer=tokenizer, options=options),
