@@ -53,7 +53,7 @@ class RouterListener(Protocol):
 
 
 class Attachment(Protocol):
-    """What a layer does to the output of its experts (`contrastive.Contrast`)."""
+    """What a layer does to the output of its experts (`contrastive.ContrastOfTokens`)."""
 
     def attach(self, y_TO: Tensor, *factors: Tensor | None) -> Tensor:
         """The output to go on with; `factors` are what makes it, as `RoutedExperts` takes them."""

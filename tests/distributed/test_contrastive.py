@@ -127,7 +127,7 @@ def losses_on_rank(num_rows: list[int]) -> OnRank:
     sample = TokenSample(real_BN.long(), real_BN, real_BN.unsqueeze(-1) & real_BN.unsqueeze(-2))
     active_BNE = torch.zeros(*real_BN.shape, EXPERTS, dtype=torch.bool)
     active_BNE[:, ::2, :3] = active_BNE[:, 1::2, 2:5] = True
-    contrast = Contrast(leaves[0], sample, active_BNE, (1.0, 1.0), 0.3, 3, group, lambda _: None)
+    contrast = Contrast(sample, active_BNE, (1.0, 1.0), 0.3, 3, group, lambda _: None)
     sent: list[int] = []
     with counting(sent), LargestTensor() as largest:
         total = torch.stack(contrast.values(*leaves)).sum()

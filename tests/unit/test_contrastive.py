@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -280,6 +281,21 @@ def test_no_tensor_has_tokens_experts_and_out_features() -> None:
     assert sizes[0] == num_tokens * out_features, "the output itself"
     assert sizes[1] == sizes[0]
     assert sizes[1] < 16 * NUM_EXPERTS * out_features // 2
+
+
+def test_recomputed_layers_keep_no_tokens_for_it() -> None:
+    network = Network(recompute=True)
+    losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
+    losses.begin_step(NUM_ROWS, scale=1)
+    context = batch_context(network)
+    x, context.real_BS, context.token_keys = batch()
+    context.losses = losses
+    y = network(x.requires_grad_())
+    shape = (NUM_ROWS, LOSSES.contrastive_tokens)
+    tensors = [one for one in gc.get_objects() if type(one) is Tensor and one.is_floating_point()]
+    assert not [one.shape for one in tensors if one.dim() == 3 and one.shape[:2] == shape]
+    y.sum().backward()
+    assert losses.sums.all(), "the backward pass draws them anew"
 
 
 @pytest.mark.parametrize("loss", ["contrastive", "contrastive_coactive"])

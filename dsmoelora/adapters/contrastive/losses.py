@@ -58,11 +58,10 @@ class AllHere:
 
 @dataclass(frozen=True)
 class Contrast:
-    """What the losses see of a layer in a micro-batch.
+    """How the losses look at a layer in a micro-batch.
 
     Args:
-        x_BND: the sampled tokens as the experts see them
-        sample: which they are
+        sample: which tokens they see
         active_BNE: bool, real tokens and their selected experts
         weights: what a row of this layer counts in the loss that the backward pass is of, in the order of `NAMES`
         tau: temperature
@@ -71,7 +70,6 @@ class Contrast:
         hear: gets the values (2,), summed over rows, when the backward pass comes by
     """
 
-    x_BND: Tensor
     sample: TokenSample
     active_BNE: Tensor
     weights: tuple[float, float]
@@ -79,16 +77,6 @@ class Contrast:
     num_used: int
     group: ExpertGroup
     hear: Callable[[Tensor], None]
-
-    def attach(self, y_TO: Tensor, *factors: Tensor | None) -> Tensor:
-        """The output of the layer's experts as it is; its gradient brings that of the losses along.
-
-        Args:
-            y_TO: (T, O), written to in place as far as autograd knows
-            factors: `a`, `b` and what else makes the outputs, as `values` takes them
-        """
-        output: Tensor = WithContrast.apply(y_TO, self.x_BND, self, *factors)
-        return output
 
     def values(
         self, x_BND: Tensor, a_LDR: Tensor, b_LOR: Tensor, m_LRR: Tensor | None = None, *others: Tensor | None
@@ -114,6 +102,30 @@ class Contrast:
         apart = experts_apart(*given, self.sample.same_BNM, *settings).sum() if self.weights[0] else off
         together = coactive_together(*given, self.sample.real_BN, self.tau).sum() if self.weights[1] else off
         return apart, together
+
+
+@dataclass(frozen=True)
+class ContrastOfTokens:
+    """What a layer attaches to its output in a micro-batch.
+
+    Args:
+        x_BND: the sampled tokens as the experts see them
+        contrast: how the losses look at them; without them, for it outlives the forward pass, and under activation
+            checkpointing they must not
+    """
+
+    x_BND: Tensor
+    contrast: Contrast
+
+    def attach(self, y_TO: Tensor, *factors: Tensor | None) -> Tensor:
+        """The output of the layer's experts as it is; its gradient brings that of the losses along.
+
+        Args:
+            y_TO: (T, O), written to in place as far as autograd knows
+            factors: `a`, `b` and what else makes the outputs, as `Contrast.values` takes them
+        """
+        output: Tensor = WithContrast.apply(y_TO, self.x_BND, self.contrast, *factors)
+        return output
 
 
 class WithContrast(torch.autograd.Function):
@@ -227,7 +239,7 @@ class ContrastiveLosses:
         keys_BS: Tensor,
         real_BS: Tensor,
         sequences_BS: Tensor | None,
-    ) -> Contrast | None:
+    ) -> ContrastOfTokens | None:
         """What a layer has to attach to its output; None where no loss is switched on.
 
         Args:
@@ -244,7 +256,8 @@ class ContrastiveLosses:
         selected_BNE = selected_TE.index_select(0, places_N).view(*sample.places_BN.shape, -1)
         active_BNE = selected_BNE & sample.real_BN.unsqueeze(-1)
         tau = self._config.contrastive_temperature
-        return Contrast(x_BND, sample, active_BNE, self._weights, tau, self._num_used, self._group, self._hear)
+        contrast = Contrast(sample, active_BNE, self._weights, tau, self._num_used, self._group, self._hear)
+        return ContrastOfTokens(x_BND, contrast)
 
     def loss_values(self, sums: Tensor) -> Tensor:
         """The losses of the step at hand, those of `loss_names`: means over rows and layers.
