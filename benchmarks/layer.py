@@ -1,4 +1,4 @@
-"""The speed of the fused layer, beside PEFT's plain LoRA of the same total rank and beside a loop over experts.
+"""The speed of the fused layer, beside PEFT's layers of the same total rank and beside a loop over experts.
 
     python benchmarks/layer.py
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import torch
@@ -61,27 +62,40 @@ def training_step(model: nn.Module, x_TD: Tensor, grad_TO: Tensor) -> Step:
     return step
 
 
+def routed(size: int, device: torch.device, **settings: Any) -> nn.Module:
+    """Our layer; `b` starts at 0, which is no typical value."""
+    model = nn.Sequential(base_layer(size, device))
+    inject(model, AdapterConfig(target_modules="all-linear", **settings))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.endswith("magnitude"):
+            parameter.data.normal_(std=0.02)
+    return model
+
+
+def by_peft(size: int, device: torch.device, rank: int, use_dora: bool) -> nn.Module:
+    """PEFT's layer of one expert."""
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=16, target_modules=["0"], init_lora_weights=use_dora, use_dora=use_dora
+    )  # DoRA wants a start; the others need none
+    model = peft.get_peft_model(nn.Sequential(base_layer(size, device)), config, autocast_adapter_dtype=False)
+    return model.to(torch.bfloat16)
+
+
 def compare(num_experts: int, rank: int, top_k: int, args: argparse.Namespace) -> None:
     """Print the medians of one configuration."""
     device = torch.device(get_accelerator().current_device_name())
     torch.manual_seed(0)
     x_TD = torch.randn(args.tokens, args.size, device=device, dtype=torch.bfloat16, requires_grad=True)
     grad_TO = torch.randn(args.tokens, args.size, device=device, dtype=torch.bfloat16)
-
-    ours = nn.Sequential(base_layer(args.size, device))
-    inject(
-        ours,
-        AdapterConfig(r=rank, num_experts=num_experts, top_k=top_k, expert=args.expert, target_modules="all-linear"),
-    )
-    for name, parameter in ours.named_parameters():
-        if "magnitude" not in name:
-            parameter.data.normal_(std=0.02)  # `b` starts at 0, which is no typical value
-    total_rank = num_experts * rank
-    lora = peft.LoraConfig(r=total_rank, lora_alpha=16, target_modules=["0"], init_lora_weights=False)
-    plain = peft.get_peft_model(nn.Sequential(base_layer(args.size, device)), lora, autocast_adapter_dtype=False)
-    plain.to(torch.bfloat16)
-    loop = LoopOverExperts(base_layer(args.size, device), num_experts, rank, top_k)
-    models = {"base": base_layer(args.size, device), "ours": ours, "peft": plain, "loop": loop}
+    size, total_rank = args.size, num_experts * rank
+    settings = {"r": rank, "num_experts": num_experts, "top_k": top_k}
+    models = {
+        "base": base_layer(size, device),
+        "peft": by_peft(size, device, total_rank, use_dora=False),
+        "peft dora": by_peft(size, device, total_rank, use_dora=True),
+        "loop": LoopOverExperts(base_layer(size, device), num_experts, rank, top_k),
+        **{kind: routed(size, device, expert=kind, **settings) for kind in ("lora", "moslora", "dora")},
+    }
     steps = {name: training_step(model, x_TD, grad_TO) for name, model in models.items()}
     for step in steps.values():
         for _ in range(3):
@@ -91,11 +105,13 @@ def compare(num_experts: int, rank: int, top_k: int, args: argparse.Namespace) -
     def ratio(top: str, bottom: str) -> float:
         return statistics.median(one[top] / one[bottom] for one in rounds)
 
-    milliseconds = 1e3 * statistics.median(one["ours"] for one in rounds)
+    milliseconds = 1e3 * statistics.median(one["lora"] for one in rounds)
     print(
         f"E={num_experts:<3d} R={rank:<3d} K={top_k:<3d} ours {milliseconds:7.2f} ms | "
-        f"ours / PEFT LoRA of rank {total_rank}: {ratio('ours', 'peft'):.2f} | "
-        f"loop over experts / ours: {ratio('loop', 'ours'):.2f} | ours / bare base layer: {ratio('ours', 'base'):.2f}"
+        f"ours / PEFT LoRA of rank {total_rank}: {ratio('lora', 'peft'):.2f} | "
+        f"loop over experts / ours: {ratio('loop', 'lora'):.2f} | ours / bare base layer: {ratio('lora', 'base'):.2f}\n"
+        f"{'':18s}moslora / ours: {ratio('moslora', 'lora'):.2f} | dora / ours: {ratio('dora', 'lora'):.2f} | "
+        f"dora / PEFT DoRA of rank {total_rank}: {ratio('dora', 'peft dora'):.2f}"
     )
 
 
@@ -104,7 +120,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=2048, help="in- and out-features")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--expert", choices=("lora", "moslora", "dora"), default="lora", help="kind of expert")
     parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
     print(f"bf16, D = O = {args.size}, {args.tokens} tokens, forward + backward with input gradient, dropout 0")
