@@ -277,6 +277,8 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         losses = [f"{name} loss {weight:g}" for name, weight in recipe.losses.weights.items() if weight]
         style = " of each feed-forward block" if config.style == "ffn_block" else ""
         plan.add("router", ", ".join([config.router + style, *losses]))
+    if config.init == "svd":
+        plan.add("start", f"{len(layers)} singular value decompositions before the first step; they shift the base")
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
 
 

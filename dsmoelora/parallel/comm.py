@@ -160,9 +160,12 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's numbers on every rank, in place; a contiguous tensor on the accelerator."""
+    """Rank 0's numbers on every rank, in place; a contiguous tensor on any device."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=0)
+        on_device = tensor.to(_device())  # NCCL takes no others
+        dist.broadcast(on_device, src=0)
+        if on_device is not tensor:
+            tensor.copy_(on_device)
     return tensor
 
 

@@ -54,6 +54,15 @@ def test_the_plan_counts_what_will_be_trained(recipe: Recipe) -> None:
     assert plan.notes == []
 
 
+def test_the_plan_counts_the_start_that_checkpoints_keep(recipe: Recipe) -> None:
+    recipe.adapter.init, recipe.model.dtype = "svd", "bf16"
+    rows = dict(make_plan(recipe, ZERO_3, world_size=2, resume="none").rows)
+    trainable = 2 * 4 * ((2 * (64 + 64) + 64) + (2 * (128 + 64) + 128))
+    assert rows["start"].startswith("4 singular value decompositions")
+    assert rows["checkpoint"].startswith(f"{trainable * (4 * 3 + 2) / 1024:.1f} KiB each")
+    assert rows["disk"].startswith(f"{(trainable * ((4 * 3 + 2) * 3 + 2 * 2)) / 1024:.1f} KiB wanted")
+
+
 def test_the_printed_plan_shows_every_row_and_note(recipe: Recipe) -> None:
     recipe.data.eval, recipe.optim.warmup_steps = [], 1000
     plan = make_plan(recipe, ZERO_3, world_size=1, resume="none")
