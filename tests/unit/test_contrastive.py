@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import adapted_layers, batch_context
@@ -20,6 +23,7 @@ from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.similarity import cosine_matrix, cross_grams, largest_and_mean
 from dsmoelora.config import LossesConfig, Recipe
 from dsmoelora.errors import ConfigError
+from tests.helpers import tiny_llama
 from tests.largest_tensor import LargestTensor
 from tests.plain_contrastive import of_tokens
 
@@ -281,6 +285,21 @@ def test_no_tensor_has_tokens_experts_and_out_features() -> None:
     assert sizes[0] == num_tokens * out_features, "the output itself"
     assert sizes[1] == sizes[0]
     assert sizes[1] < 16 * NUM_EXPERTS * out_features // 2
+
+
+def test_layers_of_a_block_take_part_and_plain_ones_do_not(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path, num_hidden_layers=1))
+    settings: dict[str, Any] = {"style": "ffn_block", "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    inject(model, AdapterConfig(r=2, num_experts=4, top_k=2, lora_modules=["q_proj"], **settings))
+    losses = ContrastiveLosses(model.train(), LOSSES, torch.device("cpu"), TOP_K)
+    losses.begin_step(2, scale=1)
+    context, tokens_BS = batch_context(model), torch.arange(2 * LENGTH).view(2, LENGTH)
+    context.losses, context.real_BS = losses, torch.ones_like(tokens_BS).bool()
+    context.token_keys = token_keys(0, torch.arange(2), context.real_BS)
+    model(tokens_BS).logits.sum().backward()
+    # at b = 0 all cosines are 0, and every selected expert has two unselected ones to be told from
+    _, together = losses.loss_values(losses.sums).tolist()
+    assert together == pytest.approx(math.log(1 + 2), rel=1e-5), "the mean over three layers, of four"
 
 
 def test_recomputed_layers_keep_no_tokens_for_it() -> None:
