@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 
 from dsmoelora.cli import parse_command, run_guarded
 from launch import export, generate, train
-from tests.bad_input import AFTER_A_RUN, EARLY, LATE, TOGETHER, Bench, make_bench
+from tests.bad_input import AFTER_A_RUN, EARLY, LATE, ROW, TOGETHER, Bench, make_bench
 from tests.conftest import PoolFactory
 from tests.helpers_distributed import free_port
 
@@ -154,6 +154,16 @@ def test_is_found_when_it_is_read(wrong: str, finished: Path, tmp_path: Path, wo
     rewritten = {"recipe.yaml", "deepspeed.json", "heartbeat"}  # the old recipe is kept under another name
     kept = {path for path in before if not rewritten & set(path.parts)}
     assert {path: after.get(path) for path in kept} == {path: before[path] for path in kept}
+
+
+def test_a_wrong_row_in_the_share_of_one_rank_ends_both(
+    pristine: Path, tmp_path: Path, worker_pool: PoolFactory
+) -> None:
+    """Ranks take turns in an unshuffled stream, so the second row is read by rank 1 alone."""
+    bench = copy_bench(pristine, tmp_path / "bench")
+    argv = [*bench.rows(ROW, {"instruction": "Say it."}, ROW), "--data.streaming", "true", "--data.shuffle_buffer", "1"]
+    first, _ = worker_pool(2).run(run_command, *argv[1:])
+    assert first.startswith("error: rank 1: ") and "train.jsonl, row 2: output is missing" in first
 
 
 def both_ranks(bench: Bench, launcher: list[str], argv: list[str]) -> subprocess.CompletedProcess[str]:

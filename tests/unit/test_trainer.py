@@ -13,14 +13,18 @@ import pytest
 from rich.console import Console
 
 from dsmoelora.callbacks import Callback, MetricsFile, Samples, TrainingRun
-from dsmoelora.config import DataConfig, Recipe, RunConfig, TrainConfig
+from dsmoelora.config import DataConfig, DataSource, Recipe, RunConfig, TrainConfig
+from dsmoelora.data import MicroBatch
 from dsmoelora.data.packing import pack
+from dsmoelora.data.streaming import StreamedSets
+from dsmoelora.data.tokenised import TokeniseOptions
 from dsmoelora.engine import StepResult
 from dsmoelora.errors import CheckpointError
 from dsmoelora.metrics_file import read_metrics
-from dsmoelora.parallel.stopping import StopRequest
+from dsmoelora.parallel.stopping import Stopped, StopRequest
 from dsmoelora.trainer import Trainer
 from tests.fake_engine import FakeDataset, FakeEngine
+from tests.helpers import tiny_tokenizer
 
 
 def make_recipe(seed: int = 0, **train: Any) -> Recipe:
@@ -285,6 +289,34 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(
     assert losses(broken) == losses(straight)
     assert trainer.run.evaluations == [(0, 4.0), (3, 3.7), (6, 3.4), (7, 3.3)]
     assert (broken / "DONE").exists()
+
+
+class CutShort(FakeEngine):
+    """A request to stop reaches it in the middle of the step after the third."""
+
+    def train_step(self, micro_batches: list[MicroBatch]) -> StepResult:
+        if self.step == 3:
+            raise Stopped
+        return super().train_step(micro_batches)
+
+
+def test_a_streamed_step_that_is_cut_short_is_done_again(tmp_path: Path) -> None:
+    """The loss tells which places of the stream a step saw; four of nine rows make a step."""
+    rows = [{"instruction": f"{number}", "output": "yes"} for number in range(9)]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sources, tokenizer = [DataSource(str(tmp_path / "train.jsonl"))], tiny_tokenizer(tmp_path / "tokenizer")
+
+    def fit(engine: FakeEngine, folder: Path, resume_from: Path | None = None) -> None:
+        folder.mkdir(exist_ok=True)
+        data = StreamedSets(sources, "data.train", tokenizer, TokeniseOptions(60), 0, 5)
+        Trainer(cast(Any, engine), folder, data, None, [MetricsFile()]).fit(resume_from)
+
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    fit(FakeEngine(make_recipe()), straight)
+    fit(CutShort(make_recipe()), broken)
+    assert not (broken / "DONE").exists()
+    fit(FakeEngine(make_recipe()), broken, broken / "checkpoint-3")
+    assert losses(broken) == losses(straight) and len(losses(broken)) == 7
 
 
 def test_a_crash_after_an_evaluation_was_made_up_for_does_not_write_its_line_twice(tmp_path: Path) -> None:
