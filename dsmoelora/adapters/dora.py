@@ -15,7 +15,7 @@ Shapes as in `function`; L are the experts of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +85,7 @@ class _Norms:
 
     norm_LO: Tensor
     bias_O: Tensor | None
-    versions: tuple[int, ...]
+    versions: tuple[Hashable, ...]
 
 
 class DoraRows(nn.Module):
@@ -142,7 +142,8 @@ class DoraRows(nn.Module):
         return self
 
     def _kept_norms(self, base: Linear) -> _Norms:
-        versions = tuple(weight._version for weight in (self.a, self.b, base.weight))  # in-place writes count them up
+        weights = (self.a, self.b, base.weight)  # in-place writes count their versions up
+        versions = tuple((weight._version, weight.device, weight.dtype) for weight in weights)
         kept = self._kept
         if kept is not None and kept.versions == versions:
             return kept

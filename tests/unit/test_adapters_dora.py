@@ -184,6 +184,9 @@ def test_norms_are_computed_once_in_evaluation_and_never_out_of_date() -> None:
     with torch.inference_mode():
         assert is_right()
     layer(x_TD).sum().backward()
+    layer.eval()(x_TD)
+    seen = len(num_tokens)
+    assert layer.float()(x_TD.float()).isfinite().all() and num_tokens[seen:] == [columns, NUM_TOKENS]
 
 
 def test_bf16_is_as_close_to_fp64_as_its_eight_bits_allow() -> None:
