@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dsmoelora.config import DataConfig, DataSource
 from dsmoelora.data import MicroBatch, load_instructions
 from dsmoelora.data.preview import preview
-from dsmoelora.data.readers import open_source
+from dsmoelora.data.readers import RowSource, open_source
 from dsmoelora.data.streaming import Peers, StreamedSets, first_samples
 from dsmoelora.data.streams import MixedStream, SetStream, ShuffledStream
 from dsmoelora.data.tokenised import TokeniseOptions
@@ -106,6 +106,31 @@ def test_a_stream_goes_on_where_it_stood(
     for count in (0, 1, 9, 19, 1, 28, 2, 40):  # inside blocks, between blocks, between epochs, and twice in a row
         state = json.loads(json.dumps(rows.state()))
         rows = stream(sources, weights, block_size)
+        rows.load_state(state)
+        found += questions(rows, count)
+    assert found == straight
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 100])
+def test_a_set_that_the_library_streams_goes_on_where_it_stood(tmp_path: Path, block_size: int) -> None:
+    """As a hub name gives it: an `IterableDataset` over several files, which all passes share."""
+    files = [str(tmp_path / f"{name}.parquet") for name in "abc"]
+    for file in files:
+        datasets.Dataset.from_list([{"instruction": f"{file} {i}"} for i in range(7)]).to_parquet(file)
+
+    def begin() -> ShuffledStream:
+        found = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        source = RowSource("owner/set", (), lambda: enumerate(found, start=1), found)
+        next(iter(source.read()))  # whoever looked at the first row leaves no trace
+        return ShuffledStream(MixedStream([SetStream(source)], None), 0, block_size)
+
+    straight = questions(begin(), 70)
+    everything = sorted(f"{file} {i}" for file in files for i in range(7))
+    assert [sorted(straight[i : i + 21]) for i in (0, 21, 42)] == [everything] * 3
+    rows, found = begin(), []
+    for count in (3, 1, 20, 0, 25, 21):
+        state = json.loads(json.dumps(rows.state()))
+        rows = begin()
         rows.load_state(state)
         found += questions(rows, count)
     assert found == straight
