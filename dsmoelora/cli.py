@@ -1,6 +1,6 @@
 """The command line of a run: recipe file, overrides and flags, turned into one checked `Command`.
 
-The recipe's keys, types and help come from the dataclasses of `config.py` by way of jsonargparse; what goes wrong
+The recipe's keys, types and help come from the dataclasses of `config` by way of jsonargparse; what goes wrong
 there is said again in the one form of `errors.py`.
 """
 

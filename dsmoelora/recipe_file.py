@@ -1,6 +1,6 @@
 """What can be said about a recipe before its values are read: keys, shapes, and types in plain words.
 
-jsonargparse checks values against the dataclasses of `config.py`; unknown keys, keys given twice and malformed files
+jsonargparse checks values against the dataclasses of `config`; unknown keys, keys given twice and malformed files
 are found here, with line numbers and suggestions.
 """
 

@@ -1,0 +1,81 @@
+"""The recipe: every setting of a run, its type, its default and its limits, in one place.
+
+A recipe is one YAML file with the sections of `Recipe`; any key can be overridden on the command line
+(`--optim.lr 3e-4`). The dataclasses check what can be checked without looking at the disk or the model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+
+from dsmoelora.adapter_options import check_losses
+from dsmoelora.config.adapter import AdapterConfig, InitName, LossesConfig
+from dsmoelora.config.checks import require
+from dsmoelora.config.data import DataConfig, DataSource
+from dsmoelora.config.optim import OptimConfig
+from dsmoelora.config.run import DTYPES, TRACKERS, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+
+__all__ = [
+    "DTYPES",
+    "TRACKERS",
+    "AdapterConfig",
+    "DataConfig",
+    "DataSource",
+    "InitName",
+    "LossesConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Recipe",
+    "RunConfig",
+    "TrainConfig",
+]
+
+
+@dataclass
+class Recipe:
+    """Everything that defines a run; see the sections' classes."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    losses: LossesConfig = field(default_factory=LossesConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        self.adapter.seed = self.run.seed
+        self._check_finite()
+        num_experts, ep_size = self.adapter.num_experts, self.parallel.ep_size
+        divisors = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
+        require(
+            ep_size in divisors,
+            "parallel.ep_size",
+            ep_size,
+            f"a divisor of adapter.num_experts = {num_experts}",
+            f"Possible are {', '.join(map(str, divisors))}.",
+        )
+        require(
+            self.optim.max_grad_norm_router is None or self.adapter.num_experts > 1,
+            "optim.max_grad_norm_router",
+            self.optim.max_grad_norm_router,
+            "null where adapter.num_experts is 1, for there are no routers",
+            "Drop it.",
+        )
+        require(
+            self.adapter.router != "prompt" or not self.data.packing,
+            "data.packing",
+            self.data.packing,
+            "false with adapter.router `prompt`, which decides once for a whole row",
+            "Set data.packing to false, or take another router.",
+        )
+        check_losses(self.adapter, self.losses.weights)
+
+    def _check_finite(self) -> None:
+        for section, values in asdict(self).items():
+            for name, value in values.items():
+                ok = not isinstance(value, float) or math.isfinite(value)
+                require(ok, f"{section}.{name}", value, "a finite number", "Take the default, or a number near it.")

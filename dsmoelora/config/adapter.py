@@ -1,0 +1,154 @@
+"""The sections `adapter` and `losses`: experts, routers, and the losses that act on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from dsmoelora.adapter_options import ExpertName, MixerInit, RouterName, settle_options
+from dsmoelora.config.checks import require, require_positive
+
+InitName = Literal["kaiming", "gaussian", "svd"]
+
+
+@dataclass
+class AdapterConfig:
+    """A mixture of low-rank experts on every chosen linear layer.
+
+    Args:
+        r: rank R of one expert
+        lora_alpha: numerator of the scale `s = alpha / R`
+        lora_dropout: dropout probability on the input of the experts (the router sees the input undropped)
+        use_rslora: scale by `alpha / sqrt(R)` instead (Kalajdzievski 2023)
+        target_modules: suffixes of module names, or `all-linear` (every linear layer but the output head): the layers
+            with `num_experts` experts and a router
+        lora_modules: suffixes of the names of other layers, which get one such expert and no router (plain LoRA, where
+            the expert is `lora`)
+        style: `per_linear` gives each of the target modules a router, `ffn_block` each feed-forward block one, which
+            reads the block's input and serves all target modules in it (MixLoRA)
+        num_experts: E, the experts of one layer
+        top_k: K, the experts that a token uses, for routers that select a fixed number (softmax_topk, noisy_topk,
+            sigmoid_bias, prompt); `null` means half of the experts
+        gate_power: power of the gate in the gradients of the factors: 1 is the chain rule, 1/2 the rescaling of
+            Sun et al.'s released code, 0 their theory. Other than 1, the optimizer does not see the gradient of the
+            loss, and `grad_norm` is not its norm
+        gate_power_scope: `factors` keeps the input's gradient exact for every `gate_power`; `factors_and_input`
+            sends the rescaled gradient down to the input too, as Sun et al.'s released code does (parity checks only)
+        expert: kind of expert: two factors (`lora`), two with a mixer between them (`moslora`), or two and the lengths
+            of the weight's rows (`dora`)
+        mixer_init: of expert `moslora`: how the mixer starts; `null` means `kaiming`
+        router: kind of router: the `top_k` best experts (`softmax_topk`), all of them (`softmax`), the best after noise
+            (`noisy_topk`), the fewest that reach `top_p` (`top_p`), those above a learned threshold (`threshold`), the
+            best after a bias that balances them (`sigmoid_bias`), or the best for the whole prompt (`prompt`)
+        top_p: of router `top_p`: probability that the chosen experts reach together; `null` means 0.8
+        bias_rate: of router `sigmoid_bias`: how far a bias moves in a step; `null` means 0.001
+        init: what the factors start from; `b` starts at 0 and `a` at random: uniform in +-1/sqrt(in-features)
+            (`kaiming`), or normal with standard deviation 1/R (`gaussian`). With `svd` both start from singular vectors
+            of the base weight, which is shifted to make up for it (PiSSA; with more than one expert GOAT's segments)
+        seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
+    """
+
+    r: int = 4
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    lora_modules: list[str] = field(default_factory=list)
+    style: Literal["per_linear", "ffn_block"] = "per_linear"
+    num_experts: int = 20
+    top_k: int | None = None
+    gate_power: float = 1.0
+    gate_power_scope: Literal["factors", "factors_and_input"] = "factors"
+    expert: ExpertName = "lora"
+    mixer_init: MixerInit | None = None
+    router: RouterName = "softmax_topk"
+    top_p: float | None = None
+    bias_rate: float | None = None
+    init: InitName = "kaiming"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive("adapter", self, "r", "num_experts")
+        settle_options(self)
+        require(
+            0.0 <= self.lora_dropout < 1.0,
+            "adapter.lora_dropout",
+            self.lora_dropout,
+            "at least 0 and below 1",
+            "0 switches dropout off.",
+        )
+        require(self.lora_alpha > 0, "adapter.lora_alpha", self.lora_alpha, "above 0", "Common values: R to 4 R.")
+        require(
+            self.gate_power >= 0, "adapter.gate_power", self.gate_power, "0 or more", "Use 1 (chain rule), 0.5 or 0."
+        )
+        require(
+            self.init != "svd" or self.expert == "lora",
+            "adapter.init",
+            self.init,
+            f"kaiming or gaussian with adapter.expert = {self.expert}",
+            "Only experts of two factors and nothing else (lora) can start as a part of the base weight.",
+        )
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            self.target_modules = [self.target_modules]
+        ok = self.target_modules == "all-linear" or (self.target_modules and all(self.target_modules))
+        remedy = "Example: [q_proj, v_proj]."
+        require(bool(ok), "adapter.target_modules", self.target_modules, "a list of names or `all-linear`", remedy)
+        one, more = self.num_experts == 1, "2 or more where "
+        require(not (one and self.lora_modules), "adapter.num_experts", 1, f"{more}adapter.lora_modules names layers",
+                 "Name them in adapter.target_modules: with one expert all of these are plain LoRA.")  # fmt: skip
+        require(not (one and self.style == "ffn_block"), "adapter.num_experts", 1, f"{more}adapter.style is ffn_block",
+                 "Drop adapter.style: one expert needs no router.")  # fmt: skip
+
+    def plain(self) -> AdapterConfig:
+        """The same with one expert and no router."""
+        routing: dict[str, Any] = {"router": "softmax_topk", "top_k": 1, "top_p": None, "bias_rate": None}
+        return replace(self, num_experts=1, style="per_linear", lora_modules=[], **routing)
+
+    @property
+    def num_used(self) -> int:
+        """How many experts a token of a routed layer uses at most."""
+        return self.top_k or self.num_experts
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / R, or alpha / sqrt(R) with rsLoRA."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+@dataclass
+class LossesConfig:
+    """Losses of routers and experts, added to that of the text; a weight of 0 switches one off.
+
+    Args:
+        balance: weight of the balance loss, `E sum_e f_e P_e`, the mean over layers: evens out how many tokens an
+            expert gets (it is 1 where they are even)
+        z: weight of the z loss, the mean square of the logits' logsumexp: keeps logits small
+        contrastive: weight of InfoNCE over the outputs of a layer's experts: those of the same expert for other tokens
+            of the sequence are positives, those of other experts negatives (Luo et al. 2024)
+        contrastive_coactive: weight of the same for one token: outputs of its other selected experts are positives,
+            those of the rest negatives (CoMoE, Feng et al. 2025)
+        contrastive_temperature: by which both divide cosines (0.07 is MoCo's, our choice: CoMoE prints none)
+        contrastive_tokens: N, tokens drawn from each row for both; time and memory of `contrastive` grow with (N K)^2
+    """
+
+    balance: float = 0.0
+    z: float = 0.0
+    contrastive: float = 0.0
+    contrastive_coactive: float = 0.0
+    contrastive_temperature: float = 0.07
+    contrastive_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        for name, weight in self.weights.items():
+            usual = 0.001 if name == "z" else 0.01
+            require(weight >= 0, f"losses.{name}", weight, "0 or more", f"0 switches it off, {usual} is common.")
+        tau = self.contrastive_temperature
+        require(tau > 0, "losses.contrastive_temperature", tau, "above 0", "The default is 0.07.")
+        tokens = self.contrastive_tokens
+        require(tokens >= 2, "losses.contrastive_tokens", tokens, "2 or more", "The default is 16.")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of every loss by its name."""
+        names = ("balance", "z", "contrastive", "contrastive_coactive")
+        return {name: getattr(self, name) for name in names}
