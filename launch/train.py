@@ -131,8 +131,10 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
     train_data, eval_data = stop.together(lambda: load_data(recipe))
     num_held_out = 0 if eval_data is None else len(eval_data)
-    num_learned = f"{len(train_data):,}" if isinstance(train_data, InstructionDataset) else "streamed"
-    console.print(f"{num_learned} training samples, {num_held_out:,} held out")
+    learned = "Training samples are streamed"
+    if isinstance(train_data, InstructionDataset):
+        learned = f"{len(train_data):,} training samples"
+    console.print(f"{learned}, {num_held_out:,} held out")
     say_losses(console, "data.train", train_data.reports)
     say_losses(console, "data.eval", eval_data.reports if eval_data else [])
     packing = stop.together(lambda: load_rows(recipe, train_data))
