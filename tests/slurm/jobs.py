@@ -17,31 +17,43 @@ WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEM
 NOT_FOR_NODES = ("GLOO_SOCKET_IFNAME", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def slurm(*command: str, **variables: str) -> str:
+def slurm(*command: str, timeout_s: float = 60.0, **variables: str) -> str:
     """What a command of Slurm prints; they wait without end for a daemon that is down, so the time is limited."""
     env = {name: value for name, value in os.environ.items() if name not in NOT_FOR_NODES} | variables
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout.strip()
 
 
 class Job:
-    """A run on two nodes with two ranks each, submitted as a user would.
+    """A run with two ranks on each node, submitted as a user would.
 
     Args:
         script: in `slurm/`
         recipe: of the run
         folder: `runs/<name>`
         argv: more for `launch/train.py`
+        num_nodes: how many
         variables: more for the environment of sbatch
     """
 
-    def __init__(self, script: str, recipe: Path, folder: Path, *argv: str, **variables: str) -> None:
+    def __init__(
+        self, script: str, recipe: Path, folder: Path, *argv: str, num_nodes: int = 2, **variables: str
+    ) -> None:
         self.folder = folder
         (ROOT / "logs").mkdir(exist_ok=True)
         tasks = "2" if script in ("train.sbatch", "sweep.sbatch") else "1"
         gpus = "2" if "gpu:2" in slurm("sinfo", "-h", "-o", "%G") else "0"
-        options = ["--nodes", "2", "--ntasks-per-node", tasks, "--gpus-per-node", gpus, "--cpus-per-task", "1"]
+        options = [
+            "--nodes",
+            str(num_nodes),
+            "--ntasks-per-node",
+            tasks,
+            "--gpus-per-node",
+            gpus,
+            "--cpus-per-task",
+            "1",
+        ]
         options += ["--time", "15", f"slurm/{script}", str(recipe), "--run.dir", str(folder.parent)]
         printed = slurm(
             "sbatch", "--parsable", *options, "--run.name", folder.name, *argv, RANKS_PER_NODE="2", **variables

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from dsmoelora.metrics_file import read_metrics
-from tests.launched import ROOT, make_workshop
-from tests.slurm.jobs import Job, kill_rank, slurm
+from tests.launched import ROOT, last_step, make_workshop
+from tests.slurm.jobs import WAITING, Job, kill_rank, slurm
 
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 COMPARED = ("step", "loss", "grad_norm", "lr", "eval/loss")
@@ -52,8 +55,9 @@ def submit(workshop: Path) -> Iterator[Submit]:
     """`submit(script, name, *argv, **variables)` starts a run; what is left at the end is cancelled."""
     jobs: list[Job] = []
 
-    def start(script: str, name: str, *argv: str, **variables: str) -> Job:
-        jobs.append(Job(script, workshop / "recipe.yaml", workshop / "runs" / name, *SETTINGS, *argv, **variables))
+    def start(script: str, name: str, *argv: str, num_nodes: int = 2, **variables: str) -> Job:
+        run = (script, workshop / "recipe.yaml", workshop / "runs" / name)
+        jobs.append(Job(*run, *SETTINGS, *argv, num_nodes=num_nodes, **variables))
         return jobs[-1]
 
     yield start
@@ -107,6 +111,35 @@ def test_a_preempted_job_is_requeued_and_ends_the_same(submit: Submit, undisturb
     assert_same_run(job.folder, undisturbed)
 
 
+def test_a_stopped_run_goes_on_with_another_number_of_nodes(submit: Submit, undisturbed: Path) -> None:
+    job = submit("train.sbatch", "fewer-nodes")
+    job.wait_for_step(7)
+    job.cancel()
+    job.wait_until(lambda: job.field("JobState") not in WAITING, "its end", 100, may_end=True)
+    assert job.field("JobState") == "CANCELLED" and not (job.folder / "DONE").exists(), job.said()
+    stopped_at = last_step(job.folder)
+    said = submit("train.sbatch", "fewer-nodes", num_nodes=1).finish().said()
+    assert f"Going on from {job.folder}/checkpoint-{stopped_at}\n" in said, said
+    rows, wanted = (read_metrics(each / "metrics.jsonl") for each in (job.folder, undisturbed))
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+    assert [row["loss"] for row in rows[1:]] == pytest.approx([row["loss"] for row in wanted[1:]], rel=1e-4)
+
+
+def test_mpirun_in_a_job_trains_the_same(workshop: Path, undisturbed: Path) -> None:
+    if shutil.which("mpirun") is None or find_spec("mpi4py") is None:
+        pytest.skip("mpirun (Open MPI) or mpi4py is not installed")
+    train = ["--config", str(workshop / "recipe.yaml"), "--run.name", "mpirun", *SETTINGS]
+    mpirun = shlex.join(["mpirun", "-n", "4", sys.executable, "launch/train.py", *train])
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    log = ROOT / "logs" / "mpirun.out"
+    log.parent.mkdir(exist_ok=True)
+    options = ["--wait", "--nodes", "2", "--ntasks-per-node", "2", "--time", "10", "--output", str(log)]
+    slurm("sbatch", *options, "--wrap", mpirun, timeout_s=400, **as_root)
+    folder = workshop / "runs" / "mpirun"
+    assert (folder / "DONE").exists(), log.read_text()
+    assert_same_run(folder, undisturbed)
+
+
 def test_a_killed_rank_ends_the_job_and_it_is_requeued_when_asked(submit: Submit, undisturbed: Path) -> None:
     job = submit("train.sbatch", "killed", REQUEUE_ON_FAILURE="1")
     job.wait_for_step(7)
@@ -127,3 +160,42 @@ def test_a_run_survives_the_loss_of_a_node(submit: Submit, undisturbed_with_plac
     assert int(job.field("Restarts")) >= 1 and "Going on from" in job.said(), job.said()
     subprocess.run([CLUSTER, "start", f"n{lost}"], check=True, timeout=60)
     assert_same_run(job.folder, undisturbed_with_placed_experts)
+
+
+@pytest.fixture(scope="module")
+def demo(workshop: Path) -> list[str]:
+    """Settings that point the demo recipe to its model and data, made below the workshop, and make it short."""
+    folders = {"--model-dir": workshop / "demo-model", "--data-dir": workshop / "demo-data"}
+    argv = [str(word) for option in folders.items() for word in option]
+    subprocess.run([sys.executable, "launch/prepare_demo.py", *argv], cwd=ROOT, check=True, timeout=300)
+    held_out = workshop / "demo-data" / "eval.jsonl"
+    held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:16]))
+    settings = {
+        "model.path": workshop / "demo-model",
+        "data.train": f"[{{path: {workshop}/demo-data/train.jsonl}}]",
+        "data.eval": f"[{{path: {held_out}}}]",
+        "train.batch_size": 8,
+        "train.micro_batch_size": 2,
+        "train.max_steps": 3,
+        "train.num_samples": 0,
+    }
+    return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def test_the_demo_trains_and_stops_in_time_wherever_its_experts_lie(demo: list[str], workshop: Path) -> None:
+    losses = {}
+    for ep_size in (1, 2):
+        folder = workshop / "runs" / f"demo-ep{ep_size}"
+        job = Job("train.sbatch", ROOT / "launch/recipes/demo.yaml", folder, *demo, "--parallel.ep_size", str(ep_size))
+        try:
+            if ep_size == 2:
+                job.wait_for_step(1)
+                (folder / "STOP").touch()
+            said = job.finish().said()
+        finally:
+            job.cancel()
+        if ep_size == 2:
+            (seconds,) = re.findall(r"Stopped ([\d.]+) s after the request", said)
+            assert float(seconds) < 20
+        losses[ep_size] = [row["loss"] for row in read_metrics(folder / "metrics.jsonl")[1:]]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-2)  # bf16
