@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -31,6 +32,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from dsmoelora import AdapterConfig, inject
+from dsmoelora.adapters import adapted_layers
 from tests.helpers import tiny_tokenizer
 
 VOCAB_SIZE = 260  # of `tiny_tokenizer`
@@ -152,3 +155,20 @@ def save_model(name: str, folder: Path) -> Path:
     tiny_tokenizer(folder)
     make_model(name).save_pretrained(folder)
     return folder
+
+
+def adapt(model: Any, trained: bool = True, **config: Any) -> Any:
+    """Adapt a model; `trained` gives `b` random values, so that the experts say something."""
+    settings: dict[str, Any] = {"r": 3, "num_experts": 5, "top_k": 2, "target_modules": "all-linear"}
+    inject(model, AdapterConfig(**settings | config))
+    if trained:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, layer in adapted_layers(model):
+                layer.experts.b.normal_(std=0.05, generator=generator)
+    return model
+
+
+def token_ids(num_sequences: int = 2, length: int = 9) -> Tensor:
+    """(num_sequences, length), the same at every call."""
+    return torch.randint(4, VOCAB_SIZE, (num_sequences, length), generator=torch.Generator().manual_seed(5))

@@ -22,7 +22,7 @@ from dsmoelora.adapters.routing_log import RoutingLog
 from dsmoelora.config import LossesConfig
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.optim import trainables
-from tests.architectures import ARCHITECTURES, VOCAB_SIZE, make_model
+from tests.architectures import ARCHITECTURES, adapt, make_model, token_ids
 
 SCALE = 2.0  # of the adapters below
 # By architecture: the layers of its feed-forward blocks, plain LoRA beside them, and how many blocks there are.
@@ -234,25 +234,15 @@ def test_copies_have_routers_of_their_own_and_eject_gives_the_base_back() -> Non
     assert torch.equal(net(tokens()), plain_TD), "at step 0, to the last bit"
 
 
-def adapt(name: str, **config: Any) -> Any:
+def routed_blocks(name: str, **config: Any) -> Any:
     """A tiny model with routed blocks and plain attention, whose experts say something."""
-    model, (targets, plain, _) = make_model(name), BLOCKS[name]
-    settings = {"r": 3, "num_experts": 5, "top_k": 2, "style": "ffn_block", "lora_modules": plain}
-    inject(model, AdapterConfig(target_modules=targets, **settings | config))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, layer in adapted_layers(model):
-            layer.experts.b.normal_(std=0.05, generator=generator)
-    return model
-
-
-def token_ids(num_sequences: int = 2, length: int = 9) -> Tensor:
-    return torch.randint(4, VOCAB_SIZE, (num_sequences, length), generator=torch.Generator().manual_seed(5))
+    targets, plain, _ = BLOCKS[name]
+    return adapt(make_model(name), style="ffn_block", target_modules=targets, lora_modules=plain, **config)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_architecture_with_a_block_learns_in_all_its_tensors(name: str) -> None:
-    model = adapt(name, top_k=5).train()
+    model = routed_blocks(name, top_k=5).train()
     assert len(dict(routers(model))) == BLOCKS[name][2]
     logits_BSV = model(token_ids(4), attention_mask=torch.ones(4, 9, dtype=torch.int64)).logits
     cross_entropy(logits_BSV[:, :-1].flatten(0, 1), token_ids(4)[:, 1:].flatten()).backward()
@@ -270,7 +260,7 @@ def test_every_tested_architecture_but_one_has_blocks() -> None:
 @pytest.mark.parametrize("router", ["softmax_topk", "prompt"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-moe"])
 def test_generation_with_a_cache_equals_generation_without(name: str, router: str) -> None:
-    model = adapt(name, router=router)
+    model = routed_blocks(name, router=router)
     prompt_BS = token_ids(2, 6)
     prompt_BS[0, :2] = 0  # left padding
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}

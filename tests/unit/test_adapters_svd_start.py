@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject, load_adapter
@@ -20,6 +20,7 @@ from dsmoelora.adapters.folder import START_FILE, WEIGHTS_FILE, fingerprint, wri
 from dsmoelora.adapters.svd_start import start_names, svd_start, uniform_gates
 from dsmoelora.errors import CheckpointError, ConfigError, ModelError
 from tests.architectures import save_model
+from tests.fixed_gate import FixedGate
 from tests.helpers import tiny_llama
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -35,18 +36,6 @@ def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(torch.arange(4, 28).view(2, 12)).logits
     return found.float()
-
-
-class FixedGate(nn.Module):
-    """A router that gives every token the same gates."""
-
-    def __init__(self, gate_E: Tensor) -> None:
-        super().__init__()
-        self.gate_E = gate_E
-
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate_TE = self.gate_E.expand(x_TD.shape[0], -1)
-        return x_TD, gate_TE, gate_TE > 0
 
 
 def reference(weight_OD: Tensor, num_experts: int, rank: int) -> list[Any]:

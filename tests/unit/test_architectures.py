@@ -15,25 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import RoutedLinear, adapted_layers, match_targets, untouched
 from dsmoelora.errors import ConfigError, ModelError
-from tests.architectures import ARCHITECTURES, ROUTED_BASES, VOCAB_SIZE, make_model
+from tests.architectures import ARCHITECTURES, ROUTED_BASES, adapt, make_model, token_ids
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-def adapt(model: Any, trained: bool = True, **config: Any) -> Any:
-    """Adapt a model; `trained` gives `b` random values, so that the experts say something."""
-    settings: dict[str, Any] = {"r": 3, "num_experts": 5, "top_k": 2, "target_modules": "all-linear"}
-    inject(model, AdapterConfig(**settings | config))
-    if trained:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for _, layer in adapted_layers(model):
-                layer.experts.b.normal_(std=0.05, generator=generator)
-    return model
-
-
-def token_ids(num_sequences: int = 2, length: int = 9) -> Tensor:
-    return torch.randint(4, VOCAB_SIZE, (num_sequences, length), generator=torch.Generator().manual_seed(5))
 
 
 @every_architecture

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject, load_adapter
@@ -26,6 +26,7 @@ from dsmoelora.export.average import measured_gates, truncated, weighted_sum
 from dsmoelora.model import load_tokenizer
 from launch import export
 from tests.architectures import save_model
+from tests.fixed_gate import FixedGate
 from tests.helpers import tiny_llama
 
 CONFIG = AdapterConfig(
@@ -80,18 +81,6 @@ def data(tmp_path: Path) -> str:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return str(path)
-
-
-class FixedGate(nn.Module):
-    """A router that gives every token the same gates."""
-
-    def __init__(self, gate_E: Tensor) -> None:
-        super().__init__()
-        self.gate_E = gate_E
-
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate_TE = self.gate_E.expand(x_TD.shape[0], -1)
-        return x_TD, gate_TE, gate_TE > 0
 
 
 def with_gates(base_path: Path, adapter: Path, gates: Tensor | dict[str, Tensor]) -> Any:

@@ -1,0 +1,17 @@
+"""Gates that a test chooses."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class FixedGate(nn.Module):
+    """A router that gives every token the same gates."""
+
+    def __init__(self, gate_E: Tensor) -> None:
+        super().__init__()
+        self.gate_E = gate_E
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate_TE = self.gate_E.expand(x_TD.shape[0], -1)
+        return x_TD, gate_TE, gate_TE > 0
