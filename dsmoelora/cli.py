@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 # What `--deepspeed` falls back to; everything else of a DeepSpeed file is filled from the recipe.
 DEFAULT_DEEPSPEED: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+
+# How long ranks that have nothing to say outlive an error, for the speaker may be a busy moment behind them.
+SILENT_RANKS_STAY_S = 5.0
 
 _FLAG_TYPES = {"preview": int, "world_size": int, "local_rank": int}
 
@@ -123,7 +127,8 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 def run_guarded(body: Callable[[], None]) -> int:
     """Run a program and return its exit code; a `UserError` is said once, without a traceback.
 
-    Rank 0 says it, or where a rank is gone the lowest of those that remain.
+    Rank 0 says it, or where a rank is gone the lowest of those that remain. The others leave after it: launchers end
+    all processes as soon as one has failed, and might end the speaker before it has spoken.
     """
     try:
         body()
@@ -132,6 +137,8 @@ def run_guarded(body: Callable[[], None]) -> int:
         if speaks:
             sys.stdout.flush()
             Console(stderr=True, soft_wrap=True).print(Text("error: ", style="bold red") + Text(str(error)))
+        else:
+            time.sleep(SILENT_RANKS_STAY_S)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 import typing
 from pathlib import Path
 
 import pytest
 
+from dsmoelora import cli
 from dsmoelora.cli import DEFAULT_DEEPSPEED, parse_command, run_guarded
 from dsmoelora.config import DataSource, Recipe
 from dsmoelora.data.formats import FORMATS
@@ -226,12 +228,16 @@ def test_errors_are_said_once_on_rank_zero_without_a_traceback(
     def body() -> None:
         raise ConfigError("optim.lr is [red]0[/red], but ...")  # not rich's markup, but what the user wrote
 
-    codes, said = [], []
+    monkeypatch.setattr(cli, "SILENT_RANKS_STAY_S", 0.3)
+    codes, said, seconds = [], [], []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
+        start = time.monotonic()
         codes.append(run_guarded(body))
+        seconds.append(time.monotonic() - start)
         said.append(capsys.readouterr().err)
     assert codes == [1, 1]
+    assert seconds[1] >= 0.3, "a launcher that sees rank 1 gone would end rank 0 before it has spoken"
     assert said == ["error: optim.lr is [red]0[/red], but ...\n", ""]
 
 
