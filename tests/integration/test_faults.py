@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
 import stat
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -45,22 +49,39 @@ def run_command(*argv: str) -> None:
     train.run(parse_command(list(argv)))
 
 
-def attempt(argv: list[str], largest_file: int = resource.RLIM_INFINITY) -> str:
+def attempt(argv: list[str], largest_file: int | None = None) -> str:
     """Run the command; the message of the user's error that ended it, empty if none did.
 
     Args:
         argv: command line
         largest_file: bytes after which a file cannot grow, as if the disk were full
     """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
     try:
-        run_command(*argv)
+        with nullcontext() if largest_file is None else no_file_above(largest_file):
+            run_command(*argv)
     except UserError as error:
         return str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return ""
+
+
+@contextmanager
+def no_file_above(num_bytes: int) -> Iterator[None]:
+    """Inside the block no file grows beyond this size, and nothing is printed, for a worker prints to a file."""
+    before, printed_to = resource.getrlimit(resource.RLIMIT_FSIZE), [os.dup(1), os.dup(2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        for stream, old in zip((1, 2), printed_to, strict=True):
+            os.dup2(old, stream)
+            os.close(old)
+        os.close(nowhere)
 
 
 @pytest.fixture(scope="module")
