@@ -54,6 +54,7 @@ DEMO = [
 DEV = [
     *DEMO,  # the tests prepare and run the demo
     *PLOT,  # the tests draw figures
+    *MPI,  # the tests start ranks on several nodes with mpirun
     "pytest>=9",  # the tests
     "psutil>=6",  # the tests look for processes that should be gone
     "peft>=0.21,<0.22",  # the yardstick of the benchmarks, and an independent LoRA for tests

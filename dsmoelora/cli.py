@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -148,6 +149,19 @@ def run_guarded(body: Callable[[], None]) -> int:
         if comm is not None:
             comm.shutdown()
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    A failure ends it at once: threads that libraries have started may still run while the interpreter shuts down, and
+    where one of them brings it down, a launcher reports a signal instead of the code.
+    """
+    if code == 0:
+        sys.exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # --- the parser -----------------------------------------------------------------------------------------------------

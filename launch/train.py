@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 
 from rich.console import Console
 
-from dsmoelora.cli import Command, parse_command, run_guarded
+from dsmoelora.cli import Command, leave, parse_command, run_guarded
 from dsmoelora.logs import setup_logging
 from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_world_size, on_first_node
 
@@ -202,4 +202,4 @@ def load_rows(recipe: Recipe, samples: InstructionDataset | StreamedSets) -> Pac
 
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(main))
+    leave(run_guarded(main))

@@ -198,7 +198,7 @@ def test_one_rank_speaks_and_both_end(launcher: str, wrong: str, finished: Path,
     said = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]
     assert done.returncode != 0
     assert len(said) == 1 and ROWS[wrong] in said[0], done.stderr
-    assert "exitcode  : 1 " in done.stderr or "exits with return code = 1" in done.stdout + done.stderr
+    assert "exitcode  : 1 " in done.stderr or "exits with return code = 1" in done.stdout + done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("wrong", TOGETHER)
