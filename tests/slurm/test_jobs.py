@@ -198,4 +198,5 @@ def test_the_demo_trains_and_stops_in_time_wherever_its_experts_lie(demo: list[s
             (seconds,) = re.findall(r"Stopped ([\d.]+) s after the request", said)
             assert float(seconds) < 20
         losses[ep_size] = [row["loss"] for row in read_metrics(folder / "metrics.jsonl")[1:]]
-    assert losses[2] == pytest.approx(losses[1], rel=1e-2)  # bf16
+    assert losses[2][0] == pytest.approx(losses[1][0], rel=2e-3)  # no weight has moved yet
+    assert losses[2] == pytest.approx(losses[1], rel=3e-2)  # bf16, in which other experts may be chosen
