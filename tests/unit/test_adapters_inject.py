@@ -24,6 +24,7 @@ from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import RoutedLinear, adapted_layers, batch_context, match_targets
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.errors import ConfigError, ModelError
+from tests.architectures import adapt
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -51,18 +52,6 @@ def make_model(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval()
-
-
-def adapt(model: Any, trained: bool = True, **config: Any) -> Any:
-    """Adapt a model; `trained` gives `b` random values, so that the experts say something."""
-    settings: dict[str, Any] = {"r": 3, "num_experts": 5, "top_k": 2, "target_modules": "all-linear"}
-    inject(model, AdapterConfig(**settings | config))
-    if trained:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for _, layer in adapted_layers(model):
-                layer.experts.b.normal_(std=0.02, generator=generator)
-    return model
 
 
 def token_ids(num_sequences: int = 2, length: int = 9) -> Tensor:
