@@ -1,0 +1,112 @@
+"""A trained adapter, read by launch/generate.py and launch/export.py."""
+
+from __future__ import annotations
+
+import shutil
+
+from safetensors.torch import load_file, save_file
+
+from tests.bad_input.bench import Bench, Case, cut
+from tests.bad_input.model import missing_tensor
+from tests.helpers import tiny_llama
+
+
+def no_adapter(bench: Bench) -> list[str]:
+    return bench.generate("--adapter", bench.folder / "nowhere")
+
+
+def broken_adapter_config(bench: Bench) -> list[str]:
+    cut(bench.adapter / "adapter_config.json")
+    return bench.generate()
+
+
+def other_kind_of_adapter(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", peft_type="LORA")
+    return bench.generate()
+
+
+def adapter_without_start(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", init="svd")
+    return bench.generate()
+
+
+def wrong_adapter_setting(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", r=3)
+    return bench.generate()
+
+
+def cut_adapter(bench: Bench) -> list[str]:
+    cut(bench.adapter / "adapter_model.safetensors")
+    return bench.generate()
+
+
+def adapter_without_tokenizer(bench: Bench) -> list[str]:
+    for file in bench.adapter.glob("*token*"):
+        file.unlink()
+    return bench.generate()
+
+
+def another_base(bench: Bench) -> list[str]:
+    other = tiny_llama(bench.folder / "other", hidden_size=32, intermediate_size=64, seed=1)
+    return bench.generate("--base", other)
+
+
+def base_of_another_shape(bench: Bench) -> list[str]:
+    return bench.generate("--base", tiny_llama(bench.folder / "other", hidden_size=64))
+
+
+def base_without_a_tensor(bench: Bench) -> list[str]:
+    missing_tensor(bench)
+    return bench.generate()
+
+
+def base_is_gone(bench: Bench) -> list[str]:
+    shutil.rmtree(bench.model)
+    return bench.generate()
+
+
+def export_over_something(bench: Bench) -> list[str]:
+    (bench.folder / "exported").mkdir()
+    (bench.folder / "exported" / "mine").write_text("precious")
+    return bench.export("peft")
+
+
+def export_other_base(bench: Bench) -> list[str]:
+    return bench.export("peft", "--model", tiny_llama(bench.folder / "other", hidden_size=64))
+
+
+def export_base_without_a_tensor(bench: Bench) -> list[str]:
+    missing_tensor(bench)
+    return bench.export("average", "--data", bench.folder / "eval.jsonl")
+
+
+def export_average_of_dora(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", expert="dora")
+    path = bench.adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    lengths = {name.replace(".b", ".magnitude"): b[..., 0] + 1 for name, b in tensors.items() if name.endswith(".b")}
+    save_file(tensors | lengths, path)
+    return bench.export("average", "--data", bench.folder / "eval.jsonl")
+
+
+AFTER_A_RUN: dict[str, Case] = {
+    "the adapter folder does not exist": no_adapter,
+    "adapter_config.json is damaged": broken_adapter_config,
+    "an adapter of another kind": other_kind_of_adapter,
+    "the adapter's settings and weights disagree": wrong_adapter_setting,
+    "the adapter's weights are cut short": cut_adapter,
+    "the adapter's start is missing": adapter_without_start,
+    "the adapter folder has no tokenizer": adapter_without_tokenizer,
+    "a base model with other numbers": another_base,
+    "a base model of another shape": base_of_another_shape,
+    "a base model that lacks a tensor": base_without_a_tensor,
+    "the base model is gone": base_is_gone,
+    "no room for an answer": lambda bench: bench.generate("--max-new-tokens", 0),
+    "the export's folder exists": export_over_something,
+    "an export for a base of another shape": export_other_base,
+    "an export measured on a base that lacks a tensor": export_base_without_a_tensor,
+    "an average of experts of kind `dora`": export_average_of_dora,
+    "an average without data": lambda bench: bench.export("average"),
+    "data where nothing is measured": lambda bench: bench.export("peft", "--data", "x.jsonl"),
+    "a rank of the export below 1": lambda bench: bench.export("average", "--data", "x.jsonl", "--rank", 0),
+}

@@ -1,0 +1,69 @@
+"""Training data."""
+
+from __future__ import annotations
+
+import json
+
+from tests.bad_input.bench import ROW, Bench, Case, override
+
+
+def not_utf8(bench: Bench) -> list[str]:
+    (bench.folder / "train.jsonl").write_bytes(json.dumps(ROW).replace("Say", "S\u00e4y").encode("latin-1"))
+    return bench.train()
+
+
+def late_bad_row(bench: Bench) -> list[str]:
+    return bench.rows(ROW, ROW, {"instruction": "Say it."})
+
+
+def broken_parquet(bench: Bench) -> list[str]:
+    return bench.rows("nothing of the kind", name="train.parquet")
+
+
+def unmatched_quotes(bench: Bench) -> list[str]:
+    return bench.rows("instruction,input,output", '"Say it."x,,It.', name="train.csv")
+
+
+def plain_folder(bench: Bench) -> list[str]:
+    return bench.train("--data.train", f"[{{path: {bench.model}}}]")
+
+
+EARLY: dict[str, Case] = {
+    "no training data": override("--data.train", "[]"),
+    "a data file does not exist": override("--data.train", "[{path: ./nowhere.jsonl}]"),
+    "a dataset that the hub does not give": override("--data.train", "[{path: nobody/has-this-data}]"),
+    "an unknown kind of file": lambda bench: bench.rows("x", name="train.doc"),
+    "an empty data file": lambda bench: bench.rows(),
+    "data that is not UTF-8": not_utf8,
+    "a row that is no JSON": lambda bench: bench.rows("{'instruction': 1}"),
+    "columns of no known format": lambda bench: bench.rows({"left": "a", "right": "b"}),
+    "a row without an answer": lambda bench: bench.rows({"instruction": "Say it."}),
+    "a role that does not exist": lambda bench: bench.rows({"messages": [{"role": "robot", "content": "x"}]}),
+    "a chat that ends with the user": lambda bench: bench.rows(
+        {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]}
+    ),
+    "a damaged Parquet file": broken_parquet,
+    "quotes of a CSV file that do not match": unmatched_quotes,
+    "a folder that is no saved dataset": plain_folder,
+    "a split of a file": lambda bench: bench.train(
+        "--data.train", f"[{{path: {bench.folder}/train.jsonl, split: train}}]"
+    ),
+    "packing streamed sets": override("--data.streaming", "true", "--data.packing", "true"),
+    "processes for streamed sets": override("--data.streaming", "true", "--data.num_proc", 2),
+    "a shuffle buffer for sets that are not streamed": override("--data.shuffle_buffer", 100),
+    "a JSON array that is to be streamed": lambda bench: [
+        *bench.rows("[", json.dumps(ROW), "]", name="train.json"),
+        *("--data.streaming", "true"),
+    ],
+    "a negative weight": lambda bench: bench.train(
+        "--data.train", f"[{{path: {bench.folder}/train.jsonl, weight: -1}}]"
+    ),
+}
+LATE: dict[str, Case] = {
+    "a wrong row further down": late_bad_row,
+    "a wrong row further down a streamed set": lambda bench: [*late_bad_row(bench), "--data.streaming", "true"],
+    "samples too long to leave a token to learn": override("--data.max_length", 4),
+    "streamed samples too long for that": override(
+        *("--data.streaming", "true"), *("--data.max_length", 4), *("--data.eval", "[]")
+    ),
+}

@@ -1,0 +1,73 @@
+"""Recipe, command line and the number of ranks."""
+
+from __future__ import annotations
+
+from tests.bad_input.bench import Bench, Case, override
+
+
+def broken_yaml(bench: Bench) -> list[str]:
+    return bench.train(recipe="optim: {lr: [1\n")
+
+
+def unknown_key(bench: Bench) -> list[str]:
+    return bench.train(recipe="optim: {lrr: 1}\n")
+
+
+def key_twice(bench: Bench) -> list[str]:
+    return bench.train(recipe="run: {name: again}\n")
+
+
+def no_recipe_file(bench: Bench) -> list[str]:
+    return ["train.py", "--config", str(bench.folder / "recpe.yaml")]
+
+
+def binary_recipe(bench: Bench) -> list[str]:
+    (bench.folder / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    return ["train.py", "--config", str(bench.folder / "recipe.yaml")]
+
+
+EARLY: dict[str, Case] = {
+    "the recipe file does not exist": no_recipe_file,
+    "the recipe is no text": binary_recipe,
+    "the recipe is no YAML": broken_yaml,
+    "a key that does not exist": unknown_key,
+    "a section comes twice": key_twice,
+    "a flag that does not exist": override("--optim.lrr", 1),
+    "text where a number belongs": override("--optim.lr", "fast"),
+    "a fraction where a whole number belongs": override("--train.max_steps", 1.5),
+    "a word that is none of the allowed": override("--optim.name", "adam"),
+    "a negative learning rate": override("--optim.lr=-1"),
+    "a learning rate that is not a number": override("--optim.lr", ".nan"),
+    "an endless learning rate": override("--optim.lr", ".inf"),
+    "more experts a token than there are": override("--adapter.top_k", 5),
+    "dropout of 1": override("--adapter.lora_dropout", 1),
+    "one expert, and a router for it and others": override(
+        "--adapter.num_experts", 1, "--adapter.top_k", 1, "--adapter.style", "ffn_block"
+    ),
+    "plain LoRA beside plain LoRA": override(
+        "--adapter.num_experts", 1, "--adapter.top_k", 1, "--adapter.lora_modules", "[o_proj]"
+    ),
+    "a router that takes no `top_k`": override("--adapter.router", "softmax"),
+    "an expert that has no mixer": override("--adapter.mixer_init", "kaiming"),
+    "a balance loss where nothing can be balanced": override("--adapter.top_k", 4, "--losses.balance", 0.1),
+    "a contrastive loss for one expert": override(
+        "--adapter.num_experts", 1, "--adapter.top_k", 1, "--losses.contrastive", 0.1
+    ),
+    "co-activated experts where a token uses one": override("--adapter.top_k", 1, "--losses.contrastive_coactive", 0.1),
+    "co-activated experts where a token uses all": override("--adapter.top_k", 4, "--losses.contrastive_coactive", 0.1),
+    "a contrastive temperature of 0": override("--losses.contrastive_temperature", 0),
+    "a start from the base weight for experts with a mixer": override(
+        "--adapter.init", "svd", "--adapter.expert", "moslora"
+    ),
+    "packing with the router `prompt`": override("--adapter.router", "prompt", "--data.packing", "true"),
+    "`fp16` on an accelerator without it": override("--model.dtype", "fp16"),
+    "a run name with a slash": override("--run.name", "a/b"),
+    "a tracker whose package is not installed": override("--train.report_to", "[trackio]"),
+    "sample answers without held-out data": override("--train.num_samples", 2, "--data.eval", "[]"),
+    # world size and layout
+    "a batch that the ranks do not divide": override("--dry-run", "--world-size", 3),
+    "`ep_size` does not divide the experts": override("--parallel.ep_size", 3),
+    "`ep_size` does not divide the ranks": override("--parallel.ep_size", 4, "--dry-run", "--world-size", 2),
+    "no ranks": override("--dry-run", "--world-size", 0),
+    "a world size for a real run": override("--world-size", 2),
+}
