@@ -25,7 +25,7 @@ from worker import run_ranks
 from dsmoelora.adapters import inject
 from dsmoelora.config import AdapterConfig, ModelConfig, OptimConfig, ParallelConfig, Recipe, TrainConfig
 from dsmoelora.optim import ShardOptimizer, trainables
-from dsmoelora.parallel import comm, ranks, zero
+from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.exchange import (
     ALL_TO_ALL_LOG,
     GATHER_LOG,
@@ -138,8 +138,6 @@ def base_bytes() -> int:
 
 def worker() -> None:
     """Measure all rows, print on rank 0."""
-    ranks.adopt_launcher_environment()
-    comm.init()
     if comm.rank() == 0:
         print(
             "| tokens a rank | E, K, R | way | MiB | formula | off by | ms | auto takes |\n"
@@ -159,18 +157,12 @@ def worker() -> None:
                     f"| {found.milliseconds:.0f} | {takes} |",
                     flush=True,
                 )
-    comm.barrier()
-    comm.shutdown()
 
 
 def main() -> None:
     """Start the ranks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    if parser.parse_args().worker:
-        worker()
-    else:
-        run_ranks(__file__, WORLD_SIZE)
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    run_ranks(__file__, WORLD_SIZE)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from worker import ROOT, run_ranks
 from dsmoelora.callbacks.memory import GIB, PeakMemory
 from dsmoelora.config import ModelConfig
 from dsmoelora.model import load_model
-from dsmoelora.parallel import comm, ranks, zero
+from dsmoelora.parallel import comm, zero
 
 FOLDER = ROOT / ".cache" / "benchmarks" / "llama-1b"
 SHAPE = LlamaConfig(
@@ -49,8 +49,6 @@ def num_bytes(module: nn.Module) -> int:
 
 def worker() -> None:
     """Load on this rank; rank 0 prints the line."""
-    ranks.adopt_launcher_environment()
-    comm.init()
     memory = PeakMemory()
     memory.start()
     before = memory.gib()
@@ -66,17 +64,11 @@ def worker() -> None:
             f"(before loading {before:.2f})  {verdict} the bound of {bound:.2f} GiB",
             flush=True,
         )
-    comm.barrier()
-    comm.shutdown()
 
 
 def main() -> None:
     """Write the model if it is not there, then load it on 1, 2 and 4 ranks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    if parser.parse_args().worker:
-        worker()
-        return
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     if not (FOLDER / "config.json").exists():
         write_model(FOLDER)
     for world_size in (1, 2, 4):

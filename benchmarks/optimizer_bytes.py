@@ -24,7 +24,7 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.engine import Engine
 from dsmoelora.model import random_model
 from dsmoelora.optim import trainables
-from dsmoelora.parallel import comm, ranks
+from dsmoelora.parallel import comm
 from dsmoelora.parallel.zero_config import merge_config
 
 WORLD_SIZE = 4
@@ -51,14 +51,10 @@ class Counter:
 
 def worker() -> None:
     """Take a step for each rule and rank R, print on rank 0."""
-    ranks.adopt_launcher_environment()
-    comm.init()
     counter = Counter()
     for rule in ("scaled", "tangent"):
         for num_experts, rank in ((20, 4), (8, 16)):
             measure(counter, rule, num_experts, rank)
-    comm.barrier()
-    comm.shutdown()
 
 
 def measure(counter: Counter, rule: str, num_experts: int, rank: int) -> None:
@@ -93,12 +89,8 @@ def measure(counter: Counter, rule: str, num_experts: int, rank: int) -> None:
 
 def main() -> None:
     """Start the ranks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    if parser.parse_args().worker:
-        worker()
-    else:
-        run_ranks(__file__, WORLD_SIZE)
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    run_ranks(__file__, WORLD_SIZE)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dsmoelora.config import AdapterConfig, ModelConfig, OptimConfig, Recipe, Tr
 from dsmoelora.data import MicroBatch
 from dsmoelora.engine import Engine
 from dsmoelora.model import random_model
-from dsmoelora.parallel import comm, ranks, zero
+from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.zero_config import merge_config
 
 LLAMA_2_7B: dict[str, Any] = {
@@ -36,10 +36,8 @@ DEEPSPEED = {
 }
 
 
-def worker(num_layers: int) -> None:
+def worker(num_layers: str) -> None:
     """Build, take two steps, print on rank 0."""
-    ranks.adopt_launcher_environment()
-    comm.init()
     memory = PeakMemory()
     memory.start()
     recipe = Recipe(
@@ -49,7 +47,7 @@ def worker(num_layers: int) -> None:
         train=TrainConfig(batch_size=WORLD_SIZE, micro_batch_size=1, activation_checkpointing=True),
     )
     start = time.perf_counter()
-    shape = LlamaConfig(**LLAMA_2_7B | {"num_hidden_layers": num_layers})
+    shape = LlamaConfig(**LLAMA_2_7B | {"num_hidden_layers": int(num_layers)})
     config = merge_config(recipe, DEEPSPEED, comm.world_size())
     model = random_model(shape, recipe.model, config)
     num_parameters = sum(zero.full_numel(parameter) for parameter in model.parameters())
@@ -62,8 +60,6 @@ def worker(num_layers: int) -> None:
         result = engine.train_step([random_tokens(step, shape.vocab_size)])
         seconds = time.perf_counter() - start
         say(f"step {step + 1}: loss {result.loss:.4f}, {seconds:.0f} s, peak of a rank {peak(memory):.2f} GiB")
-    comm.barrier()
-    comm.shutdown()
 
 
 def random_tokens(step: int, vocab_size: int) -> MicroBatch:
@@ -88,13 +84,9 @@ def say(text: str) -> None:
 def main() -> None:
     """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, default=LLAMA_2_7B["num_hidden_layers"], help="fewer for a quick look")
     args = parser.parse_args()
-    if args.worker:
-        worker(args.layers)
-    else:
-        run_ranks(__file__, WORLD_SIZE, "--layers", str(args.layers))
+    run_ranks(__file__, WORLD_SIZE, str(args.layers))
 
 
 if __name__ == "__main__":

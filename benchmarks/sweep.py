@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from worker import ROOT
 
 from dsmoelora.adapters import inject
 from dsmoelora.config import AdapterConfig, DataSource, ModelConfig, OptimConfig
@@ -38,6 +37,7 @@ from dsmoelora.model import load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.optim.rows import ShardGroup, whole
 
+ROOT = Path(__file__).resolve().parents[1]
 ADAMW_LRS = (1e-3, 3e-3, 1e-2)
 SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BETAS = ((0.9, 0.999), (0.7, 0.8))
@@ -98,9 +98,11 @@ class Cell:
         return float(json.loads(file.read_text())["held_out_loss"]) if file.exists() else None
 
 
-def all_rules(gate_powers: list[float], dampings: list[float]) -> Iterator[Rule]:
+def all_rules(optimizers: list[str], gate_powers: list[float], dampings: list[float]) -> Iterator[Rule]:
     """Every optimizer with every preconditioner, at each gate power (1 is the plain gradient) and damping."""
     for optimizer, betas in (("sgd", None), *(("adamw", pair) for pair in BETAS)):
+        if optimizer not in optimizers:
+            continue
         yield Rule(optimizer, betas, "none", 1.0, DAMPING_ABS)
         for choice in product(("scaled", "tangent"), gate_powers, dampings):
             yield Rule(optimizer, betas, *choice)
@@ -262,6 +264,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-135m")
     parser.add_argument("--train", type=Path, default=ROOT / "data/demo/train.jsonl")
     parser.add_argument("--eval", type=Path, default=ROOT / "data/demo/eval.jsonl")
+    parser.add_argument("--optimizers", nargs="+", choices=["sgd", "adamw"], default=["sgd", "adamw"])
     parser.add_argument("--gate-powers", type=float, nargs="+", default=[1.0, 0.5])
     parser.add_argument("--dampings", type=float, nargs="+", default=[DAMPING_ABS], help="values of damping_abs")
     parser.add_argument("--steps", type=int, default=60)
@@ -274,7 +277,7 @@ def main() -> None:
     folder = ROOT / ".cache" / "sweep" / args.name
     folder.mkdir(parents=True, exist_ok=True)
     task = Task(folder, args.model, args.train, args.eval, args.steps, args.batch_size, args.eval_rows, args.max_length)
-    rules = list(all_rules(args.gate_powers, args.dampings))
+    rules = list(all_rules(args.optimizers, args.gate_powers, args.dampings))
     if not args.table:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, mp_context=context) as pool, ThreadPoolExecutor(args.jobs) as threads:

@@ -1,17 +1,34 @@
-"""Ranks for the benchmarks that need several processes on this machine."""
+"""Ranks for the benchmarks that need several processes on this machine: each has a function `worker`."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+from dsmoelora.parallel import comm, ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_ranks(script: str, world_size: int, *args: str, threads: int = 1) -> None:
-    """Run `script --worker ARGS` on `world_size` ranks and wait; a failed rank ends the benchmark."""
+def run_ranks(benchmark: str, world_size: int, *args: str, threads: int = 1) -> None:
+    """Call `worker(*args)` of a benchmark's file on `world_size` ranks and wait; a failed rank ends the benchmark."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    subprocess.run([*command, script, "--worker", *args], env=env, check=True)
+    subprocess.run([*command, __file__, Path(benchmark).stem, *args], env=env, check=True)
+
+
+def main() -> None:
+    """One rank."""
+    benchmark, *args = sys.argv[1:]
+    ranks.adopt_launcher_environment()
+    comm.init()
+    import_module(benchmark).worker(*args)
+    comm.barrier()
+    comm.shutdown()
+
+
+if __name__ == "__main__":
+    main()
