@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmoelora.config import Recipe
+from tests.conftest import PoolFactory
 from tests.plain_training import BATCH_SIZE, Training, micro_batch, micro_batches
 
 Pieces = dict[str, list[tuple[int, int, Tensor]]]
@@ -156,3 +157,15 @@ def assert_parity(shares: list[Share], expected: Training, weight_tolerance: flo
         for name, value in weights.items():
             error = (value - expected.weights[name]).abs().max() / expected.weights[name].abs().max()
             assert error <= weight_tolerance, f"{name} differs by {error:.1e} of its largest value"
+
+
+def assert_bf16_goes_on_to_the_last_bit(worker_pool: PoolFactory, recipe: Recipe, folder: Path) -> None:
+    """Two ranks that stop half way and go on have the losses of two that do not; bf16 shows any change of order."""
+    recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
+    half = recipe.train.max_steps // 2
+    worker_pool(2).run(train_on_rank, Job(recipe, last_step=half, save_to=folder))
+    expected = worker_pool(2).run(train_on_rank, Job(recipe))[0]
+    job = Job(recipe, first_step=half, load_from=folder / f"checkpoint-{half}")
+    for share in worker_pool(2).run(train_on_rank, job):
+        assert share.losses == expected.losses[half:]
+        assert share.final_loss == expected.final_loss

@@ -15,7 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dsmoelora import load_adapter
 from dsmoelora.config import Recipe
 from tests.conftest import PoolFactory
-from tests.engine_ranks import Job, Share, batches_of, build_engine, numbers_of, put_together, train_on_rank
+from tests.engine_ranks import (
+    Job,
+    Share,
+    assert_bf16_goes_on_to_the_last_bit,
+    batches_of,
+    build_engine,
+    numbers_of,
+    put_together,
+    train_on_rank,
+)
 from tests.plain_training import METHODS, global_batch, make_base, make_recipe, train_plainly
 
 HALF, WHOLE = 4, 8
@@ -103,13 +112,7 @@ def test_the_same_ranks_go_on_to_the_last_bit(worker_pool: PoolFactory, recipe: 
 
 def test_a_bf16_model_goes_on_to_the_last_bit(worker_pool: PoolFactory, recipe: Recipe, tmp_path: Path) -> None:
     """Its masters have bits that the model's weights do not show."""
-    recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
-    worker_pool(2).run(train_on_rank, Job(recipe, last_step=HALF, save_to=tmp_path))
-    expected = worker_pool(2).run(train_on_rank, Job(recipe))[0]
-    job = Job(recipe, first_step=HALF, load_from=tmp_path / f"checkpoint-{HALF}")
-    for share in worker_pool(2).run(train_on_rank, job):
-        assert share.losses == expected.losses[HALF:]
-        assert share.final_loss == expected.final_loss
+    assert_bf16_goes_on_to_the_last_bit(worker_pool, recipe, tmp_path)
 
 
 def train_save_and_speak(job: Job, folder: Path) -> tuple[Tensor, list[str]]:

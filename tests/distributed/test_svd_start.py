@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +18,15 @@ from dsmoelora import load_adapter
 from dsmoelora.adapters.folder import START_FILE
 from dsmoelora.config import Recipe
 from tests.conftest import PoolFactory
-from tests.engine_ranks import Job, Share, assert_parity, batches_of, build_engine, train_on_rank
+from tests.engine_ranks import (
+    Job,
+    Share,
+    assert_bf16_goes_on_to_the_last_bit,
+    assert_parity,
+    batches_of,
+    build_engine,
+    train_on_rank,
+)
 from tests.expert_parallel import partitioned
 from tests.plain_training import SGD, Training, global_batch, make_base, make_recipe, train_plainly
 
@@ -146,17 +153,9 @@ def test_a_run_goes_on_from_the_start_that_the_checkpoint_holds(
 
 
 def test_the_same_ranks_go_on_to_the_last_bit(
-    worker_pool: PoolFactory, reference: tuple[Recipe, Training], saved: tuple[Path, list[Share]], tmp_path: Path
+    worker_pool: PoolFactory, reference: tuple[Recipe, Training], tmp_path: Path
 ) -> None:
-    """In bf16, whose rounding would show any other order of operations."""
-    recipe, _ = reference
-    recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
-    worker_pool(2).run(train_on_rank, Job(recipe, last_step=HALF, save_to=tmp_path))
-    expected = worker_pool(2).run(train_on_rank, Job(recipe))[0]
-    job = Job(recipe, first_step=HALF, load_from=tmp_path / f"checkpoint-{HALF}")
-    for share in worker_pool(2).run(train_on_rank, job):
-        assert share.losses == expected.losses[HALF:]
-        assert share.final_loss == expected.final_loss
+    assert_bf16_goes_on_to_the_last_bit(worker_pool, reference[0], tmp_path)
 
 
 def gathered_at_most(job: Job) -> tuple[float, list[int], list[str]]:

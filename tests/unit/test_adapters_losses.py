@@ -6,40 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from dsmoelora import AdapterConfig, inject
+from dsmoelora import AdapterConfig
 from dsmoelora.adapters import adapted_layers, batch_context
 from dsmoelora.adapters.losses import LossWeights, WithRouterLosses
 from dsmoelora.adapters.routing_log import RoutingLog
 from dsmoelora.config import LossesConfig, Recipe
 from dsmoelora.errors import ConfigError
+from tests.two_layers import NUM_EXPERTS, WIDTH, TwoLayers
 
-NUM_EXPERTS, LENGTH, WIDTH = 5, 6, 16
+LENGTH = 6
 BALANCE, Z = 0.7, 0.3
-
-
-class Network(nn.Module):
-    """Two adapted layers, computed again in the backward pass if asked."""
-
-    def __init__(self, recompute: bool = False, **adapter: Any) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
-        self.recompute = recompute
-        settings = {"r": 2, "num_experts": NUM_EXPERTS, "target_modules": "all-linear"} | adapter
-        inject(self, AdapterConfig(**settings))
-        with torch.no_grad():
-            for number, parameter in enumerate(self.parameters()):
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
-        self.train()
-
-    def forward(self, x: Tensor) -> Tensor:
-        def body(x: Tensor) -> Tensor:
-            y: Tensor = self.down(self.up(x).tanh())
-            return y
-
-        return checkpoint(body, x, use_reentrant=False) if self.recompute else body(x)
 
 
 def batch(num_sequences: int = 8) -> tuple[Tensor, Tensor]:
@@ -49,7 +27,7 @@ def batch(num_sequences: int = 8) -> tuple[Tensor, Tensor]:
     return x, real_BS
 
 
-def reference(network: Network, shares: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def reference(network: TwoLayers, shares: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Balance with the given shares, z, and the shares of this batch, in fp64 as in the formulas."""
     logits: list[Tensor] = []
     selected: list[Tensor] = []
@@ -72,7 +50,7 @@ def reference(network: Network, shares: list[Tensor]) -> tuple[Tensor, Tensor, l
     return balance, z, [count / count.sum() for count in counts]
 
 
-def run_step(network: Network, log: RoutingLog, num_parts: int, world_size: int = 1) -> dict[str, Tensor]:
+def run_step(network: TwoLayers, log: RoutingLog, num_parts: int, world_size: int = 1) -> dict[str, Tensor]:
     """A step in several micro-batches, each as on a rank of its own: the averaged gradient of the routers' losses."""
     x, real_BS = batch()
     network.zero_grad()
@@ -92,7 +70,7 @@ def run_step(network: Network, log: RoutingLog, num_parts: int, world_size: int 
 def test_values_and_gradients_are_those_of_the_formulas_over_two_steps(
     num_parts: int, world_size: int, recompute: bool
 ) -> None:
-    network = Network(recompute, top_k=2)
+    network = TwoLayers(recompute, top_k=2)
     log = RoutingLog(network, LossesConfig(BALANCE, Z), torch.device("cpu"))
     shares = [torch.full((NUM_EXPERTS,), 1 / NUM_EXPERTS, dtype=torch.float64)] * 2
     for _ in range(2):
@@ -133,7 +111,7 @@ def test_the_gradient_is_the_derivative_of_the_value() -> None:
 @pytest.mark.parametrize("router", ["softmax_topk", "noisy_topk", "top_p", "threshold", "prompt"])
 def test_the_balance_loss_evens_out_what_experts_get(router: Any) -> None:
     """Tokens that all prefer the same experts, and nothing but the loss to learn from."""
-    network = Network(router=router)
+    network = TwoLayers(router=router)
     context = batch_context(network)
     context.prompt_BS = batch()[1]
     with torch.no_grad():
@@ -153,14 +131,14 @@ def test_the_balance_loss_evens_out_what_experts_get(router: Any) -> None:
 
 
 def test_evaluation_is_not_counted_and_gets_no_loss() -> None:
-    network = Network(top_k=2).eval()
+    network = TwoLayers(top_k=2).eval()
     log = RoutingLog(network, LossesConfig(BALANCE, Z), torch.device("cpu"))
     run_step(network, log, 1)
     assert not log.sums.any()
 
 
 def test_counts_are_exact_and_leave_padding_out() -> None:
-    network = Network(top_k=2)
+    network = TwoLayers(top_k=2)
     log = RoutingLog(network, LossesConfig(), torch.device("cpu"))
     run_step(network, log, 4)
     log.finish_step(log.sums)
@@ -176,11 +154,11 @@ def test_counts_are_exact_and_leave_padding_out() -> None:
 
 
 def test_a_state_comes_back_as_it_was() -> None:
-    network = Network(router="sigmoid_bias", top_k=2)
+    network = TwoLayers(router="sigmoid_bias", top_k=2)
     log = RoutingLog(network, LossesConfig(z=Z), torch.device("cpu"))
     run_step(network, log, 1)
     log.finish_step(log.sums)
-    other_network = Network(router="sigmoid_bias", top_k=2)
+    other_network = TwoLayers(router="sigmoid_bias", top_k=2)
     other = RoutingLog(other_network, LossesConfig(z=Z), torch.device("cpu"))
     other.load_state(log.state())
     assert other.state() == log.state()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject
@@ -26,35 +25,11 @@ from dsmoelora.errors import ConfigError
 from tests.helpers import tiny_llama
 from tests.largest_tensor import LargestTensor
 from tests.plain_contrastive import of_tokens
+from tests.two_layers import NUM_EXPERTS, WIDTH, TwoLayers
 
-NUM_EXPERTS, TOP_K, LENGTH, WIDTH, NUM_ROWS = 5, 2, 7, 16, 8
+TOP_K, LENGTH, NUM_ROWS = 2, 7, 8
 TAU = 0.3
 LOSSES = LossesConfig(contrastive=0.7, contrastive_coactive=0.4, contrastive_temperature=TAU, contrastive_tokens=5)
-
-
-class Network(nn.Module):
-    """Two adapted layers, computed again in the backward pass if asked."""
-
-    def __init__(self, recompute: bool = False, **adapter: Any) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
-        self.recompute = recompute
-        settings = {"r": 2, "num_experts": NUM_EXPERTS, "top_k": TOP_K, "target_modules": "all-linear"} | adapter
-        inject(self, AdapterConfig(**settings))
-        with torch.no_grad():
-            trained = [p for name, p in self.named_parameters() if p.requires_grad and "magnitude" not in name]
-            for number, parameter in enumerate(trained):
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
-        self.train()
-
-    def forward(self, x: Tensor) -> Tensor:
-        def body(x: Tensor) -> Tensor:
-            y: Tensor = self.down(self.up(x).tanh())
-            return y
-
-        return checkpoint(body, x, use_reentrant=False) if self.recompute else body(x)
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +42,11 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run_step(
-    network: Network, losses: ContrastiveLosses, num_parts: int, world_size: int = 1, sequences_BS: Tensor | None = None
+    network: TwoLayers,
+    losses: ContrastiveLosses,
+    num_parts: int,
+    world_size: int = 1,
+    sequences_BS: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """A step in several micro-batches, each as on a rank of its own: gradients of the losses, and of the inputs."""
     network.zero_grad()
@@ -87,7 +66,7 @@ def run_step(
     return grads, torch.cat(grads_x) / world_size
 
 
-def reference(network: Network, losses: LossesConfig) -> tuple[Tensor, Tensor, Tensor]:
+def reference(network: TwoLayers, losses: LossesConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses in fp64 from outputs of all experts for all tokens, and the inputs they depend on."""
     batch_context(network).losses, network.recompute = None, False
     seen: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
@@ -126,7 +105,7 @@ def reference(network: Network, losses: LossesConfig) -> tuple[Tensor, Tensor, T
 def test_values_and_gradients_are_those_of_the_formulas(
     num_parts: int, world_size: int, recompute: bool, expert: str
 ) -> None:
-    network = Network(recompute, expert=expert)
+    network = TwoLayers(recompute, top_k=TOP_K, expert=expert)
     losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
     found, found_x = run_step(network, losses, num_parts, world_size)
     values = dict(zip(losses.loss_names, losses.loss_values(losses.sums).tolist(), strict=True))
@@ -145,7 +124,7 @@ def test_values_and_gradients_are_those_of_the_formulas(
 @pytest.mark.parametrize("router", ["softmax", "noisy_topk", "top_p", "threshold", "sigmoid_bias", "prompt"])
 def test_every_router_says_which_outputs_take_part(router: str) -> None:
     top_k = TOP_K if router in ("noisy_topk", "sigmoid_bias", "prompt") else None
-    network = Network(router=router, top_k=top_k)
+    network = TwoLayers(router=router, top_k=top_k)
     batch_context(network).prompt_BS = batch()[1]
     losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), top_k or NUM_EXPERTS)
     run_step(network, losses, 1)
@@ -156,7 +135,7 @@ def test_every_router_says_which_outputs_take_part(router: str) -> None:
 
 @pytest.mark.parametrize("name", ["contrastive", "contrastive_coactive"])
 def test_each_loss_alone_is_that_part_of_both(name: str) -> None:
-    network = Network()
+    network = TwoLayers(top_k=TOP_K)
     both = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
     run_step(network, both, 1)
     alone = ContrastiveLosses(
@@ -208,7 +187,7 @@ def test_gradients_are_right_to_second_differences() -> None:
 
 
 def test_at_zero_outputs_there_is_a_value_and_no_gradient() -> None:
-    network = Network()
+    network = TwoLayers(top_k=TOP_K)
     with torch.no_grad():
         for _, layer in adapted_layers(network):
             layer.experts.b.zero_()
@@ -219,7 +198,7 @@ def test_at_zero_outputs_there_is_a_value_and_no_gradient() -> None:
 
 
 def test_nothing_is_added_in_evaluation_or_when_switched_off() -> None:
-    network = Network().eval()
+    network = TwoLayers(top_k=TOP_K).eval()
     losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
     _, found_x = run_step(network, losses, 1)
     assert not losses.sums.any() and not found_x.any()
@@ -240,7 +219,7 @@ def test_sequences_of_a_packed_row_are_apart() -> None:
             for other, m in zip(places.tolist(), range(LENGTH), strict=True):
                 real = bool(real_BS[row, one] & real_BS[row, other] & sample.real_BN[row, n] & sample.real_BN[row, m])
                 assert bool(sample.same_BNM[row, n, m]) == (real and (one == 0) == (other == 0))
-    network = Network()
+    network = TwoLayers(top_k=TOP_K)
     values = []
     for sequences in (None, sequences_BS):
         losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
@@ -303,7 +282,7 @@ def test_layers_of_a_block_take_part_and_plain_ones_do_not(tmp_path: Path) -> No
 
 
 def test_recomputed_layers_keep_no_tokens_for_it() -> None:
-    network = Network(recompute=True)
+    network = TwoLayers(recompute=True, top_k=TOP_K)
     losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
     losses.begin_step(NUM_ROWS, scale=1)
     context = batch_context(network)
