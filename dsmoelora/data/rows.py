@@ -181,32 +181,47 @@ def _list(row: dict[str, Any], key: str) -> list[Any]:
 
 
 def _choices(row: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The texts, and the labels that `answer` may name them by."""
-    given, labels = row.get("choices"), []
+    """The texts, and the labels that come with them; none where choices are counted."""
+    given, labels = row.get("choices"), None
     if isinstance(given, dict) and "text" in given:  # {"text": [...], "label": [...]}, as on the hub
-        labels = [str(label) for label in given.get("label") or []]
+        labels = given.get("label")
         row = {**row, "choices": given["text"]}
     texts = [_words(f"choices[{i}]", text) for i, text in enumerate(_list(row, "choices"))]
     if not 2 <= len(texts) <= len(string.ascii_uppercase):
         raise RowProblem(f"choices has {len(texts)} entries, but it must have 2 to {len(string.ascii_uppercase)}.")
-    return texts, labels if len(labels) == len(texts) else list(string.ascii_uppercase[: len(texts)])
+    if labels is None:
+        return texts, []
+    names = [_label(label) for label in _list({"choices.label": labels}, "choices.label")]
+    if len(names) != len(texts) or len({name.casefold() for name in names}) != len(texts):
+        raise RowProblem(
+            f"choices.label is {', '.join(names) or 'empty'}, but it must have another label for each of the "
+            f"{len(texts)} entries of choices.text."
+        )
+    return texts, names
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():  # an integer column with gaps, as pandas keeps it
+        value = int(value)
+    return str(value).strip()
 
 
 def _answer(row: dict[str, Any], num_choices: int, labels: list[str]) -> int:
-    """Which choice is right: a label (by default a letter), or a 0-based number."""
+    """Which choice is right: one of the labels where there are any, otherwise a letter or a 0-based number.
+
+    A number beside labels is a label too: where they begin with 1, so does the count.
+    """
     key = "answerKey" if "answerKey" in row and "answer" not in row else "answer"
     answer = row.get(key)
-    name = answer.strip().upper() if isinstance(answer, str) else None
-    if name in labels:
-        return labels.index(name)
-    if name is not None and name.isdecimal():
-        answer = int(name)
-    elif isinstance(answer, float) and answer.is_integer():  # an integer column with gaps, as pandas keeps it
-        answer = int(answer)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < num_choices:
-        return answer
+    letters, numbers = string.ascii_uppercase[:num_choices], map(str, range(num_choices))
+    if isinstance(answer, str | int | float):
+        name = _label(answer).casefold()
+        for known in (labels,) if labels else (letters, numbers):
+            folded = [each.casefold() for each in known]
+            if name in folded:
+                return folded.index(name)
     what = repr(answer) if isinstance(answer, int) else found(row, key)
-    raise RowProblem(
-        f"{key} is {what}, but it must be one of 0 to {num_choices - 1} (counted from 0) or one of "
-        f"{', '.join(labels)}, for choices has {num_choices} entries."
-    )
+    allowed = f"one of {', '.join(labels or letters)}"
+    if not labels:
+        allowed = f"one of 0 to {num_choices - 1} (counted from 0) or {allowed}"
+    raise RowProblem(f"{key} is {what}, but it must be {allowed}, for choices has {num_choices} entries.")

@@ -28,6 +28,11 @@ def plain_folder(bench: Bench) -> list[str]:
     return bench.train("--data.train", f"[{{path: {bench.model}}}]")
 
 
+def labelled(labels: list[str], answer: int) -> Case:
+    choices = {"text": ["red", "blue"], "label": labels}
+    return lambda bench: bench.rows({"question": "Sky?", "choices": choices, "answer": answer})
+
+
 EARLY: dict[str, Case] = {
     "no training data": override("--data.train", "[]"),
     "a data file does not exist": override("--data.train", "[{path: ./nowhere.jsonl}]"),
@@ -42,6 +47,8 @@ EARLY: dict[str, Case] = {
     "a chat that ends with the user": lambda bench: bench.rows(
         {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]}
     ),
+    "an answer that is none of the labels": labelled(["1", "2"], 0),
+    "labels that do not fit the choices": labelled(["1"], 1),
     "a damaged Parquet file": broken_parquet,
     "quotes of a CSV file that do not match": unmatched_quotes,
     "a folder that is no saved dataset": plain_folder,

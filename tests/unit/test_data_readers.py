@@ -122,6 +122,34 @@ CHOICE = {"question": "q", "choices": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
+    ("labels", "answer", "letter"),
+    [
+        ([1, 2, 3], 1, "A"),
+        ([1, 2, 3], 3, "C"),
+        ([1, 2, 3], 2.0, "B"),
+        ([1.0, 2.0, 3.0], "2", "B"),
+        (["1", "2", "3"], 1, "A"),
+        (["a", "b", "c"], "b", "B"),
+        (["a", "b", "c"], " C ", "C"),
+        (["A", "B", "C"], "c", "C"),
+        ([2, 0, 1], 0, "B"),
+        (["w", "x", "a"], "A", "C"),
+        (None, "a", "A"),
+        (None, 1, "B"),
+    ],
+)
+def test_an_answer_is_one_of_the_labels_where_there_are_any(
+    tmp_path: Path, labels: list[Any] | None, answer: Any, letter: str
+) -> None:
+    row = {"question": "q", "choices": {"text": ["x", "y", "z"], "label": labels}, "answer": answer}
+    assert contents(file(tmp_path, "a.jsonl", json.dumps(row))) == [(1, "q\n\nA. x\nB. y\nC. z", letter)]
+
+
+def labelled(labels: Any, answer: Any) -> dict[str, Any]:
+    return {"question": "q", "choices": {"text": ["x", "y"], "label": labels}, "answer": answer}
+
+
+@pytest.mark.parametrize(
     ("row", "problem"),
     [
         ({**CHOICE, "answer": 2}, "answer is 2, but it must be one of 0 to 1 (counted from 0) or one of A, B"),
@@ -129,6 +157,13 @@ CHOICE = {"question": "q", "choices": ["a", "b"]}
         ({**CHOICE, "answer": True}, "answer is True"),
         ({**CHOICE, "answer": "C"}, "answer is 'C'"),
         ({**CHOICE, "answer": None}, "answer is null"),
+        (labelled([1, 2], 0), "answer is 0, but it must be one of 1, 2, for"),
+        (labelled([1, 2], "0"), "answer is '0', but it must be one of 1, 2, for"),
+        (labelled(["A", "B"], 1), "answer is 1, but it must be one of A, B, for"),
+        (labelled(["x", "None"], None), "answer is null"),
+        (labelled(["A"], "A"), "choices.label is A, but it must have another label for each of the 2 entries"),
+        (labelled(["A", "a"], "a"), "choices.label is A, a, but it must have another label for each of the 2"),
+        (labelled("A and B", "A"), "choices.label is 'A and B', but it must be a list"),
         ({**CHOICE, "choices": ["a"], "answer": 0}, "choices has 1 entries"),
         ({**CHOICE, "choices": ["a", ""], "answer": 0}, "choices[1] is empty"),
         ({**CHOICE, "choices": ["a", 1], "answer": 0}, "choices[1] is a number"),
