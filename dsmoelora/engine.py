@@ -27,6 +27,7 @@ from dsmoelora.adapters.svd_start import uniform_gates
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
+from dsmoelora.data.chat import stop_ids
 from dsmoelora.heartbeat import Heartbeat, Phase
 from dsmoelora.inputs import check_probe, model_inputs, probe
 from dsmoelora.model import load_model, load_tokenizer
@@ -282,6 +283,7 @@ class Engine:
                 top_k=None,
                 use_cache=True,
                 pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=stop_ids(self.tokenizer, self.model.generation_config.eos_token_id),
                 synced_gpus=comm.world_size() > 1,
             )
         answers = output[:, batch["input_ids"].shape[1] :]

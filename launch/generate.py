@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dsmoelora import load_adapter
 from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
+from dsmoelora.data.chat import stop_ids
 from dsmoelora.errors import CheckpointError, bad_value
 from dsmoelora.model import pretrained
 
@@ -87,6 +88,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, system: 
             top_p=None,
             top_k=None,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stop_ids(tokenizer, model.generation_config.eos_token_id),
         )
     text = tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert isinstance(text, str)

@@ -28,7 +28,7 @@ from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import RowSource, open_source
 from dsmoelora.errors import DataError
 
-CACHE_VERSION = 3  # raise it when the same files would be tokenised in another way
+CACHE_VERSION = 4  # raise it when the same files would be tokenised in another way
 _BATCH = 256
 _ROWS_A_PROCESS = 5000  # with less, starting a second process takes what it saves (benchmarks/tokenising.py)
 ROWS_SCHEMA = pyarrow.schema(

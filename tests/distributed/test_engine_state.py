@@ -165,3 +165,24 @@ def answer_alone(model: Any, tokenizer: Any, question: list[dict[str, str]]) -> 
         with torch.no_grad():
             answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+
+def ask_with_another_end_of_turn(job: Job) -> list[int]:
+    """Where generation stops for a tokenizer whose texts end with <pad> and whose answers end with <|im_end|>."""
+    engine, stops = build_engine(job), []
+
+    def generate(**options: Any) -> Tensor:
+        stops.extend(options["eos_token_id"])
+        return options["input_ids"]
+
+    engine.tokenizer.eos_token = "<pad>"
+    engine.model.generation_config.eos_token_id = 9
+    engine.model.generate = generate
+    engine.generate(QUESTIONS, max_new_tokens=1)
+    return stops
+
+
+def test_answers_end_with_the_token_of_the_template_where_the_model_has_another(
+    worker_pool: PoolFactory, recipe: Recipe
+) -> None:
+    assert worker_pool(1).run(ask_with_another_end_of_turn, Job(recipe)) == [[0, 3, 9]]

@@ -6,7 +6,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from dsmoelora.data.chat import tokenise_chats
+from dsmoelora.data.chat import stop_ids, tokenise_chats
 from dsmoelora.data.formats import Conversation
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.rows import Message
@@ -88,6 +88,19 @@ TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         ["xyz<|im_end|>", "<think></think>é!<|im_end|>"],
     ),
+    # thoughts of the template's own before the answer, in which a short answer comes too
+    "channel": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "<think>say xyz! or é!</think>{% endif %}{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ["<think>say xyz! or é!</think>xyz<|im_end|>", "<think>say xyz! or é!</think>é!<|im_end|>"],
+    ),
+    "channel with a special token": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "xyz é!<bos>{% endif %}{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        ["xyz é!<bos>xyz<|im_end|>", "xyz é!<bos>é!<|im_end|>"],
+    ),
     "generation block": (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
         "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
@@ -103,11 +116,56 @@ TEMPLATES = {
 }
 
 
+HEAD_IN_BLOCK = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    "{{ m['content'] }}<|im_end|>\n{% endgeneration %}{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|im_end|>\n{% endif %}{% endfor %}"
+)
+TEMPLATES["generation block around the whole turn"] = (
+    HEAD_IN_BLOCK,
+    ["<|im_start|>assistant\nxyz<|im_end|>\n", "<|im_start|>assistant\né!<|im_end|>\n"],
+)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_other_templates(tmp_path: Path, name: str) -> None:
     template, expected = TEMPLATES[name]
     _, runs = learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
     assert runs == expected
+
+
+@pytest.mark.parametrize("name", ["generation block", "generation block without the end"])
+def test_an_end_of_turn_that_is_not_the_end_of_sequence_is_learned(tmp_path: Path, name: str) -> None:
+    tokenizer = tiny_tokenizer(tmp_path, TEMPLATES[name][0])
+    tokenizer.eos_token = "<pad>"  # as base models whose texts end with another token than the turns of a chat
+    assert learned(tokenizer, TWO_TURNS)[1] == ["xyz<|im_end|>", "é!<|im_end|>"]
+
+
+@pytest.mark.parametrize("answer", ["e", "im", "start", "_end"])
+def test_an_answer_that_is_part_of_a_special_token(tmp_path: Path, answer: str) -> None:
+    closing = CHATML_TEMPLATE + "{% if not add_generation_prompt %}<bos>{% endif %}"
+    _, runs = learned(tiny_tokenizer(tmp_path, closing), [USER, {"role": "assistant", "content": answer}])
+    assert runs == [f"{answer}<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", [None, "closing", "generation block", "generation block without the end"])
+def test_generation_stops_where_answers_end(tmp_path: Path, name: str | None) -> None:
+    tokenizer = tiny_tokenizer(tmp_path, TEMPLATES[name][0] if name else CHATML_TEMPLATE)
+    tokenizer.eos_token = "<pad>"
+    pad, end = tokenizer.convert_tokens_to_ids(["<pad>", "<|im_end|>"])
+    assert stop_ids(tokenizer, None) == [pad, end]
+    assert stop_ids(tokenizer, 77) == [pad, end, 77]
+    assert stop_ids(tokenizer, [end, 78]) == [pad, end, 78]
+
+
+def test_generation_stops_at_the_first_token_after_the_words(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path, HEAD_IN_BLOCK)
+    assert stop_ids(tokenizer, None) == [tokenizer.eos_token_id]  # not where the block begins or ends
+
+
+def test_generation_stops_at_the_models_own_token_where_the_template_writes_none(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    assert stop_ids(tokenizer, 77) == [tokenizer.eos_token_id, 77]
 
 
 def test_no_chat_template(tmp_path: Path) -> None:
@@ -134,6 +192,15 @@ def test_template_without_end_of_turn(tmp_path: Path, at_the_very_end: str) -> N
     prompt = "{% if add_generation_prompt %}<|im_start|>assistant: {% else %}" + at_the_very_end + "{% endif %}"
     with pytest.raises(ModelError, match="no special token after the assistant's answer"):
         learned(tiny_tokenizer(tmp_path, template + prompt), TWO_TURNS)
+
+
+def test_generation_block_without_any_end_of_turn(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}: {% generation %}{{ m['content'] }}{% endgeneration %}\n"
+        "{% endfor %}"
+    )
+    with pytest.raises(ModelError, match="no special token after the assistant's answer"):
+        learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
 
 
 def test_generation_block_that_marks_nothing(tmp_path: Path) -> None:
