@@ -17,7 +17,6 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from dsmoelora.adapters import inject, untouched
-from dsmoelora.adapters.contrastive import check_head
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.fallback_template import is_fallback
@@ -84,7 +83,6 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _note_what_is_off(plan, model)
     plan.notes += untouched(model)
     layers = inject(model, recipe.adapter, start=lambda _: None)  # there are no weights to start from
-    check_head(model, recipe.losses)
     adapter = sum(math.prod(trainable.shape) for trainable, _ in trainables(model))
     _describe_model(plan, recipe, model, base, world_size)
     _describe_adapter(plan, recipe, layers, adapter, base)

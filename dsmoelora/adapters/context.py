@@ -135,6 +135,7 @@ class BatchContext:
         if self.real_BS is None:
             return torch.ones(len(like_NE), device=like_NE.device)
         per_token = len(like_NE) == self.real_BS.numel()
+        assert per_token or len(like_NE) == len(self.real_BS), "a router sees all tokens, or each sequence once"
         return (self.real_BS.flatten() if per_token else self.real_BS.sum(-1)).float()
 
 

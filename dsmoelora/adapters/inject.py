@@ -19,8 +19,6 @@ from dsmoelora.adapters.targets import LORA, TARGETS, adapted_names, layer_confi
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError, bad_value
 
-_FOLLOW_TOKENS = ("noisy_topk", "prompt")
-
 
 def inject(
     model: nn.Module,
@@ -48,7 +46,7 @@ def inject(
 
     Raises:
         ModelError: the model is adapted already, or a layer cannot start from its weight
-        ConfigError: a target matches no linear layer, one that cannot be adapted, or one that `style` cannot route
+        ConfigError: a target matches no linear layer, one that cannot be adapted, or one that cannot have a router
     """
     if any(True for _ in adapted_layers(model)):
         raise ModelError("The model has routed experts already. Load the base model again before adapting it anew.")
@@ -108,17 +106,15 @@ def _route_blocks(
 
 
 def _check_head(model: nn.Module, config: AdapterConfig, routed: list[str], plain: list[str]) -> None:
-    """The head sees only the positions whose logits are wanted, so what follows the tokens cannot follow them there."""
+    """The head is called with the positions whose logits are wanted, so nothing there can follow the tokens."""
     head = output_head_name(model)
-    if head not in (*routed, *plain):
-        return
-    remedy = f"Leave {head} out of {TARGETS if head in routed else LORA}"
-    if config.lora_dropout > 0:
+    if head in routed and config.num_experts > 1:
+        allowed = f"without the output head ({head}), which sees some positions alone: no router could count its tokens"
+        raise bad_value(TARGETS, config.target_modules, allowed, f"Name {head} in {LORA} instead, for plain LoRA.")
+    if head in (*routed, *plain) and config.lora_dropout > 0:
         allowed = f"0 for an adapter on the output head ({head})"
-        raise bad_value("adapter.lora_dropout", config.lora_dropout, allowed, f"{remedy}, or set it to 0.")
-    if head in routed and config.router in _FOLLOW_TOKENS:
-        allowed = f"another one than {' and '.join(_FOLLOW_TOKENS)} for an adapter on the output head ({head})"
-        raise bad_value("adapter.router", config.router, allowed, f"{remedy}, or take another router.")
+        remedy = f"Leave {head} out of {TARGETS if head in routed else LORA}, or set it to 0."
+        raise bad_value("adapter.lora_dropout", config.lora_dropout, allowed, remedy)
 
 
 def batch_context(model: nn.Module) -> BatchContext:

@@ -11,7 +11,7 @@ from tests.bad_input.bench import Bench, Case, cut, override
 
 def start_from_shared_weight(bench: Bench) -> list[str]:
     bench.spoiled_json("model/config.json", tie_word_embeddings=True)
-    return bench.train("--adapter.init", "svd", "--adapter.target_modules", "[lm_head]")
+    return bench.train("--adapter.init", "svd", "--adapter.lora_modules", "[lm_head]")
 
 
 def no_config(bench: Bench) -> list[str]:
@@ -95,8 +95,9 @@ EARLY: dict[str, Case] = {
     "config.json is damaged": broken_config,
     "an architecture that transformers does not know": unknown_architecture,
     "no causal language model": no_language_model,
-    "a contrastive loss for experts on the output head": override(
-        "--adapter.target_modules", "[q_proj, lm_head]", "--losses.contrastive", 0.1
+    "experts with a router on the output head": override("--adapter.target_modules", "[q_proj, lm_head]"),
+    "dropout before an adapter on the output head": override(
+        "--adapter.lora_modules", "[lm_head]", "--adapter.lora_dropout", 0.1
     ),
     "a layer that the model does not have": override("--adapter.target_modules", "[q_proj, w_proj]"),
     "a layer for plain LoRA that the model does not have": override("--adapter.lora_modules", "[w_proj]"),

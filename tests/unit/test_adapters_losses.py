@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsmoelora import AdapterConfig
 from dsmoelora.adapters import adapted_layers, batch_context
+from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.losses import LossWeights, WithRouterLosses
 from dsmoelora.adapters.routing_log import RoutingLog
 from dsmoelora.config import LossesConfig, Recipe
@@ -63,6 +64,13 @@ def run_step(network: TwoLayers, log: RoutingLog, num_parts: int, world_size: in
             y = network(part)
         (0.0 * y.sum()).backward()
     return {name: p.grad / world_size for name, p in network.named_parameters() if p.grad is not None}
+
+
+def test_what_sees_neither_all_tokens_nor_each_sequence_once_is_not_counted() -> None:
+    context = BatchContext(real_BS=batch()[1])
+    assert context.real_tokens(torch.empty(8 * LENGTH, 1)).sum() == context.real_tokens(torch.empty(8, 1)).sum() > 8
+    with pytest.raises(AssertionError, match="all tokens, or each sequence once"):
+        context.real_tokens(torch.empty(8 * 2, 1))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

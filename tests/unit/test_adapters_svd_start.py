@@ -205,7 +205,7 @@ def test_more_singular_values_than_there_are_is_an_error_that_names_the_layer(tm
 def test_a_weight_that_another_module_has_too_is_refused(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path, tie_word_embeddings=True))
     with pytest.raises(ModelError, match=r"weight of lm_head, but model\.embed_tokens has the same one"):
-        inject(model, config_of(target_modules=["lm_head", "q_proj"]))
+        inject(model, config_of(target_modules=["q_proj"], lora_modules=["lm_head"]))
     inject(model, config_of(target_modules=["q_proj"]))
 
 

@@ -213,21 +213,28 @@ def test_layers_with_a_forward_pass_of_their_own_are_none() -> None:
         inject(model, AdapterConfig(target_modules="all-linear"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "what"),
-    [({"lora_dropout": 0.1}, r"lora_dropout is 0\.1"), ({"router": "noisy_topk"}, "router is 'noisy_topk'"),
-     ({"router": "prompt"}, "router is 'prompt'")],
-)  # fmt: skip
-def test_the_output_head_sees_too_little_for_what_follows_the_tokens(settings: dict[str, Any], what: str) -> None:
-    with pytest.raises(ConfigError, match=rf"adapter\.{what}, but .*the output head \(lm_head\)\. Leave lm_head out"):
-        adapt(make_model("llama"), target_modules=["q_proj", "lm_head"], **settings)
+@pytest.mark.parametrize("router", ["softmax_topk", "prompt"])
+def test_the_output_head_gets_no_router(router: str) -> None:
+    model = make_model("llama")
+    with pytest.raises(ConfigError, match=r"target_modules is \['q_proj', 'lm_head'\].*Name lm_head in adapter\.lora_"):
+        adapt(model, target_modules=["q_proj", "lm_head"], router=router)
+    assert not list(adapted_layers(model))
+
+
+@pytest.mark.parametrize("key", ["target_modules", "lora_modules"])
+def test_the_output_head_sees_too_little_for_dropout(key: str) -> None:
+    settings: dict[str, Any] = {"num_experts": 1, "top_k": 1} if key == "target_modules" else {}
+    with pytest.raises(
+        ConfigError, match=rf"dropout is 0\.1, but .*head \(lm_head\)\. Leave lm_head out of adapter\.{key}"
+    ):
+        adapt(make_model("llama"), lora_dropout=0.1, **settings | {key: ["lm_head"]})
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_the_output_head_is_adapted_by_name(name: str) -> None:
+def test_the_output_head_gets_plain_lora_by_name(name: str) -> None:
     """Tied to the embeddings (GPT-2) or not."""
-    model = adapt(make_model(name), target_modules=[*ARCHITECTURES[name].attention, "lm_head"])
-    assert "lm_head" in dict(adapted_layers(model))
+    model = adapt(make_model(name), target_modules=ARCHITECTURES[name].attention, lora_modules=["lm_head"])
+    assert not model.lm_head.router.shapes
     last_BV = model(token_ids(), logits_to_keep=1).logits[:, 0]
     torch.testing.assert_close(last_BV, model(token_ids()).logits[:, -1], rtol=1e-4, atol=1e-5)
     last_BV.sum().backward()

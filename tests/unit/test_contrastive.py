@@ -360,19 +360,3 @@ def test_losses_that_would_do_nothing_are_refused(
         Recipe(adapter=AdapterConfig(**adapter), losses=LossesConfig(**losses))
     for word in words:
         assert word in str(caught.value)
-
-
-def test_an_adapted_output_head_is_refused() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.lm_head = nn.Linear(4, 4), nn.Linear(4, 9)
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.lm_head
-
-    model = Model()
-    inject(model, AdapterConfig(r=2, num_experts=3, top_k=2, target_modules=["body", "lm_head"]))
-    with pytest.raises(ConfigError, match="Leave lm_head out of"):
-        ContrastiveLosses(model, LOSSES, torch.device("cpu"), TOP_K)
-    ContrastiveLosses(model, LossesConfig(), torch.device("cpu"), TOP_K)

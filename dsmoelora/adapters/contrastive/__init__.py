@@ -1,5 +1,5 @@
 """Contrastive losses over the outputs of the experts of a layer."""
 
-from dsmoelora.adapters.contrastive.losses import ContrastiveLosses, check_head
+from dsmoelora.adapters.contrastive.losses import ContrastiveLosses
 
-__all__ = ["ContrastiveLosses", "check_head"]
+__all__ = ["ContrastiveLosses"]

@@ -19,9 +19,7 @@ from dsmoelora.adapters.contrastive.sample import TokenSample, sample_tokens
 from dsmoelora.adapters.function import outgoing, side_by_side
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.adapters.similarity import cross_grams
-from dsmoelora.adapters.targets import output_head_name
 from dsmoelora.config import LossesConfig
-from dsmoelora.errors import bad_value
 from dsmoelora.seeds import derive_seed
 
 NAMES = ("contrastive", "contrastive_coactive")
@@ -161,30 +159,12 @@ class WithContrast(torch.autograd.Function):
         return grad_TO, grad_x, None, *grads
 
 
-def check_head(model: nn.Module, config: LossesConfig) -> None:
-    """Refuse the losses for experts on the output head, which sees only the positions whose logits are wanted.
-
-    Args:
-        model: adapted
-        config: which losses are switched on
-
-    Raises:
-        ConfigError: one is, and the head has several experts
-    """
-    head = output_head_name(model)
-    on = [name for name in NAMES if getattr(config, name)]
-    if on and head in _layers(model):
-        allowed = f"0 for experts on the output head ({head})"
-        remedy = f"Leave {head} out of adapter.target_modules, or set it to 0."
-        raise bad_value(f"losses.{on[0]}", getattr(config, on[0]), allowed, remedy)
-
-
 def _layers(model: nn.Module) -> list[str]:
     return [name for name, layer in adapted_layers(model) if layer.experts.shapes["a"][0] > 1]
 
 
 class ContrastiveLosses:
-    """The contrastive losses of all layers of a model (see `BatchContext.contrast`).
+    """The contrastive losses of all layers of a model (see `BatchContext.losses`).
 
     Args:
         model: adapted; layers with one expert take no part
@@ -205,7 +185,6 @@ class ContrastiveLosses:
         num_used: int,
         group: ExpertGroup | None = None,
     ) -> None:
-        check_head(model, config)
         self._config, self._num_used = config, num_used
         self._keys = {name: derive_seed("contrastive", name) for name in _layers(model)}
         self._group = group or AllHere()
