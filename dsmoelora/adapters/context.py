@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from dsmoelora.adapters.shared_input import SharedInput
 
@@ -148,9 +149,11 @@ class PromptMemory:
         gates: by layer, the gates (B, E) and selected experts (B, E) of that prompt, once it was routed
         goes_on: the call at hand goes on from the prompt: its gates hold
         is_generating: `generate` runs, all whose calls but the first go on
+        watch: the hook of the model that fills this in
     """
 
     prompt_BS: Tensor | None = None
     gates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     goes_on: bool = False
     is_generating: bool = False
+    watch: RemovableHandle | None = None

@@ -12,7 +12,7 @@ from dsmoelora.adapters.context import BatchContext, TokenExchange
 from dsmoelora.adapters.dora import Gathered, start_magnitudes
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.linear import features, is_linear
-from dsmoelora.adapters.routers import RouterPlace, build_router, watch_prompts
+from dsmoelora.adapters.routers import RouterPlace, build_router, unwatch_prompts, watch_prompts
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
 from dsmoelora.adapters.svd_start import check_svd_start, start_experts
 from dsmoelora.adapters.targets import LORA, TARGETS, adapted_names, layer_config, output_head_name
@@ -69,7 +69,7 @@ def inject(
         wrapped.train(base.training)
         _put(model, name, wrapped)
     if config.router == "prompt":
-        watch_prompts(model)
+        watch_prompts(model, context.prompts)
     if config.init == "svd":
         start(model)
     rows = ((layer.base, layer.experts.rows) for _, layer in adapted_layers(model))
@@ -80,6 +80,7 @@ def inject(
 def eject(model: nn.Module) -> None:
     """Take all experts and routers off the model again; it is the base, still frozen."""
     for name, layer in list(adapted_layers(model)):
+        unwatch_prompts(model, layer.context.prompts)
         _put(model, name, layer.base)
         block = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer.router, BlockRouter) and hasattr(block, "router"):

@@ -162,7 +162,7 @@ def check_svd_start(model: nn.Module, config: AdapterConfig, names: list[str]) -
         if others:
             raise ModelError(
                 f"adapter.init is 'svd', which changes the weight of {name}, but {listing(others)} has the same one. "
-                f"Take {name} out of adapter.target_modules, or set adapter.init to kaiming."
+                f"Take {name} out of adapter.target_modules (or adapter.lora_modules), or set adapter.init to kaiming."
             )
 
 

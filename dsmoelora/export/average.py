@@ -122,8 +122,8 @@ def mean_loss(model: Any, samples: InstructionDataset, num_samples: int) -> floa
     num_supervised = 0
     for index in range(min(num_samples, len(samples))):
         ids, labels = (torch.tensor(part, device=model.device) for part in samples.sample(index))
-        with torch.no_grad():
-            logits_SV = model(input_ids=ids[None], use_cache=False).logits[0]
+        with torch.no_grad():  # labels tell router `prompt` where the prompt ends
+            logits_SV = model(input_ids=ids[None], labels=labels[None], use_cache=False).logits[0]
         nll_sum += nn.functional.cross_entropy(
             logits_SV[:-1].float(), labels[1:], ignore_index=IGNORED, reduction="sum"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import adapted_layers, batch_context
+from dsmoelora.adapters import adapted_layers, batch_context, eject
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.errors import ModelError
 
@@ -127,3 +128,19 @@ def test_a_copy_of_the_model_remembers_its_own_prompt(model: Any) -> None:
             layer.experts.b.data.zero_()
         assert torch.equal(copied.generate(token_ids(), **kwargs), before)
         assert not torch.equal(model.generate(token_ids(), **kwargs), before)
+
+
+def test_eject_gives_the_base_back_and_leaves_a_copy_alone(model: Any) -> None:
+    kwargs: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    copied = copy.deepcopy(model)
+    gates = watch_gates(model)
+    eject(copied)
+    assert copied.generate == types.MethodType(LlamaForCausalLM.generate, copied)
+    assert not copied._forward_pre_hooks
+    with torch.no_grad():
+        base_BSV = copied(token_ids()).logits
+        copied.generate(token_ids(), **kwargs)
+        model.generate(token_ids(), **kwargs)
+        assert len(gates) == 4 and torch.equal(gates[3][:, 0], gates[0][:, 0]), "still watched"
+        inject(copied, AdapterConfig(r=2, num_experts=4, top_k=2, router="prompt"))
+        assert torch.equal(copied(token_ids()).logits, base_BSV)

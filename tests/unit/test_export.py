@@ -42,6 +42,7 @@ BLOCKS = AdapterConfig(
     target_modules=["gate_proj", "up_proj", "down_proj"],
     lora_modules=["q_proj"],
 )
+PROMPTS = replace(CONFIG, router="prompt")
 ROWS = [{"instruction": f"Say {word}.", "output": word} for word in ("yes", "no", "perhaps", "never")]
 
 
@@ -217,7 +218,7 @@ def test_mixers_that_are_missing_are_not_left_out_in_silence(adapter: Path, tmp_
         read_experts(odd)
 
 
-@pytest.mark.parametrize("config", [CONFIG, BLOCKS], ids=["per-linear", "ffn-block"])
+@pytest.mark.parametrize("config", [CONFIG, BLOCKS, PROMPTS], ids=["per-linear", "ffn-block", "prompt"])
 def test_the_average_is_the_mixture_with_each_gate_at_its_mean(
     base_path: Path, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, config: AdapterConfig
 ) -> None:
@@ -259,6 +260,8 @@ def chat_of(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], range]:
 
 
 def nll(model: Any, ids: list[int], answer: range) -> float:
+    for _, layer in adapted_layers(model):
+        layer.context.prompt_BS = torch.arange(len(ids))[None] < answer.start
     with torch.no_grad():
         logits_SV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return -sum(float(logits_SV[place - 1, ids[place]]) for place in answer)

@@ -16,11 +16,11 @@ from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters.routers.bias import SigmoidBiasRouter
 from dsmoelora.adapters.routers.linear import LinearRouter, NoisyRouter, SingleExpertRouter, ThresholdRouter
 from dsmoelora.adapters.routers.parts import RouterPlace
-from dsmoelora.adapters.routers.prompt import PromptRouter, watch_prompts
+from dsmoelora.adapters.routers.prompt import PromptRouter, unwatch_prompts, watch_prompts
 from dsmoelora.adapters.routers.rules import all_rule, top_k_rule, top_p_rule
 from dsmoelora.config import AdapterConfig
 
-__all__ = ["BUILDERS", "RouterPlace", "build_router", "routers", "watch_prompts"]
+__all__ = ["BUILDERS", "RouterPlace", "build_router", "routers", "unwatch_prompts", "watch_prompts"]
 
 # The options that a router reads are there: see `adapter_options`.
 BUILDERS: dict[RouterName, Callable[[RouterPlace, Any], nn.Module]] = {

@@ -7,7 +7,7 @@ where the call goes on from a key-value cache, the last prompt's gates hold.
 
 from __future__ import annotations
 
-import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,14 +84,9 @@ class PromptRouter(nn.Module):
         self._layer, self._context = place.layer, place.context
         self._rule, self._report = rule, Report(place)
 
-    @property
-    def memory(self) -> PromptMemory:
-        """What all routers of the model remember of the last prompt."""
-        return self._context.prompts
-
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool, the same for a sequence."""
-        memory = self.memory
+        memory = self._context.prompts
         if self._context.prompt_BS is None and memory.goes_on:
             gate_BE, selected_BE = memory.gates[self._layer]
         else:
@@ -105,7 +100,7 @@ class PromptRouter(nn.Module):
     def _prompt(self, x_TD: Tensor) -> Tensor:
         prompt_BS = self._context.prompt_BS
         if prompt_BS is None:
-            prompt_BS = self.memory.prompt_BS
+            prompt_BS = self._context.prompts.prompt_BS
         if prompt_BS is None or prompt_BS.numel() != len(x_TD):
             raise ModelError(
                 f"{self._layer} has the router `prompt`, but does not know which of its {len(x_TD)} tokens are the "
@@ -118,24 +113,27 @@ def _for_all_tokens(value_BE: Tensor, num_tokens: int) -> Tensor:
     return value_BE.unsqueeze(1).expand(-1, num_tokens, -1).flatten(0, 1)
 
 
-def watch_prompts(model: nn.Module) -> None:
+def watch_prompts(model: nn.Module, memory: PromptMemory) -> None:
     """Let routers know, whenever the model is called, which tokens are the prompt or that they go on from one.
 
     Args:
         model: a causal language model of transformers with this router in it
+        memory: what these routers read
     """
-    model.register_forward_pre_hook(_before_call, with_kwargs=True)
+    memory.watch = model.register_forward_pre_hook(partial(_before_call, memory), with_kwargs=True)
     if hasattr(model, "generate"):
-        # A method of this model alone: a copy of the model gets one of its own.
-        model.generate = types.MethodType(_generate_from_one_prompt, model)  # type: ignore[assignment]
+        # Of this model alone: a copy of the model gets one of its own.
+        model.generate = partial(_generate_from_one_prompt, memory, model)  # type: ignore[assignment]
 
 
-def _memory_of(model: nn.Module) -> PromptMemory:
-    return next(module for module in model.modules() if isinstance(module, PromptRouter)).memory
+def unwatch_prompts(model: nn.Module, memory: PromptMemory) -> None:
+    """Undo `watch_prompts`, if it was called."""
+    if memory.watch is not None:
+        memory.watch.remove()
+        vars(model).pop("generate", None)  # that of its class is there again
 
 
-def _before_call(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-    memory = _memory_of(model)
+def _before_call(memory: PromptMemory, _: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
     cache = inputs.get("past_key_values")
     has_past = cache is not None and cache.get_seq_length() > 0
     memory.goes_on = bool(memory.gates) and (has_past or memory.is_generating)
@@ -151,9 +149,8 @@ def _before_call(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
     memory.prompt_BS = prompt_tokens(mask_BS, inputs.get("labels"))
 
 
-def _generate_from_one_prompt(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate_from_one_prompt(memory: PromptMemory, model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own `generate`, in which the gates of the first call hold for all others."""
-    memory = _memory_of(model)
     memory.gates.clear()
     memory.is_generating = True
     try:
