@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -129,7 +130,8 @@ def run_guarded(body: Callable[[], None]) -> int:
     """Run a program and return its exit code; a `UserError` is said once, without a traceback.
 
     Rank 0 says it, or where a rank is gone the lowest of those that remain. The others leave after it: launchers end
-    all processes as soon as one has failed, and might end the speaker before it has spoken.
+    all processes as soon as one has failed, and might end the speaker before it has spoken. Any other error is a fault
+    of the program, and every rank that meets one prints its traceback.
     """
     try:
         body()
@@ -143,6 +145,14 @@ def run_guarded(body: Callable[[], None]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except SystemExit:
+        raise
+    except BaseException:
+        # Now, for the interpreter would print it after the shutdown below, which may end the process.
+        sys.stdout.flush()
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
     finally:
         # Only a program that came as far as the process group has loaded DeepSpeed, and has something to leave.
         comm = sys.modules.get("dsmoelora.parallel.comm")

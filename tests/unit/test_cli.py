@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import typing
 from pathlib import Path
@@ -14,6 +15,7 @@ from dsmoelora.cli import DEFAULT_DEEPSPEED, parse_command, run_guarded
 from dsmoelora.config import DataSource, Recipe
 from dsmoelora.data.formats import FORMATS
 from dsmoelora.errors import ConfigError
+from dsmoelora.parallel.stopping import Stopped
 from dsmoelora.recipe_file import recipe_yaml
 
 RECIPE = """
@@ -241,9 +243,26 @@ def test_errors_are_said_once_on_rank_zero_without_a_traceback(
     assert said == ["error: optim.lr is [red]0[/red], but ...\n", ""]
 
 
-def test_other_errors_keep_their_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_guarded(lambda: print(1 // 0))
+@pytest.mark.parametrize("error", [ZeroDivisionError, Stopped])
+def test_other_errors_are_said_with_their_traceback_before_the_group_is_left(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Leaving waits for the other ranks, and may end the process."""
+    said: list[str] = []
+
+    def fail() -> None:
+        raise error("by mistake")
+
+    monkeypatch.setattr("dsmoelora.parallel.comm.shutdown", lambda: said.append(capsys.readouterr().err))
+    assert run_guarded(fail) == 1
+    (before_leaving,) = said
+    assert "Traceback" in before_leaving and "in fail" in before_leaving
+    assert f"{error.__name__}: by mistake" in before_leaving
+
+
+def test_a_program_that_exits_keeps_its_code() -> None:
+    with pytest.raises(SystemExit, match="3"):
+        run_guarded(lambda: sys.exit(3))
 
 
 def test_success_is_code_zero() -> None:
