@@ -201,7 +201,7 @@ class Engine:
             sums[0] += nll.detach()
             sums[1] += micro_batch.attention_mask.sum()
             if micro_batch is not micro_batches[-1]:
-                self._deepspeed.step()  # counts the micro-batch
+                zero.step(self._deepspeed)  # counts the micro-batch
         sums[2] = float(self.stop.asked)
         parts = (sums, self._routing.sums, self._contrast.sums)
         sums, routing, contrast = comm.sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
@@ -210,7 +210,7 @@ class Engine:
         self.stop.agreed |= num_asked > 0
         own_norm = zero.unchecked_grad_norm(self._deepspeed)
         self.optimizer.skip = not (math.isfinite(nll_sum) and math.isfinite(own_norm or 0.0))
-        self._deepspeed.step()
+        zero.step(self._deepspeed)
         skipped = self.optimizer.skip or not zero.step_was_applied(self._deepspeed)
         self.optimizer.skip = False
         self.schedule.step()

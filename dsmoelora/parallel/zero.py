@@ -275,6 +275,26 @@ def load_loss_scaler_state(engine: deepspeed.DeepSpeedEngine, state: dict[str, f
         setattr(engine.optimizer.loss_scaler, name, state[name])
 
 
+def step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """`engine.step()` with one loss scale from its beginning to its end (collective).
+
+    DeepSpeed changes fp16's scale in the midst of a step and then divides by the new one what was multiplied by the
+    old: in every step that raises it gradients, their norm, or both would come out halved.
+    """
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not isinstance(scaler, DynamicLossScaler):
+        engine.step()
+        return
+    overflows: list[bool] = []
+    scaler.update_scale = overflows.append
+    try:
+        engine.step()
+    finally:
+        del scaler.update_scale
+    for overflow in overflows:
+        scaler.update_scale(overflow)
+
+
 def step_was_applied(engine: deepspeed.DeepSpeedEngine) -> bool:
     """Whether the last step went through; ZeRO drops a step whose gradient norm is not finite on any rank."""
     return bool(engine.was_step_applied())

@@ -12,13 +12,14 @@ from deepspeed.accelerator import get_accelerator
 
 from dsmoelora.config import Recipe
 from tests.conftest import PoolFactory
-from tests.engine_ranks import Job, Pieces, batches_of, build_engine, numbers_of
-from tests.plain_training import ADAMW, make_base, make_recipe, train_plainly
+from tests.engine_ranks import Job, Pieces, batches_of, build_engine, numbers_of, put_together
+from tests.plain_training import ADAMW, SGD, make_base, make_recipe, train_plainly
 
 pytestmark = pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="the accelerator has no fp16")
 
 NUM_STEPS = 6
 FULL = 2.0**16  # DeepSpeed's first scale; the first overflow leaves it as it is, every further one halves it
+SMALL = 2.0**10  # can double in every step and overflow in none
 
 
 @dataclass
@@ -63,11 +64,13 @@ def same(one: dict[str, Pieces], other: dict[str, Pieces]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    recipe = make_recipe(
-        make_base(tmp_path_factory.mktemp("base")), adapter={}, optim=ADAMW, max_steps=NUM_STEPS, seed=33
-    )
-    return replace(recipe, model=replace(recipe.model, dtype="fp16"))
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def recipe(base: Path) -> Recipe:
+    return in_dtype(make_recipe(base, adapter={}, optim=ADAMW, max_steps=NUM_STEPS, seed=33), "fp16")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -77,7 +80,8 @@ def test_losses_stay_close_to_fp32(worker_pool: PoolFactory, recipe: Recipe, sta
     job = Job(recipe, 2, zero={"stage": stage}, partitioned=stage == 3)
     if preconditioner == "scaled":
         job = replace(job, recipe=replace(recipe, optim=replace(recipe.optim, preconditioner="scaled")))
-        reference = worker_pool(2).run(train_with_overflows, replace(job, recipe=in_fp32(job.recipe)), ())[0].losses
+        job_in_fp32 = replace(job, recipe=in_dtype(job.recipe, "fp32"))
+        reference = worker_pool(2).run(train_with_overflows, job_in_fp32, ())[0].losses
     else:
         reference = train_plainly(recipe).losses
     for told in worker_pool(2).run(train_with_overflows, job, ()):
@@ -86,11 +90,11 @@ def test_losses_stay_close_to_fp32(worker_pool: PoolFactory, recipe: Recipe, sta
         assert told.losses != reference, "nothing was computed in fp16"
 
 
-def in_fp32(recipe: Recipe) -> Recipe:
-    return replace(recipe, model=replace(recipe.model, dtype="fp32"))
+def in_dtype(recipe: Recipe, dtype: Any) -> Recipe:
+    return replace(recipe, model=replace(recipe.model, dtype=dtype))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_all_ranks_skip_what_overflows_on_one_and_lower_the_scale(
     worker_pool: PoolFactory, recipe: Recipe, stage: int
 ) -> None:
@@ -101,6 +105,41 @@ def test_all_ranks_skip_what_overflows_on_one_and_lower_the_scale(
         moved = [not same(*pair) for pair in zip(told.numbers, told.numbers[1:], strict=False)]
         assert moved == [not skipped for skipped in told.skipped]
         assert torch.tensor(told.losses).isfinite().all()
+
+
+def train_while_the_scale_grows(job: Job) -> tuple[Told, list[float]]:
+    """Train with a scale that doubles in every step but the first; also the norms of the gradients."""
+    from dsmoelora.parallel import zero
+
+    engine = build_engine(job)
+    scaler = engine._deepspeed.optimizer.loss_scaler
+    scaler.cur_scale, scaler.scale_window = SMALL, 1
+    told, norms = Told(), []
+    for step in range(NUM_STEPS):
+        result = engine.train_step(batches_of(job, step))
+        told.losses.append(result.loss)
+        told.scales.append(zero.loss_scale(engine._deepspeed))
+        norms.append(result.grad_norm)
+    told.numbers.append(numbers_of(engine))
+    return told, norms
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_that_raises_the_scale_is_as_long_as_any(worker_pool: PoolFactory, base: Path, stage: int) -> None:
+    """Plain SGD without clipping moves by the gradient itself: one that is halved shows in the weights."""
+    recipe = make_recipe(base, adapter={}, optim=SGD | {"momentum": 0.0}, max_steps=NUM_STEPS, seed=33)
+    expected = train_plainly(recipe)
+    job = Job(in_dtype(recipe, "fp16"), zero={"stage": stage}, partitioned=stage == 3)
+    ranks = worker_pool(2).run(train_while_the_scale_grows, job)
+    for told, norms in ranks:
+        assert told.scales == [SMALL * 2**step for step in range(NUM_STEPS)]
+        torch.testing.assert_close(told.losses, expected.losses, rtol=2e-3, atol=0)
+        torch.testing.assert_close(norms, expected.grad_norms, rtol=1e-2, atol=0)
+    shapes = {name: value.shape for name, value in expected.weights.items()}
+    for name, value in put_together([told.numbers[-1] for told, _ in ranks], "value", shapes).items():
+        if name.endswith("experts.b"):  # it started at 0, and goes so far that fp16 rounds little of it
+            error = (value - expected.weights[name]).norm() / expected.weights[name].norm()
+            assert error < 0.02, f"{name} differs by {error:.2f} of the way it went"
 
 
 def test_a_resumed_run_goes_on_with_the_scale(worker_pool: PoolFactory, recipe: Recipe, tmp_path: Path) -> None:
