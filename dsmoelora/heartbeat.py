@@ -16,6 +16,8 @@ from enum import StrEnum
 from pathlib import Path
 
 FOLDER = "heartbeat"
+INTERVAL_S = 5.0  # between two signs of a rank, at most
+_FRESH_S = 60.0  # as old may a living rank's sign look where clocks of nodes differ
 _FILE_BYTES = 512  # of a file; room for the longest host name and a reason
 _REASON_CHARS = 160
 
@@ -86,6 +88,10 @@ class Sign:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
 
+    def is_fresh(self) -> bool:
+        """Whether the writer may live; a crash leaves a fresh sign behind for a while."""
+        return self.phase not in ENDED and time.time() - self.alive < _FRESH_S
+
     def __str__(self) -> str:
         at = time.strftime("%H:%M:%S", time.localtime(self.alive))
         what = f"{self.phase} at step {self.step}" + (f": {self.reason}" if self.reason else "")
@@ -102,6 +108,31 @@ def clear_signs(folder: Path) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for file in (folder / FOLDER).glob("rank-*.json"):
         file.unlink()
+
+
+def running_elsewhere(folder: Path) -> Sign | None:
+    """The sign of rank 0 of another start of the run in `folder` that is alive now.
+
+    Takes three signs' time where the last start ended without a word a moment ago on another node.
+    """
+    sign = read_sign(folder, 0)
+    if sign is None or not sign.is_fresh() or _has_ended_here(sign) or silent_ranks(folder, [0], 3 * INTERVAL_S):
+        return None
+    sign = read_sign(folder, 0)
+    return sign if sign and sign.phase not in ENDED else None
+
+
+def _has_ended_here(sign: Sign) -> bool:
+    """Whether the writer was a process of this node that is no more, or this very process."""
+    if sign.host != socket.gethostname():
+        return False
+    try:
+        os.kill(sign.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's process
+        return False
+    return sign.pid == os.getpid()
 
 
 def write_sign(folder: Path, sign: Sign) -> None:

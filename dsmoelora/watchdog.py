@@ -19,14 +19,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsmoelora.errors import LostRankError
-from dsmoelora.heartbeat import Heartbeat, Phase, Sign, clear_signs, read_sign, silent_ranks, write_sign
+from dsmoelora.errors import ConfigError, LostRankError
+from dsmoelora.heartbeat import (
+    INTERVAL_S,
+    Heartbeat,
+    Phase,
+    Sign,
+    clear_signs,
+    read_sign,
+    running_elsewhere,
+    silent_ranks,
+    write_sign,
+)
 from dsmoelora.parallel import comm
+from dsmoelora.parallel.stopping import STOP_FILE
 
 logger = logging.getLogger(__name__)
 
 HANG_EXIT_CODE = 75
-_MAX_INTERVAL_S = 5.0
 _MIN_PATIENCE_S = 3.0
 _REMEDY = "The newest whole checkpoint is untouched: start again with `--resume auto`"
 
@@ -40,9 +50,10 @@ def watched(folder: Path, hang_timeout_s: float) -> Iterator[Heartbeat]:
         hang_timeout_s: how long nothing may happen
 
     Raises:
+        ConfigError: another start of this run is alive
         LostRankError: instead of a collective's error, when a peer is gone
     """
-    comm.together(lambda: clear_signs(folder) if comm.rank() == 0 else None)
+    comm.together(lambda: _claim(folder) if comm.rank() == 0 else None)
     comm.set_timeout(hang_timeout_s)
     watchdog = Watchdog(folder, Heartbeat(), hang_timeout_s, comm.rank(), comm.world_size())
     watchdog.start()
@@ -56,6 +67,17 @@ def watched(folder: Path, hang_timeout_s: float) -> Iterator[Heartbeat]:
         watchdog.stop(Phase.LEFT, "another rank was gone")
         raise lost from error
     watchdog.stop(Phase.DONE)
+
+
+def _claim(folder: Path) -> None:
+    """Two jobs in one folder would remove each other's half-written checkpoints."""
+    other = running_elsewhere(folder)
+    if other is not None:
+        raise ConfigError(
+            f"{folder} is in use: {other} is alive. Wait for its end, stop it (touch {folder / STOP_FILE}), or set "
+            "another run.name."
+        )
+    clear_signs(folder)
 
 
 class Watchdog:
@@ -74,7 +96,7 @@ class Watchdog:
         self.heartbeat = heartbeat
         self._folder, self._timeout_s = folder, hang_timeout_s
         self._rank, self._others = rank, [other for other in range(world_size) if other != rank]
-        self._interval_s = min(_MAX_INTERVAL_S, hang_timeout_s / 8)
+        self._interval_s = min(INTERVAL_S, hang_timeout_s / 8)
         self._patience_s = max(_MIN_PATIENCE_S, 3 * self._interval_s)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from threading import Thread
+
+from dsmoelora.heartbeat import Phase, Sign, write_sign
 from tests.bad_input.bench import ROW, Bench, Case, cut, override
 
 
@@ -45,6 +49,18 @@ def resume_other_data(bench: Bench) -> list[str]:
     return [*argv, "--run.name", "new", "--resume", str(bench.checkpoint)]
 
 
+def run_in_use(bench: Bench) -> list[str]:
+    """On another node a rank 0 gives signs of life while the case is tried."""
+
+    def live() -> None:
+        for _ in range(100):
+            write_sign(bench.run, Sign(0, 2, Phase.TRAIN, time.time(), time.time(), host="elsewhere"))
+            time.sleep(0.2)
+
+    Thread(target=live, daemon=True).start()
+    return bench.train("--resume", "auto")
+
+
 AFTER_A_RUN: dict[str, Case] = {
     "the folder holds a run already": override(),
     "`--resume` names no folder": no_checkpoint_there,
@@ -53,6 +69,7 @@ AFTER_A_RUN: dict[str, Case] = {
     "the disk is too small": override("--run.name", "new", "--train.keep_checkpoints", 10**12),
 }
 LATE: dict[str, Case] = {
+    "another job is at work in the run folder": run_in_use,
     "a file of the checkpoint is cut short": cut_checkpoint,
     "a bit of the checkpoint has turned": rotten_checkpoint,
     "the checkpoint's index is damaged": broken_index,

@@ -9,13 +9,25 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dsmoelora.heartbeat import Heartbeat, Phase, Sign, clear_signs, read_sign, sign_file, silent_ranks, write_sign
+from dsmoelora.errors import ConfigError
+from dsmoelora.heartbeat import (
+    Heartbeat,
+    Phase,
+    Sign,
+    clear_signs,
+    read_sign,
+    running_elsewhere,
+    sign_file,
+    silent_ranks,
+    write_sign,
+)
 from dsmoelora.parallel import comm
-from dsmoelora.watchdog import HANG_EXIT_CODE, Watchdog
+from dsmoelora.watchdog import HANG_EXIT_CODE, Watchdog, watched
 
 
 def sign(rank: int, phase: Phase = Phase.TRAIN, alive: float = 1000.0, reason: str = "") -> Sign:
@@ -66,6 +78,52 @@ def test_nobody_waits_when_all_live(folder: Path) -> None:
     begin = time.monotonic()
     assert silent_ranks(folder, [0], patience_s=60.0) == {}
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_folder_that_another_start_uses_is_refused(
+    folder: Path, is_here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever writes signs is alive: a process of this node, or of another."""
+    monkeypatch.setattr("dsmoelora.heartbeat.INTERVAL_S", 1.0)
+    place = {"pid": os.getppid()} if is_here else {"host": "elsewhere", "pid": 1}
+    write_sign(folder, Sign(0, 7, Phase.TRAIN, 0.0, time.time(), **place))
+    threading.Timer(0.2, write_sign, (folder, Sign(0, 8, Phase.TRAIN, 0.0, time.time(), **place))).start()
+    expected = r"is in use: rank 0 \(host .* at step 8\) is alive.*set another run.name"
+    with pytest.raises(ConfigError, match=expected), watched(folder, 60.0):
+        pass
+    found = read_sign(folder, 0)
+    assert found is not None and found.step == 8, "nothing of the other's is removed"
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return child.pid
+
+
+@pytest.mark.parametrize(
+    ("phase", "age_s", "place"),
+    [
+        (Phase.DONE, 0.0, {"host": "elsewhere"}),
+        (Phase.TRAIN, 3600.0, {"host": "elsewhere"}),
+        (Phase.TRAIN, 0.0, {"pid": dead_pid()}),
+        (Phase.TRAIN, 0.0, {"pid": os.getpid()}),
+    ],
+)
+def test_what_an_ended_start_left_behind_is_no_obstacle(
+    folder: Path, phase: Phase, age_s: float, place: dict[str, Any]
+) -> None:
+    write_sign(folder, Sign(0, 7, phase, 0.0, time.time() - age_s, **place))
+    begin = time.monotonic()
+    assert running_elsewhere(folder) is None
+    assert time.monotonic() - begin < 5, "nobody waits"
+
+
+def test_a_start_that_was_killed_on_another_node_is_no_obstacle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmoelora.heartbeat.INTERVAL_S", 0.2)
+    write_sign(folder, Sign(0, 7, Phase.TRAIN, 0.0, time.time(), host="elsewhere"))
+    assert running_elsewhere(folder) is None
 
 
 def explain(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, bool]:
