@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +25,13 @@ from rich.text import Text
 
 from dsmoelora.cli import parse_command, run_guarded
 from dsmoelora.errors import ConfigError
-from dsmoelora.heartbeat import ENDED, read_sign
+from dsmoelora.heartbeat import read_sign
 from dsmoelora.metrics_file import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"srun": "train.sbatch", "torchrun": "train_torchrun.sbatch", "deepspeed": "train_deepspeed.sbatch"}
 # Options of sbatch that are handed on as they are.
 PASSED = ("partition", "account", "qos", "time", "cpus-per-task", "constraint", "dependency")
-_FRESH_S = 60.0  # a running rank gives a sign of life every five seconds
 _SLURM_TIMEOUT_S = 60.0  # its commands wait for ever when its controller is down
 
 
@@ -51,10 +49,8 @@ def main() -> None:
         return
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch is not on this machine's PATH. Submit from a login node, or look with --dry-run.")
-    (ROOT / "logs").mkdir(exist_ok=True)  # Slurm opens the log file and makes no folder for it
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S
-    )
+    Path("logs").mkdir(exist_ok=True)  # Slurm opens the log file and makes no folder for it
+    done = ask_slurm(command, variables)
     if done.returncode:
         raise ConfigError(f"sbatch refused: {done.stderr.strip()} The command was: {shlex.join(command)}")
     console.print(done.stdout.strip())
@@ -81,8 +77,11 @@ def sbatch_command(options: argparse.Namespace, train_argv: list[str]) -> tuple[
     """The words of the command, and the variables that it needs.
 
     Raises:
-        ConfigError: the recipe is wrong, or its batch cannot be dealt out to that many ranks
+        ConfigError: this is not the project's folder, the recipe is wrong, or its batch cannot be dealt out to that
+            many ranks
     """
+    if Path.cwd() != ROOT:  # the job begins where it is submitted, and so must every path of the command
+        raise ConfigError(f"The job's files are named from {ROOT}. Submit there: cd {shlex.quote(str(ROOT))}")
     recipe = parse_command(train_argv).recipe
     recipe.train.accumulation_steps(options.nodes * options.gpus_per_node)
     tasks = options.gpus_per_node if options.launcher == "srun" else 1
@@ -143,7 +142,7 @@ def _look(folder: Path, jobs: dict[str, tuple[str, str]]) -> Run:
     sign = read_sign(folder, 0)
     if (folder / "DONE").exists():
         state, job_left = "done", "-"
-    elif sign is not None and sign.phase not in ENDED and time.time() - sign.alive < _FRESH_S:
+    elif sign is not None and sign.is_fresh():
         state = f"running ({sign.phase})"
     left = _estimate(folder, step, all_steps) if state.startswith("running") else "-"
     return Run(folder.name, state, f"{step}/{all_steps}", f"{losses[-1]:.4f}" if losses else "-", left, job_left)
@@ -163,13 +162,24 @@ def queued_jobs() -> dict[str, tuple[str, str]]:
     """State and time left of the user's jobs, by name; none where there is no Slurm."""
     if shutil.which("squeue") is None:
         return {}
-    command = ["squeue", "--me", "--noheader", "--format=%j|%T|%L"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise ConfigError("squeue gives no answer: Slurm's controller is down or out of reach. Try later.") from None
+    done = ask_slurm(["squeue", "--me", "--noheader", "--format=%j|%T|%L"])
     parts = [line.rsplit("|", 2) for line in done.stdout.splitlines()]
     return {name: (state.lower(), left) for name, state, left in parts}
+
+
+def ask_slurm(command: list[str], variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm, with these variables beside those of the environment.
+
+    Raises:
+        ConfigError: no answer comes
+    """
+    env = os.environ | (variables or {})
+    try:
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"{command[0]} gives no answer: Slurm's controller is down or out of reach. Try later."
+        ) from None
 
 
 def table(runs: list[Run]) -> Table:

@@ -96,8 +96,8 @@ nodes_answer() {
 }
 
 # The folder of the run that these arguments of launch/train.py describe.
-# shellcheck disable=SC2154  # env.sh names python
-folder_of() { "$python" launch/train.py "$@" --print_folder; }
+# shellcheck disable=SC2154  # env.sh names both
+folder_of() { "${container[@]}" "$python" launch/train.py "$@" --print_folder; }
 
 # The number of the run's newest checkpoint, 0 where there is none.
 newest_checkpoint() {

@@ -15,7 +15,7 @@ container=()
 python=python
 [[ -x .venv/bin/python ]] && python=$PWD/.venv/bin/python
 # DeepSpeed looks for ninja in PATH when it compiles an operator.
-PATH="$(dirname "$(command -v "$python")"):$PATH"
+if command -v "$python" >/dev/null; then PATH="$(dirname "$(command -v "$python")"):$PATH"; fi
 export PATH
 
 # --- Folders ----------------------------------------------------------------------------------------------------------

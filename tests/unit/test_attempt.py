@@ -17,6 +17,7 @@ SCRIPT = f"""
 set -euo pipefail
 source {ROOT}/slurm/attempt.sh
 python=./python
+container=(./inside)
 scontrol() {{ echo "requeued $2"; kill $$; }}
 export -f scontrol
 timeout() {{ shift; "$@"; }}
@@ -28,8 +29,10 @@ run_attempt bash step.sh
 
 def start(folder: Path, step: str, **variables: str) -> subprocess.Popen[str]:
     """The script in a folder of its own, in which `step` is what the ranks do."""
-    (folder / "python").write_text("#!/bin/sh\necho run\n")
-    (folder / "python").chmod(0o755)
+    # python is to be found in the container alone
+    for name, text in (("inside", "shift; echo run"), ("python", "exit 1")):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
     (folder / "step.sh").write_text(step)
     (folder / "run" / "checkpoint-5").mkdir(parents=True)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1"}

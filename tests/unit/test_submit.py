@@ -50,6 +50,27 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_before_it_is_submitted(r
         submit.sbatch_command(options, rest)
 
 
+def test_it_is_submitted_from_the_project_so_that_job_and_check_read_the_same_files(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options, rest = submit.parse_options(["--config", recipe])
+    with pytest.raises(ConfigError, match=r"Submit there: cd "):
+        submit.sbatch_command(options, rest)
+
+
+@pytest.mark.parametrize("program", ["sbatch", "squeue"])
+def test_a_controller_that_is_silent_is_said_to_be(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / program).write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(submit, "_SLURM_TIMEOUT_S", 0.5)
+    with pytest.raises(ConfigError, match=f"{program} gives no answer"):
+        submit.ask_slurm([program])
+
+
 def make_run(root: Path, name: str, steps: int) -> Path:
     folder = root / name
     folder.mkdir(parents=True)
