@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors.torch import load_file
 
-from dsmoelora.metrics_file import read_metrics
+from dsmoelora.run_files import read_metrics
 from tests.helpers_distributed import base_environment
 from tests.launched import Ranks, last_step, make_workshop
 

@@ -26,7 +26,7 @@ from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
 from dsmoelora.inputs import check_takes_positions
 from dsmoelora.model import check_weights, load_model_config, load_tokenizer, model_without_weights, without_dropout
 from dsmoelora.optim import trainables
-from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_all, run_folder
+from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_all
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _FP32_BYTES = 4
@@ -70,7 +70,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _check_batches(plan, recipe, world_size)
     check_layout(recipe, world_size)
     check_run_folder(recipe, resume)
-    _check_access(plan, run_folder(recipe))
+    _check_access(plan, recipe.run.folder)
     _check_trackers(recipe.train.report_to)
     _check_data(plan, recipe)
     merge_config(recipe, deepspeed, world_size)
@@ -286,7 +286,7 @@ def _check_disk(plan: Plan, recipe: Recipe, adapter: int) -> None:
     Raises:
         ConfigError: the disk of the run folder has less
     """
-    optim, folder = recipe.optim, run_folder(recipe)
+    optim, folder = recipe.optim, recipe.run.folder
     num_moments = 2 if optim.name == "adamw" else int(optim.momentum > 0)
     # with `init: svd` checkpoints and adapter hold the experts' start beside their values
     start, itemsize = int(recipe.adapter.init == "svd"), recipe.model.torch_dtype.itemsize

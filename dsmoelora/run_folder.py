@@ -13,15 +13,7 @@ from dsmoelora.checkpoint.training_state import newest_whole_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.errors import CheckpointError, ConfigError, listing
 from dsmoelora.recipe_file import recipe_yaml
-
-RECIPE_FILE = "recipe.yaml"
-DEEPSPEED_FILE = "deepspeed.json"
-_RESULTS = ("metrics.jsonl", "adapter")
-
-
-def run_folder(recipe: Recipe) -> Path:
-    """`runs/<name>`."""
-    return recipe.run.folder
+from dsmoelora.run_files import ADAPTER_FOLDER, DEEPSPEED_FILE, METRICS_FILE, RECIPE_FILE
 
 
 def check_run_folder(recipe: Recipe, resume: str) -> None:
@@ -35,9 +27,9 @@ def check_run_folder(recipe: Recipe, resume: str) -> None:
         ConfigError: the folder holds an earlier run and `resume` is `none`, or it cannot be written
         CheckpointError: `resume` names no checkpoint, or one that newer ones of the same run follow
     """
-    folder = run_folder(recipe)
+    folder = recipe.run.folder
     _check_writable(folder)
-    results = [name for name in _RESULTS if (folder / name).exists()] if folder.exists() else []
+    results = [name for name in (METRICS_FILE, ADAPTER_FOLDER) if (folder / name).exists()] if folder.exists() else []
     checkpoints = folders.candidates(folder) if folder.exists() else []
     found = [path.name for path in checkpoints] + results
     same_run = resume == "auto" or (resume != "none" and Path(resume).resolve().parent == folder.resolve())
@@ -55,7 +47,7 @@ def find_checkpoint(recipe: Recipe, resume: str) -> Path | None:
     if resume == "none":
         return None
     if resume == "auto":
-        return newest_whole_checkpoint(run_folder(recipe))
+        return newest_whole_checkpoint(recipe.run.folder)
     return Path(resume)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 
 from dsmoelora.callbacks import (
-    ADAPTER_FOLDER,
     Callback,
     Canary,
     MetricsFile,
@@ -28,10 +27,9 @@ from dsmoelora.engine import Engine, StepResult
 from dsmoelora.errors import CheckpointError
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.stopping import Stopped
+from dsmoelora.run_files import ADAPTER_FOLDER, DONE_FILE
 
 logger = logging.getLogger(__name__)
-
-DONE_FILE = "DONE"
 
 
 def default_callbacks(console: Console, trackers: Sequence[Callback]) -> list[Callback]:
@@ -218,7 +216,7 @@ class Trainer:
             "data": self._data_identity(),
             "stream": self._stream_state,
             "evaluations": self.run.evaluations,
-            "open_metrics": None if self._is_evaluated() else self.run.metrics,
+            "open_line": None if self._is_evaluated() else {"metrics": self.run.metrics, "tables": self.run.tables},
             "callbacks": {type(callback).__name__: kept for callback in self._callbacks if (kept := callback.state())},
         }
         checkpoint = self._engine.save(self.run.folder, state, self._engine.recipe.train.keep_checkpoints)
@@ -242,9 +240,13 @@ class Trainer:
         self._call("on_stop")
 
     def _mark_done(self, done: bool) -> None:
-        if comm.rank() == 0:
-            mark = self.run.folder / DONE_FILE
-            mark.touch() if done else mark.unlink(missing_ok=True)
+        mark = self.run.folder / DONE_FILE
+
+        def write() -> None:
+            if comm.rank() == 0:
+                mark.touch() if done else mark.unlink(missing_ok=True)
+
+        comm.together(write)
 
     def _resume(self, checkpoint: Path) -> None:
         state = self._engine.load(checkpoint)
@@ -261,9 +263,8 @@ class Trainer:
         self._saved_in = checkpoint
         self.run.start_step = self.run.step
         self.run.evaluations = [(int(step), float(loss)) for step, loss in state["evaluations"]]
-        if state["open_metrics"] is not None:
-            self.run.metrics = state["open_metrics"]
-            self.run.is_open = True
+        if (line := state["open_line"]) is not None:
+            self.run.metrics, self.run.tables, self.run.is_open = line["metrics"], line["tables"], True
         for callback in self._callbacks:
             kept = state["callbacks"].get(type(callback).__name__)
             if kept is not None:

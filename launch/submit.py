@@ -26,7 +26,7 @@ from rich.text import Text
 from dsmoelora.cli import parse_command, run_guarded
 from dsmoelora.errors import ConfigError
 from dsmoelora.heartbeat import read_sign
-from dsmoelora.metrics_file import METRICS_FILE, read_metrics
+from dsmoelora.run_files import DONE_FILE, METRICS_FILE, RECIPE_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"srun": "train.sbatch", "torchrun": "train_torchrun.sbatch", "deepspeed": "train_deepspeed.sbatch"}
@@ -124,7 +124,7 @@ def find_runs(root: Path, jobs: dict[str, tuple[str, str]]) -> list[Run]:
         root: e.g. `runs`
         jobs: (state, time left) by job name, which is the run's name for jobs of this program
     """
-    folders = [file.parent for file in root.glob("*/recipe.yaml")]
+    folders = [file.parent for file in root.glob(f"*/{RECIPE_FILE}")]
     folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     names = {folder.name for folder in folders}
     waiting = [Run(name, state, "-", "-", "-", left) for name, (state, left) in jobs.items() if name not in names]
@@ -132,7 +132,7 @@ def find_runs(root: Path, jobs: dict[str, tuple[str, str]]) -> list[Run]:
 
 
 def _look(folder: Path, jobs: dict[str, tuple[str, str]]) -> Run:
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     all_steps = int(recipe["train"]["max_steps"])
     metrics = folder / METRICS_FILE
     rows = read_metrics(metrics) if metrics.exists() else []
@@ -140,7 +140,7 @@ def _look(folder: Path, jobs: dict[str, tuple[str, str]]) -> Run:
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     state, job_left = jobs.get(folder.name, ("stopped", "-"))
     sign = read_sign(folder, 0)
-    if (folder / "DONE").exists():
+    if (folder / DONE_FILE).exists():
         state, job_left = "done", "-"
     elif sign is not None and sign.is_fresh():
         state = f"running ({sign.phase})"

@@ -95,11 +95,10 @@ def train(command: Command, console: Console) -> None:
     """Data, model, loop, until the end or until a request to stop (collective)."""
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.stopping import Stopped, StopRequest
-    from dsmoelora.run_folder import run_folder
     from dsmoelora.watchdog import watched
 
     comm.init()
-    folder = run_folder(command.recipe)
+    folder = command.recipe.run.folder
     stop = StopRequest(folder)
     with stop.listening(), watched(folder, command.recipe.train.hang_timeout_s) as heartbeat:
         try:
@@ -123,10 +122,10 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     from dsmoelora.engine import Engine
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.zero_config import merge_config
-    from dsmoelora.run_folder import find_checkpoint, run_folder, write_description
+    from dsmoelora.run_folder import find_checkpoint, write_description
     from dsmoelora.trainer import Trainer, default_callbacks
 
-    recipe, folder = command.recipe, run_folder(command.recipe)
+    recipe, folder = command.recipe, command.recipe.run.folder
     checkpoint = find_checkpoint(recipe, command.resume)
     console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
     train_data, eval_data = stop.together(lambda: load_data(recipe))

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from dsmoelora.metrics_file import read_metrics
+from dsmoelora.run_files import read_metrics
 from tests.helpers import tiny_llama
 from tests.helpers_distributed import free_port
 

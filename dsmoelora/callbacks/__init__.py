@@ -7,11 +7,10 @@ from dsmoelora.callbacks.memory import PeakMemory
 from dsmoelora.callbacks.metrics import MetricsFile
 from dsmoelora.callbacks.progress import ProgressBar
 from dsmoelora.callbacks.samples import Samples
-from dsmoelora.callbacks.summary import ADAPTER_FOLDER, Summary
+from dsmoelora.callbacks.summary import Summary
 from dsmoelora.callbacks.trackers import open_trackers
 
 __all__ = [
-    "ADAPTER_FOLDER",
     "Callback",
     "Canary",
     "MetricsFile",

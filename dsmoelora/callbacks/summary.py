@@ -11,9 +11,7 @@ from rich.console import Console
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
 from dsmoelora.callbacks.tensorboard import TENSORBOARD_FOLDER
-from dsmoelora.metrics_file import METRICS_FILE
-
-ADAPTER_FOLDER = "adapter"
+from dsmoelora.run_files import ADAPTER_FOLDER, METRICS_FILE
 
 
 class Summary(Callback):

@@ -84,10 +84,11 @@ def prune(root: Path, step: int, keep: int) -> None:
     Checkpoints that are plainly damaged do not count among those kept. Newer ones than `step` belong to a run that
     went on elsewhere, and folders without an index are not ours: both stay.
     """
-    ours = [(n, folder) for n, folder in _numbered(root, _CHECKPOINT) if n <= step and (folder / INDEX_NAME).exists()]
-    ours.sort(reverse=True)
-    kept = [folder for _, folder in ours if _looks_whole(folder)][:keep]
-    doomed = [(n, folder) for n, folder in ours if folder not in kept] + _numbered(root, _REPLACED)
+    try:
+        doomed = _superseded(root, step, keep)
+    except OSError as error:
+        _logger.warning("Old checkpoints in %s could not be listed: %s. Remove them by hand.", root, error)
+        return
     for n, folder in doomed:
         try:
             # Under the name of a left-over first: a crash in the middle must not leave half a checkpoint.
@@ -96,6 +97,13 @@ def prune(root: Path, step: int, keep: int) -> None:
             shutil.rmtree(leaving)
         except OSError as error:
             _logger.warning("The old checkpoint %s could not be removed: %s. Remove it by hand.", folder, error)
+
+
+def _superseded(root: Path, step: int, keep: int) -> list[tuple[int, Path]]:
+    ours = [(n, folder) for n, folder in _numbered(root, _CHECKPOINT) if n <= step and (folder / INDEX_NAME).exists()]
+    ours.sort(reverse=True)
+    kept = [folder for _, folder in ours if _looks_whole(folder)][:keep]
+    return [(n, folder) for n, folder in ours if folder not in kept] + _numbered(root, _REPLACED)
 
 
 def _replaced_folder(root: Path, step: int) -> Path:

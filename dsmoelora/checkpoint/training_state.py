@@ -106,7 +106,8 @@ def newest_whole_checkpoint(root: Path) -> Path | None:
     root = Path(root)
     damaged: list[tuple[Path, list[str]]] = []
     whole: Path | None = None
-    for name in comm.broadcast_object([folder.name for folder in folders.candidates(root)]):
+    found = comm.together(lambda: [folder.name for folder in folders.candidates(root)] if comm.rank() == 0 else [])
+    for name in comm.broadcast_object(found):
         _, faults = _examine(root / name)
         if not faults:
             whole = root / name

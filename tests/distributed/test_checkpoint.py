@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoelora.checkpoint import rank_file
+from dsmoelora.checkpoint import folders, rank_file
 from dsmoelora.checkpoint.training_state import (
     checkpoint_bytes,
     load_checkpoint,
@@ -70,7 +70,7 @@ def bytes_as(kind: str) -> int:
 def error_of(fn: Any, *args: Any) -> tuple[str, str]:
     try:
         fn(*args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return type(error).__name__, str(error)
     return "none", ""
 
@@ -96,6 +96,16 @@ def load_what_one_rank_cannot_hold(root: Path, short_rank: int) -> tuple[str, st
 
 def newest_here(root: Path) -> str:
     return str(newest_whole_checkpoint(root))
+
+
+def newest_on_a_disk_that_fails_for(failing_rank: int, root: Path) -> tuple[str, str]:
+    def fail(_: Path) -> list[Path]:
+        raise OSError("Stale file handle")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if comm.rank() == failing_rank:
+            patch.setattr(folders, "candidates", fail)
+        return error_of(newest_whole_checkpoint, root)
 
 
 def test_four_ranks_save_two_ranks_load_and_save_one_rank_loads(worker_pool: PoolFactory, tmp_path: Path) -> None:
@@ -124,6 +134,12 @@ def test_full_disk_on_one_rank_reaches_all(worker_pool: PoolFactory, tmp_path: P
         assert "No space left on device" in message
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert worker_pool(4).run(load_as, "per_parameter", tmp_path) == [True] * 4
+
+
+def test_a_folder_that_rank_0_cannot_list_reaches_all(worker_pool: PoolFactory, tmp_path: Path) -> None:
+    kinds = [kind for kind, _ in worker_pool(2).run(newest_on_a_disk_that_fails_for, 0, tmp_path, timeout_s=30)]
+    assert kinds == ["OSError", "UserError"]
+    assert [kind for kind, _ in worker_pool(2).run(newest_on_a_disk_that_fails_for, 1, tmp_path)] == ["none"] * 2
 
 
 def test_shard_that_does_not_fit_on_one_rank_reaches_all(worker_pool: PoolFactory, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from dsmoelora.cli import parse_command
 from dsmoelora.errors import UserError
 from dsmoelora.heartbeat import Phase, read_sign
-from dsmoelora.metrics_file import read_metrics
+from dsmoelora.run_files import read_metrics
 from dsmoelora.watchdog import HANG_EXIT_CODE
 from launch import train
 from tests.conftest import PoolFactory

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dsmoelora.metrics_file import read_metrics
+from dsmoelora.run_files import read_metrics
 from tests.launched import ROOT, last_step, make_workshop
 from tests.slurm.jobs import WAITING, Job, kill_rank, slurm
 

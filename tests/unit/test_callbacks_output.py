@@ -17,7 +17,7 @@ from dsmoelora.callbacks.samples import split_prompt
 from dsmoelora.callbacks.tensorboard import TensorBoard
 from dsmoelora.config import Recipe, TrainConfig
 from dsmoelora.engine import StepResult
-from dsmoelora.metrics_file import read_metrics
+from dsmoelora.run_files import read_metrics
 from tests.fake_engine import FakeDataset, FakeEngine
 
 

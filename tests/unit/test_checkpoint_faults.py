@@ -297,3 +297,18 @@ def test_one_that_cannot_be_removed_is_a_warning(
     monkeypatch.setattr(Path, "rename", refuse)
     assert save(tmp_path, 60, per_parameter(PARAMETERS, 2), numbers[50], keep=1) == [tmp_path / "checkpoint-60"] * 2
     assert "checkpoint-50 could not be removed" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new checkpoint is whole by then, and the other ranks wait."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("Stale file handle")
+
+    monkeypatch.setattr(folders, "_looks_whole", fail)
+    with caplog.at_level(logging.WARNING):
+        saved_run(tmp_path, (25,))
+    assert names_below(tmp_path) == ["checkpoint-25"]
+    assert "could not be listed: Stale file handle" in caplog.text

@@ -20,8 +20,8 @@ from dsmoelora.data.streaming import StreamedSets
 from dsmoelora.data.tokenised import TokeniseOptions
 from dsmoelora.engine import StepResult
 from dsmoelora.errors import CheckpointError
-from dsmoelora.metrics_file import read_metrics
 from dsmoelora.parallel.stopping import Stopped, StopRequest
+from dsmoelora.run_files import read_metrics
 from dsmoelora.trainer import Trainer
 from tests.fake_engine import FakeDataset, FakeEngine
 from tests.helpers import tiny_tokenizer
@@ -257,10 +257,17 @@ class Ask(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Table(Callback):
+    """Files a table in every step, as the routers' health does."""
+
+    def on_step_end(self, run: TrainingRun, result: StepResult) -> None:
+        run.tables["table"] = {"of step": run.step}
+
+
 def fit_and_stop(engine: FakeEngine, folder: Path, ask: Ask, resume_from: Path | None = None) -> None:
     engine.stop = StopRequest(folder)
     with engine.stop.listening():
-        make_trainer(engine, folder, [MetricsFile(), ask]).fit(resume_from)
+        make_trainer(engine, folder, [Table(), MetricsFile(), ask]).fit(resume_from)
 
 
 @pytest.mark.parametrize(
@@ -278,15 +285,18 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(
     tmp_path: Path, hook: str, at: int, saved: list[int]
 ) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    make_trainer(FakeEngine(make_recipe()), straight, [MetricsFile()]).fit()
+    make_trainer(FakeEngine(make_recipe()), straight, [Table(), MetricsFile()]).fit()
     engine = FakeEngine(make_recipe())
     fit_and_stop(engine, broken, Ask(hook, at))
     assert calls_at(engine, "save") == saved
     assert calls_at(engine, "save_adapter") == []
     assert not (broken / "DONE").exists()
-    trainer = make_trainer(FakeEngine(make_recipe()), broken, [MetricsFile()])
+    trainer = make_trainer(FakeEngine(make_recipe()), broken, [Table(), MetricsFile()])
     trainer.fit(broken / f"checkpoint-{saved[-1]}")
     assert losses(broken) == losses(straight)
+    assert [row.get("table") for row in read_metrics(broken / "metrics.jsonl")] == [
+        {"of step": step} if step else None for step in range(8)
+    ]
     assert trainer.run.evaluations == [(0, 4.0), (3, 3.7), (6, 3.4), (7, 3.3)]
     assert (broken / "DONE").exists()
 

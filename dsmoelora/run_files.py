@@ -1,4 +1,4 @@
-"""`metrics.jsonl` as it is read: by a resumed run, and by who draws curves."""
+"""What a run leaves in its folder, by name, and `metrics.jsonl` as it is read again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+RECIPE_FILE = "recipe.yaml"
+DEEPSPEED_FILE = "deepspeed.json"
 METRICS_FILE = "metrics.jsonl"
+ADAPTER_FOLDER = "adapter"
+DONE_FILE = "DONE"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
