@@ -83,7 +83,7 @@ def with_gradients(problem: Problem, seed: int) -> Problem:
 
 
 class Network(nn.Module):
-    """Two layers with a few experts each, whose b is not zero any more.
+    """Two layers with a few experts each, whose b is not zero any more, and mixers near the identity if they have some.
 
     Args:
         adapter: settings beside the defaults below
@@ -98,6 +98,9 @@ class Network(nn.Module):
             inject(self, AdapterConfig(**settings))
             for _, layer in adapted_layers(self):
                 nn.init.normal_(layer.experts.b, std=0.3)
+                if layer.experts.m is not None:
+                    with torch.no_grad():
+                        layer.experts.m.normal_(std=0.2).add_(torch.eye(layer.experts.m.shape[-1]))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         hidden: Tensor = self.down(self.up(x_TD).tanh())

@@ -58,11 +58,12 @@ def assert_steps_follow_the_formula(
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("gate_power", GATE_POWERS)
+@pytest.mark.parametrize("expert", ["lora", "moslora"])
 @pytest.mark.parametrize("rule", RULES)
-def test_steps_on_a_network_follow_the_formula(rule: Rule, gate_power: float, base: str) -> None:
+def test_steps_on_a_network_follow_the_formula(rule: Rule, expert: str, gate_power: float, base: str) -> None:
     """Damping 0.1 and factors with far more rows than columns keep rounding small, so 1e-5 leaves room for no error."""
     config = OptimConfig(preconditioner=rule, damping=0.1, damping_abs=1e-3, **BASES[base])
-    model = Network(gate_power=gate_power)
+    model = Network(gate_power=gate_power, expert=expert)
     optimizer = build_optimizer(model, config)
 
     def problems() -> Iterable[Problem]:
