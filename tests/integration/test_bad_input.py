@@ -117,21 +117,25 @@ def test_is_found_before_anything_starts(wrong: str, bench: Bench, monkeypatch: 
     try_case(bench, EARLY[wrong], wrong)
 
 
-def run_command(*argv: str) -> str:
-    """`launch/train.py` in a worker; what it says on stderr about a user's error."""
-    with tempfile.TemporaryFile("w+") as err:  # a real file, as the watchdog wants it
-        with contextlib.redirect_stderr(err), patch("dsmoelora.parallel.comm.shutdown"):
+def run_command(*argv: str) -> tuple[int, str]:
+    """`launch/train.py` in a worker: its exit code, and what it says on stderr about a user's error."""
+    with (
+        tempfile.TemporaryFile("w+") as err,  # a real file, as the watchdog wants it
+        patch("dsmoelora.parallel.comm.shutdown"),
+        patch("dsmoelora.cli.SILENT_RANKS_STAY_S", 0),
+    ):
+        with contextlib.redirect_stderr(err):
             code = run_guarded(lambda: train.run(parse_command(list(argv))))
         err.seek(0)
         _, mark, message = err.read().rpartition("error: ")  # progress bars stand before it
-    return mark + message if code else ""
+    return code, mark + message if mark else ""
 
 
 @pytest.fixture(scope="module")
 def finished(pristine: Path, tmp_path_factory: pytest.TempPathFactory, worker_pool: PoolFactory) -> Path:
     """A bench with a run of two steps."""
     bench = copy_bench(pristine, tmp_path_factory.mktemp("finished") / "bench")
-    assert worker_pool(1).run(run_command, *bench.train()[1:]) == [""]
+    assert worker_pool(1).run(run_command, *bench.train()[1:]) == [(0, "")]
     assert (bench.run / "DONE").exists()
     return bench.folder
 
@@ -148,8 +152,9 @@ def test_is_found_when_it_is_read(wrong: str, finished: Path, tmp_path: Path, wo
     if "--resume" not in argv:
         argv += ["--run.name", "new"]
     before = files_in(bench.run)
-    (message,) = worker_pool(1).run(run_command, *argv[1:])
+    (code, message), of_other = worker_pool(2).run(run_command, *argv[1:])
     check(wrong, message)
+    assert code == 1 and of_other == (1, "")
     after = files_in(bench.run)
     rewritten = {"recipe.yaml", "deepspeed.json", "heartbeat"}  # the old recipe is kept under another name
     kept = {path for path in before if not rewritten & set(path.parts)}
@@ -162,7 +167,7 @@ def test_a_wrong_row_in_the_share_of_one_rank_ends_both(
     """Ranks take turns in an unshuffled stream, so the second row is read by rank 1 alone."""
     bench = copy_bench(pristine, tmp_path / "bench")
     argv = [*bench.rows(ROW, {"instruction": "Say it."}, ROW), "--data.streaming", "true", "--data.shuffle_buffer", "1"]
-    first, _ = worker_pool(2).run(run_command, *argv[1:])
+    (_, first), _ = worker_pool(2).run(run_command, *argv[1:])
     assert first.startswith("error: rank 1: ") and "train.jsonl, row 2: output is missing" in first
 
 
