@@ -39,6 +39,7 @@ WORLD_SIZE = 4
 WIDTH = 1024  # in- and out-features
 NUM_LAYERS = 3
 ITEMSIZE = torch.bfloat16.itemsize
+TOLERANCE = 0.02  # of the formulas
 NUM_TOKENS = (128, 1024)
 EXPERTS = ((20, 10, 4), (8, 7, 4), (8, 2, 16), (16, 2, 64))  # E, K, R
 
@@ -143,6 +144,7 @@ def worker() -> None:
             "| tokens a rank | E, K, R | way | MiB | formula | off by | ms | auto takes |\n"
             "|---|---|---|---|---|---|---|---|"
         )
+    num_wrong = 0
     for num_tokens, (num_experts, top_k, rank) in product(NUM_TOKENS, EXPERTS):
         rows = {
             way: measure(num_tokens, num_experts, top_k, rank, way) for way in ("gather", "all_to_all", "ep_size 1")
@@ -150,6 +152,7 @@ def worker() -> None:
         cheaper = min(("gather", "all_to_all"), key=lambda way: rows[way][0].mebibytes)
         for way, (found, chosen) in rows.items():
             takes = "" if way == "ep_size 1" else f"{chosen} ({'cheaper' if chosen == cheaper else 'DEARER'})"
+            num_wrong += abs(found.mebibytes / found.expected - 1) > TOLERANCE or chosen not in ("", cheaper)
             if comm.rank() == 0:
                 print(
                     f"| {num_tokens} | {num_experts}, {top_k}, {rank} | {way} | {found.mebibytes:.2f} "
@@ -157,6 +160,8 @@ def worker() -> None:
                     f"| {found.milliseconds:.0f} | {takes} |",
                     flush=True,
                 )
+    if num_wrong:
+        raise SystemExit(f"{num_wrong} rows are off by more than {TOLERANCE:.0%}, or auto takes the dearer way there")
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def test_stage_0_changes_nothing(worker_pool: PoolFactory, plainly: Plainly, met
     ("method", "world_size", "ep_size", "exchange"),
     [
         *((method, 2, 2, "gather") for method in METHODS),
-        *((method, 4, 1, "auto") for method in ("moslora", "moslora-tangent", "dora")),
+        *((method, 4, 1, "auto") for method in METHODS),
         *((method, 4, 2, "all_to_all") for method in ("moslora-scaled", "dora-scaled")),
     ],
 )

@@ -132,6 +132,7 @@ ON_HOST = {"device": "cpu"}
     [
         pytest.param(3, 4, "tangent", {"zero": {"offload_optimizer": ON_HOST}}, id="optimizer-offloaded"),
         pytest.param(2, 1, "scaled", {"zero": {"stage": 2, "offload_optimizer": ON_HOST}}, id="stage-2-offloaded"),
+        pytest.param(2, 4, "scaled", {"zero": {"stage": 1, "offload_optimizer": ON_HOST}}, id="stage-1-offloaded"),
         pytest.param(
             *(2, 4, "scaled", {"zero": {"offload_optimizer": ON_HOST, "offload_param": ON_HOST}}), id="all-offloaded"
         ),
@@ -152,13 +153,22 @@ def in_bf16(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, dtype="bf16"))
 
 
-@pytest.mark.parametrize(("stage", "method"), [(3, "scaled-clipped"), (2, "tangent"), (1, "scaled-clipped")])
+@pytest.mark.parametrize(
+    ("zero", "method"),
+    [
+        ({"stage": 3}, "scaled-clipped"),
+        ({"stage": 2}, "tangent"),
+        ({"stage": 1}, "scaled-clipped"),
+        ({"stage": 3, "offload_optimizer": ON_HOST, "offload_param": ON_HOST}, "scaled-clipped"),
+        ({"stage": 1, "offload_optimizer": ON_HOST}, "tangent"),
+    ],
+)
 def test_bf16_stays_within_two_percent_of_fp32(
-    worker_pool: PoolFactory, plainly: Plainly, stage: int, method: str
+    worker_pool: PoolFactory, plainly: Plainly, zero: dict[str, Any], method: str
 ) -> None:
     reference = plainly(method, max_steps=8)
     expected = [*reference.training.losses, reference.training.final_loss]
-    for share in worker_pool(2).run(train_on_rank, Job(in_bf16(reference.recipe), 2, zero={"stage": stage})):
+    for share in worker_pool(2).run(train_on_rank, Job(in_bf16(reference.recipe), 2, zero=zero)):
         torch.testing.assert_close([*share.losses, share.final_loss], expected, rtol=0.02, atol=0)
 
 

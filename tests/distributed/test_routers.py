@@ -68,13 +68,16 @@ def watch_choices() -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_ranks_accumulation_and_placement_change_nothing(worker_pool: PoolFactory, base: Path, router: str) -> None:
+def test_stage_ranks_accumulation_and_placement_change_nothing(
+    worker_pool: PoolFactory, base: Path, router: str
+) -> None:
     recipe = recipe_with(base, router)
     with watch_choices() as turned:
         expected = train_plainly(recipe)
     assert turned and not any(turned), "with another seed no token is near the border between two choices"
-    for world_size, accumulation, ep_size in [(3, 2, 1), (2, 1, 2)]:
-        job = Job(replace(recipe, parallel=ParallelConfig(ep_size=ep_size)), accumulation)
+    for stage, world_size, accumulation, ep_size in [(3, 3, 2, 1), (3, 2, 1, 2), (0, 2, 1, 1)]:
+        placed = replace(recipe, parallel=ParallelConfig(ep_size=ep_size))
+        job = Job(placed, accumulation, zero={"stage": stage})
         assert_parity(worker_pool(world_size).run(train_on_rank, job), expected, 1e-5)
 
 

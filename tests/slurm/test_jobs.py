@@ -177,26 +177,29 @@ def demo(workshop: Path) -> list[str]:
         "train.batch_size": 8,
         "train.micro_batch_size": 2,
         "train.max_steps": 3,
+        "train.eval_every": 3,
         "train.num_samples": 0,
     }
     return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
 
 
 def test_the_demo_trains_and_stops_in_time_wherever_its_experts_lie(demo: list[str], workshop: Path) -> None:
-    losses = {}
+    losses, held_out = {}, {}
     for ep_size in (1, 2):
         folder = workshop / "runs" / f"demo-ep{ep_size}"
         job = Job("train.sbatch", ROOT / "launch/recipes/demo.yaml", folder, *demo, "--parallel.ep_size", str(ep_size))
         try:
             if ep_size == 2:
                 job.wait_for_step(1)
-                (folder / "STOP").touch()
+                slurm("scancel", "--signal=USR1", "--batch", job.id)
             said = job.finish().said()
         finally:
             job.cancel()
         if ep_size == 2:
             (seconds,) = re.findall(r"Stopped ([\d.]+) s after the request", said)
             assert float(seconds) < 20
-        losses[ep_size] = [row["loss"] for row in read_metrics(folder / "metrics.jsonl")[1:]]
+        rows = read_metrics(folder / "metrics.jsonl")
+        losses[ep_size], held_out[ep_size] = [row["loss"] for row in rows[1:]], rows[-1]["eval/loss"]
     assert losses[2][0] == pytest.approx(losses[1][0], rel=2e-3)  # no weight has moved yet
     assert losses[2] == pytest.approx(losses[1], rel=3e-2)  # bf16, in which other experts may be chosen
+    assert held_out[2] == pytest.approx(held_out[1], rel=1e-2)
