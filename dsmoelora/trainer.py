@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,9 @@ class Trainer:
         self._mark_done(False)
         self._memory.start()
         self._call("on_train_begin")
-        if run.first_row == run.step:
-            self._look_at_start()
         steps = self._steps()
+        if run.first_row == run.step:
+            steps = self._look_at_start(steps)
         while run.step < recipe.max_steps:
             self._step(steps)
             if self._evaluation_is_due():
@@ -168,19 +169,23 @@ class Trainer:
             **{f"losses/{name}": value for name, value in result.router_losses.items()},
         }
 
-    def _look_at_start(self) -> None:
-        """Fill the line of metrics that belongs to no step of this process."""
+    def _look_at_start(self, steps: Iterator[list[MicroBatch]]) -> Iterator[list[MicroBatch]]:
+        """Fill the line of metrics that belongs to no step of this process; returns the steps, none of them lost."""
         is_shifted = self.run.step == 0 and self._engine.recipe.adapter.init == "svd"
         if self._evaluation_is_due():
             self._evaluate()
-        if is_shifted:
-            self._measure_gap()
+        if is_shifted and self._eval_batches:
+            self._measure_gap(self._eval_batches)
+        elif is_shifted:
+            first = next(steps)
+            self._measure_gap(first)
+            steps = chain([first], steps)
         if is_shifted or self._evaluation_is_due():
             self._finish_metrics()
+        return steps
 
-    def _measure_gap(self) -> None:
+    def _measure_gap(self, batches: list[MicroBatch]) -> None:
         """How far the routers take the loss from that of the base, which the model has with gates of 1 / E."""
-        batches = self._eval_batches or next(self._steps())
         routed = self.run.metrics.get("eval/loss")
         if routed is None:
             routed = self._engine.evaluate(batches)

@@ -190,8 +190,11 @@ class ShuffledStream:
 
     def __init__(self, mixed: MixedStream, seed: int, block_size: int) -> None:
         self._mixed, self._seed, self._block_size = mixed, seed, block_size
-        self._number, self.epoch, self._taken = -1, 0, 0
         self._begin = mixed.state()
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._number, self.epoch, self._taken = -1, 0, 0
         self._rows: list[RawRow] = []
         self._epoch_ends = False
 
@@ -205,9 +208,11 @@ class ShuffledStream:
         Raises:
             DataError: a set cannot be read, or has changed
         """
-        if state["block"] < 0:  # of before the first row
-            return
         self._mixed.load_state(state["begin"])
+        if state["block"] < 0:  # of before the first row
+            self._begin = state["begin"]
+            self._rewind()
+            return
         self._number, self.epoch, self._epoch_ends = state["block"] - 1, state["epoch"], False
         self._read_block()
         if len(self._rows) < state["taken"]:

@@ -111,6 +111,15 @@ def test_a_stream_goes_on_where_it_stood(
     assert found == straight
 
 
+def test_a_stream_that_has_moved_goes_back_to_its_beginning(sources: list[DataSource]) -> None:
+    rows = stream(sources, None, 10)
+    beginning = rows.state()
+    straight = questions(rows, 40)
+    rows.load_state(beginning)
+    assert rows.state() == beginning
+    assert questions(rows, 40) == straight
+
+
 @pytest.mark.parametrize("block_size", [1, 5, 100])
 def test_a_set_that_the_library_streams_goes_on_where_it_stood(tmp_path: Path, block_size: int) -> None:
     """As a hub name gives it: an `IterableDataset` over several files, which all passes share."""

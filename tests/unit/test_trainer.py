@@ -96,6 +96,25 @@ def test_the_gap_to_the_base_is_measured_once_where_experts_start_from_singular_
     assert not any(call.startswith("evaluate base") for call in engine.calls), "a run that goes on has left the start"
 
 
+def test_the_batch_that_the_gap_is_measured_on_is_learned_from_too(tmp_path: Path) -> None:
+    """A stream gives each batch once, and without held-out data the gap is that of the first."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "{i}", "completion": "x"}}\n' for i in range(9)))
+    tokenizer, options = tiny_tokenizer(tmp_path / "tokenizer"), TokeniseOptions(60)
+    found = []
+    for init in ("kaiming", "svd"):
+        recipe = make_recipe(max_steps=5)
+        recipe.adapter.init = init
+        data = StreamedSets([DataSource(str(tmp_path / "a.jsonl"))], "data.train", tokenizer, options, 0, 4)
+        folder = tmp_path / init
+        folder.mkdir()
+        Trainer(cast(Any, FakeEngine(recipe)), folder, data, None, [MetricsFile()]).fit()
+        state = json.loads((folder / "checkpoint-2" / "state.json").read_text())["caller"]["stream"]
+        found.append((losses(folder), state))
+    (kaiming, its_state), (svd, state) = found
+    assert svd.pop(0) == (None, None) and 0 not in kaiming  # the line of the gap
+    assert svd == kaiming and state == its_state
+
+
 def calls_at(engine: FakeEngine, what: str) -> list[int]:
     return [int(call.split()[-1]) for call in engine.calls if call.startswith(what + " ")]
 
