@@ -199,7 +199,7 @@ class Engine:
             loss = nll * (comm.world_size() / micro_batch.num_supervised_global)
             self._deepspeed.backward(loss, scale_wrt_gas=False)
             sums[0] += nll.detach()
-            sums[1] += micro_batch.attention_mask.sum()
+            sums[1] += micro_batch.real_tokens.sum()
             if micro_batch is not micro_batches[-1]:
                 zero.step(self._deepspeed)  # counts the micro-batch
         sums[2] = float(self.stop.asked)
@@ -378,7 +378,7 @@ class Engine:
             self.recipe.run.seed, micro_batch.sequence_ids, micro_batch.attention_mask, micro_batch.position_ids
         )
         self._context.token_keys = keys_BS.to(self.device)
-        self._context.real_BS = micro_batch.attention_mask.bool().to(self.device)
+        self._context.real_BS = micro_batch.real_tokens.to(self.device)
         ids = micro_batch.sequence_ids
         self._context.sequences_BS = ids.to(self.device) if ids.dim() == 2 else None
         self._context.prompt_BS = prompt_tokens(micro_batch.attention_mask, micro_batch.labels).to(self.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmoelora.config import Recipe
+from dsmoelora.data import MicroBatch
 from tests.conftest import PoolFactory
 from tests.plain_training import BATCH_SIZE, Training, micro_batch, micro_batches
 
@@ -28,6 +29,7 @@ class Job:
         zero: more keys of `zero_optimization`
         partitioned: the weights are streamed into partitions; otherwise a whole model is handed to the engine
         rows: of each rank, where a global batch is not dealt out evenly (without accumulation)
+        fillers: every micro-batch has one more row, which does not count
         load_from: checkpoint to go on from
         save_to: where a checkpoint is written after the last step
         loss_scale: by which ZeRO multiplies the loss, as it does for fp16
@@ -40,6 +42,7 @@ class Job:
     zero: dict[str, Any] = field(default_factory=dict)
     partitioned: bool = True
     rows: tuple[int, ...] = ()
+    fillers: bool = False
     load_from: Path | None = None
     save_to: Path | None = None
     loss_scale: float = 1.0
@@ -91,7 +94,23 @@ def batches_of(job: Job, step: int) -> Any:
     if job.rows:
         first = sum(job.rows[: comm.rank()])
         return [micro_batch(step, slice(first, first + job.rows[comm.rank()]))]
-    return micro_batches(step, comm.rank(), comm.world_size(), job.accumulation)
+    batches = micro_batches(step, comm.rank(), comm.world_size(), job.accumulation)
+    return [_with_filler(batch) for batch in batches] if job.fillers else batches
+
+
+def _with_filler(batch: MicroBatch) -> MicroBatch:
+    """One more row, of a single token that is not learned."""
+    row = torch.zeros_like(batch.input_ids[:1])
+    mask = row.clone()
+    mask[0, 0] = 1
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, row]),
+        attention_mask=torch.cat([batch.attention_mask, mask]),
+        labels=torch.cat([batch.labels, row - 100]),
+        sequence_ids=torch.cat([batch.sequence_ids, batch.sequence_ids[:1]]),
+        counts=torch.arange(len(batch.input_ids) + 1) < len(batch.input_ids),
+    )
 
 
 def train_on_rank(job: Job) -> Share:

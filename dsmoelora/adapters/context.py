@@ -84,7 +84,7 @@ class BatchContext:
     Args:
         token_keys: (B, S) int32 from `dropout.token_keys`; None falls back to torch's own dropout and noise, which
             depend on how a batch is split
-        real_BS: bool, False for padding; None stands for no padding
+        real_BS: bool, False for padding and for rows that count nowhere; None stands for no padding
         sequences_BS: int64, where rows are packed: the number of each token's sequence
         prompt_BS: bool, the tokens that router `prompt` looks at; None leaves it to what the model is called with
         prompts: what router `prompt` remembers of that

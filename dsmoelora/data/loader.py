@@ -35,6 +35,7 @@ class MicroBatch:
             (in an evaluation: in the whole dataset)
         num_tokens_global: real tokens of the same, padding left out
         position_ids: where rows are packed (B, S) int64, the place of each token in its sample, from 0; otherwise None
+        counts: (B,) bool, False for rows that only keep the ranks in step; None where all rows count
     """
 
     input_ids: torch.Tensor
@@ -44,6 +45,13 @@ class MicroBatch:
     num_supervised_global: int
     num_tokens_global: int
     position_ids: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+
+    @property
+    def real_tokens(self) -> torch.Tensor:
+        """(B, S) bool: tokens of samples. The model sees those of a row that does not count too; nobody else does."""
+        real = self.attention_mask.bool()
+        return real if self.counts is None else real & self.counts.unsqueeze(-1)
 
     @property
     def num_supervised_local(self) -> int:
@@ -247,6 +255,7 @@ def collate(
             position_ids[i, begin:] = torch.arange(shape[1] - begin)
             begin = end
         position_ids[i, begin:] = torch.arange(shape[1] - begin)  # padding is a sample of its own
+    counts = None if all(row.counts for row in rows) else torch.tensor([row.counts for row in rows])
     if packed:
-        return MicroBatch(input_ids, attention_mask, labels, sequence_ids, *totals, position_ids)
-    return MicroBatch(input_ids, attention_mask, labels, sequence_ids[:, 0], *totals)
+        return MicroBatch(input_ids, attention_mask, labels, sequence_ids, *totals, position_ids, counts)
+    return MicroBatch(input_ids, attention_mask, labels, sequence_ids[:, 0], *totals, counts=counts)

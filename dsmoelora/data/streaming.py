@@ -193,8 +193,7 @@ class StreamedSets:
             epoch = self._stream.epoch
             share = peers.together(lambda: self._read(batch_size, peers))
             groups = share.groups(batch_size // per_forward, micro_batch_size, pad_token_id)
-            num_tokens = sum(row.num_tokens for group in groups for row in group)
-            totals = self._count(share, num_tokens, peers)
+            totals = self._count(share, peers)
             if totals[0]:
                 empty_since = None
                 yield [collate(share, group, pad_token_id, totals, packed=False) for group in groups]
@@ -227,8 +226,9 @@ class StreamedSets:
             [f"{conversations[k].origin}: {tokens['problem'][k]}" for k in np.flatnonzero(skipped).tolist()],
         )
 
-    def _count(self, share: _Share, num_tokens: int, peers: Peers) -> tuple[int, int]:
+    def _count(self, share: _Share, peers: Peers) -> tuple[int, int]:
         """Targets and tokens of the global batch; what was lost of the sets is added up, and said where it is new."""
+        num_tokens = sum(row.num_tokens for row in share.rows)
         sums = peers.sums([share.num_supervised, num_tokens, *share.counts.ravel().tolist()])
         lost = np.array(sums[2:], dtype=np.int64).reshape(self._counts.shape)
         self._counts += lost

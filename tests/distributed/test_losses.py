@@ -58,6 +58,7 @@ def test_the_reference_feels_the_losses(trained: Trained, family: str) -> None:
         pytest.param(3, 2, {}, id="3-ranks"),
         pytest.param(2, 2, {"recompute": True}, id="recomputed"),
         pytest.param(2, 1, {"zero": {"stage": 0}}, id="stage-0"),
+        pytest.param(2, 2, {"fillers": True}, id="rows-that-do-not-count"),
         pytest.param(2, 1, {"zero": {"stage": 2}}, id="stage-2"),
         pytest.param(1, 1, {"loss_scale": 1024.0}, id="scaled-as-for-fp16"),
         pytest.param(2, 1, {"ep_size": 2}, id="partitioned-experts"),
@@ -76,7 +77,7 @@ def test_values_and_weights_are_those_of_plain_torch(
     recipe, expected = trained[family]
     train = replace(recipe.train, activation_checkpointing="recompute" in settings)
     parallel = ParallelConfig(ep_size=settings.get("ep_size", 1))
-    others = {name: settings[name] for name in ("zero", "rows", "loss_scale") if name in settings}
+    others = {name: settings[name] for name in ("zero", "rows", "loss_scale", "fillers") if name in settings}
     job = Job(replace(recipe, train=train, parallel=parallel), accumulation, **others)
     shares = worker_pool(world_size).run(train_on_rank, job)
     assert_parity(shares, expected, 1e-4)

@@ -229,6 +229,8 @@ def test_evaluation_sees_every_row_once_with_equal_work(
     total = int(dataset.num_supervised.sum())
     assert {batch.num_supervised_global for batch in everything} == {total}
     assert sum(batch.num_supervised_local for batch in everything) == total
+    tokens = sum(int(batch.real_tokens.sum()) for batch in everything)
+    assert {batch.num_tokens_global for batch in everything} == {tokens} == {int(dataset.num_tokens.sum())}
 
 
 def test_evaluation_puts_rows_of_similar_length_together(dataset: InstructionDataset) -> None:

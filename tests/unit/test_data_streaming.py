@@ -287,7 +287,12 @@ def test_wrong_and_cut_rows_leave_their_places_empty_and_are_counted(
         assert len(rows_of(step)) == 3
         assert {batch.num_supervised_global for batch in step} == {sum(b.num_supervised_local for b in step)}
         filler = [batch for batch in step if batch.num_supervised_local == 0]
+        assert len(filler) == 3, "places of six that are empty"
         assert all(batch.input_ids.tolist() == [[0]] and batch.attention_mask.tolist() == [[1]] for batch in filler)
+        assert not any(batch.real_tokens.any() for batch in filler), "what only keeps ranks in step counts nowhere"
+        num_tokens = sum(len(ids) for ids, _ in rows_of(step).values())
+        assert {batch.num_tokens_global for batch in step} == {num_tokens}
+        assert sum(int(batch.real_tokens.sum()) for batch in step) == num_tokens
     data = streamed([source], tokenizer, on_bad_row="skip")
     data.load_state(states[1])
     (report,) = data.reports
