@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.function import side_by_side
+from dsmoelora.adapters.function import product_fp32, side_by_side
 from dsmoelora.adapters.linear import Linear
 
 # Opens weights for reading: inside the block they are whole.
@@ -61,7 +61,7 @@ class RescaledRows(torch.autograd.Function):
             grad_base = torch.addcmul(grad_TO, grad_TO, _change(base_TO, gate_TE, ratio_EO))
         product_TO = grad_TO * _without(base_TO, bias_O)
         if need_gate:
-            grad_gate = (product_TO @ (ratio_EO - 1).to(product_TO.dtype).t()).to(gate_TE.dtype)
+            grad_gate = product_fp32(product_TO, (ratio_EO - 1).to(product_TO.dtype).t())
         if need_ratio:
             weight_TE = gate_TE
             if ctx.gate_power != 1.0:

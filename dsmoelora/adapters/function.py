@@ -134,12 +134,12 @@ class RoutedExperts(torch.autograd.Function):
 
 
 def product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:
-    """`x W` with an fp32 result and without an fp32 copy of `x`, which would cost more than the product itself.
+    """`x W` with an fp32 result (or wider, as `x`) and without an fp32 copy of `x`, dearer than the product itself.
 
     Low-precision products accumulate in fp32 and round once at the end. Where the device cannot leave that rounding
     out, a second product returns what the first one rounded away: 16 bits of mantissa in all for bf16.
     """
-    if x_TD.dtype == torch.float32:
+    if x_TD.dtype.itemsize >= torch.float32.itemsize:
         return x_TD @ weight_DE
     if x_TD.is_cuda:
         return torch.mm(x_TD, weight_DE, out_dtype=torch.float32)

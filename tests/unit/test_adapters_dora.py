@@ -210,6 +210,19 @@ def test_bf16_is_as_close_to_fp64_as_its_eight_bits_allow() -> None:
         assert error < 2**-5, f"{name}: relative error {error:.1e}"  # weights, magnitudes and norms are rounded too
 
 
+def test_the_gate_hears_of_rescaled_rows_in_fp32() -> None:
+    """Numbers of few bits, whose products bf16 holds exactly: what is left to round is the sum over rows."""
+    few_bits = torch.Generator().manual_seed(0)
+    base_TO, grad_TO = (torch.randint(-15, 16, (NUM_TOKENS, 300), generator=few_bits).bfloat16() for _ in range(2))
+    ratio_EO = 1 + torch.randint(-15, 16, (NUM_EXPERTS, 300), generator=few_bits) / 16
+    gate_TE = gates(torch.float32)
+    y_TO = RescaledRows.apply(base_TO, None, gate_TE, gate_TE > 0, ratio_EO, 1.0)
+    (found_TE,) = torch.autograd.grad(y_TO, gate_TE, grad_TO)
+    expected_TE = (grad_TO.double() * base_TO.double()) @ (ratio_EO.double() - 1).t()
+    assert found_TE.dtype is torch.float32
+    torch.testing.assert_close(found_TE.double(), expected_TE, rtol=1e-4, atol=0)
+
+
 def test_a_row_of_zeros_stays_finite() -> None:
     base = linear()
     base.weight.data[2] = 0.0

@@ -46,7 +46,7 @@ class PromptLogits(torch.autograd.Function):
         num_B1 = prompt_BS.sum(-1, keepdim=True).clamp(min=1).float()
         pooled_BD = product_fp32(x_TD.t(), _of_sequence(prompt_BS, x_TD)).t() / num_B1
         ctx.save_for_backward(pooled_BD, weight_ED, prompt_BS)
-        return x_TD.view_as(x_TD), pooled_BD @ weight_ED.float().t()
+        return x_TD.view_as(x_TD), pooled_BD @ weight_ED.to(pooled_BD.dtype).t()
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_TD: Tensor, grad_BE: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -56,7 +56,7 @@ class PromptLogits(torch.autograd.Function):
         grad_x = grad_weight = None
         if need_x:
             num_B1 = prompt_BS.sum(-1, keepdim=True).clamp(min=1).float()
-            grad_pooled_BD = (grad_BE @ weight_ED.float() / num_B1).to(grad_TD.dtype)
+            grad_pooled_BD = (grad_BE @ weight_ED.to(grad_BE.dtype) / num_B1).to(grad_TD.dtype)
             grad_x = torch.addmm(grad_TD, _of_sequence(prompt_BS, grad_TD), grad_pooled_BD)
         if need_weight:
             grad_weight = (grad_BE.t() @ pooled_BD).to(weight_ED.dtype)
