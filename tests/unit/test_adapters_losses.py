@@ -102,6 +102,26 @@ def test_values_and_gradients_are_those_of_the_formulas_over_two_steps(
                 parameter.mul_(1.3)
 
 
+def test_losses_summed_over_layers_and_chosen_experts_are_as_many_times_ours() -> None:
+    """`num_experts sum_e (count_e / num_inputs) mean(p_e)` for each layer, as released code of GOAT and AdaMoLE has it."""
+    network, (x, real_BS) = TwoLayers(top_k=2), batch()
+    log, theirs = RoutingLog(network, LossesConfig(BALANCE), torch.device("cpu")), []
+
+    def add(router: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        share_TE = (inputs[0] @ router.weight.T).softmax(-1)
+        theirs.append(NUM_EXPERTS * (output[2].sum(0) / len(share_TE) * share_TE.mean(0)).sum().item())
+
+    for _, layer in adapted_layers(network):
+        layer.router.register_forward_hook(add)
+    context = batch_context(network)
+    context.log, context.real_BS = log, torch.ones_like(real_BS)
+    log.begin_step(real_BS.numel(), scale=1)
+    with log.listening():
+        network(x)
+    num_layers, top_k = 2, 2
+    assert sum(theirs) == pytest.approx(num_layers * top_k * log.loss_values(log.sums).item(), rel=1e-5)
+
+
 def test_the_gradient_is_the_derivative_of_the_value() -> None:
     generator = torch.Generator().manual_seed(0)
     logits_NE = torch.randn(7, 4, dtype=torch.float64, generator=generator).requires_grad_()
