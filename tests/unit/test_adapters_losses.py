@@ -103,7 +103,7 @@ def test_values_and_gradients_are_those_of_the_formulas_over_two_steps(
 
 
 def test_losses_summed_over_layers_and_chosen_experts_are_as_many_times_ours() -> None:
-    """`num_experts sum_e (count_e / num_inputs) mean(p_e)` for each layer, as released code of GOAT and AdaMoLE has it."""
+    """`num_experts sum_e (count_e / num_inputs) mean(p_e)` for each layer, as GOAT and AdaMoLE have it."""
     network, (x, real_BS) = TwoLayers(top_k=2), batch()
     log, theirs = RoutingLog(network, LossesConfig(BALANCE), torch.device("cpu")), []
 
