@@ -34,6 +34,11 @@ _RANDOM = re.compile(r"dropout|pdrop|layerdrop|jitter_noise")
 _OF_OTHER_HEADS = re.compile(r"classifier|summary")
 
 
+def own_device() -> torch.device:
+    """The accelerator of this machine, whatever its make, or else the CPU; for programs without DeepSpeed."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model folder; a missing pad token becomes the end-of-text token.
 

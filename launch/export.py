@@ -16,7 +16,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
-import torch
 import transformers
 
 from dsmoelora.adapters.folder import read_adapter_config
@@ -34,7 +33,7 @@ from dsmoelora.export import (
     read_experts,
     write_loras,
 )
-from dsmoelora.model import load_tokenizer, pretrained
+from dsmoelora.model import load_tokenizer, own_device, pretrained
 
 NOT_THE_MIXTURE = "A mixture that is routed token by token cannot be merged into one LoRA adapter exactly"
 DEFAULTS = {"rank": 0, "num_samples": 256, "max_length": 512}  # of the flags that only --format average has
@@ -67,6 +66,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--format", choices=("peft", "average"), required=True, help="one adapter an expert, or one")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--model", help="folder of the base model; default: the one named in adapter_config.json")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     average = parser.add_argument_group("--format average")
     average.add_argument("--data", help="data file on which gates and losses are measured; best one not trained on")
     average.add_argument("--rank", type=int, help="rank of the adapter; default: num_experts x r, which drops nothing")
@@ -92,7 +92,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 def export_experts(options: argparse.Namespace, base: str) -> None:
     """One adapter for each expert."""
     config, experts = read_experts(options.adapter)
-    described = peft_base(base, {name: factors.in_out for name, factors in experts.items()})
+    shapes = {name: factors.in_out for name, factors in experts.items()}
+    described = peft_base(base, shapes, options.trust_remote_code)
     loras = expert_loras(config, experts)
     write_loras(options.out, described, loras)
     first, last = options.out / next(iter(loras)), options.out / next(reversed(loras))
@@ -116,24 +117,27 @@ def export_average(options: argparse.Namespace, base: str) -> None:
             "of low rank does",
             "Use --format peft, or the mixture itself with dsmoelora.load_adapter.",
         )
-    described = peft_base(base, {name: factors.in_out for name, factors in experts.items()})
-    tokenizer = load_tokenizer(ModelConfig(path=str(options.adapter)))
+    shapes = {name: factors.in_out for name, factors in experts.items()}
+    described = peft_base(base, shapes, options.trust_remote_code)
+    tokenizer = load_tokenizer(ModelConfig(path=str(options.adapter), trust_remote_code=options.trust_remote_code))
     samples = load_instructions([DataSource(options.data)], "--data", tokenizer, options.max_length)
     print(f"Measuring base, mixture and average, {min(options.num_samples, len(samples)):,} rows each ...", flush=True)
-    average = average_experts(load_model(base), options.adapter, samples, options.num_samples, options.rank)
+    model = load_model(base, options.trust_remote_code)
+    average = average_experts(model, options.adapter, samples, options.num_samples, options.rank)
     write_loras(options.out, described, {"": average.lora})
     print_losses(options, average, samples)
     print_use(base, options.out, average.lora)
 
 
-def load_model(path: str) -> Any:
-    """The base model in the dtype it was saved in, on a GPU if there is one.
+def load_model(path: str, trust_remote_code: bool) -> Any:
+    """The base model in the dtype it was saved in, on an accelerator if there is one.
 
     Raises:
         ModelError: it cannot be loaded
     """
-    model: Any = pretrained(path, "Give its folder with --model.", dtype="auto")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    remedy = "Give its folder with --model, and --trust-remote-code where it brings code that you trust."
+    model: Any = pretrained(path, remedy, dtype="auto", trust_remote_code=trust_remote_code)
+    return model.to(own_device())
 
 
 def print_losses(options: argparse.Namespace, average: Average, samples: InstructionDataset) -> None:

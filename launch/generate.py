@@ -21,7 +21,7 @@ from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
 from dsmoelora.data.chat import stop_ids
 from dsmoelora.errors import CheckpointError, bad_value
-from dsmoelora.model import pretrained
+from dsmoelora.model import own_device, pretrained
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     options = parse_options(sys.argv[1:])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, tokenizer = load(options.adapter, options.base)
+    model, tokenizer = load(options.adapter, options.base, options.trust_remote_code)
     for prompt in options.prompt:
         if len(options.prompt) > 1:
             print(f"> {prompt}")
@@ -47,6 +47,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", required=True, help="what the user says; may be repeated")
     parser.add_argument("--system", help="system message, where the chat template knows one")
     parser.add_argument("--base", help="folder of the base model; default: the one named in adapter_config.json")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer at most")
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:
@@ -54,8 +55,13 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def load(adapter: Path, base: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The base model with its adapter, on a GPU if there is one, and the tokenizer it was trained with.
+def load(adapter: Path, base: str | None, trust_remote_code: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The base model with its adapter, on an accelerator if there is one, and the tokenizer it was trained with.
+
+    Args:
+        adapter: folder
+        base: folder or hub name; None for the one that the adapter names
+        trust_remote_code: run Python code that comes with them
 
     Raises:
         CheckpointError: the adapter is missing, damaged, or was made for another base
@@ -63,14 +69,15 @@ def load(adapter: Path, base: str | None) -> tuple[Any, PreTrainedTokenizerBase]
     """
     path = base or read_adapter_config(adapter)["base_model_name_or_path"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
+        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{adapter} holds no tokenizer that can be read. Copy the adapter folder again."
         ) from error
-    model: Any = pretrained(path, "Give its folder with --base.", dtype="auto")
+    remedy = "Give its folder with --base, and --trust-remote-code where it brings code that you trust."
+    model: Any = pretrained(path, remedy, dtype="auto", trust_remote_code=trust_remote_code)
     load_adapter(model, adapter)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(own_device()), tokenizer
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, max_new_tokens: int) -> str:

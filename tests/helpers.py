@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,16 @@ def tiny_llama(folder: Path | str, *, dtype: torch.dtype = torch.float32, seed: 
         model = LlamaForCausalLM(LlamaConfig(**{**fields, **overrides}))
     torch.nn.Module.to(model, dtype).save_pretrained(folder)
     return Path(folder)
+
+
+def bring_own_code(folder: Path) -> None:
+    """Let a Llama's folder define its class itself, as models do that transformers does not know."""
+    (folder / "own_llama.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own-llama", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))

@@ -64,20 +64,25 @@ class Lora:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def peft_base(path: str, shapes: Mapping[str, tuple[int, int]]) -> PeftBase:
+def peft_base(path: str, shapes: Mapping[str, tuple[int, int]], trust_remote_code: bool = False) -> PeftBase:
     """Look at the base model's configuration (no weight is read) and see how its layers are to be named.
 
     Args:
         path: folder or hub name of the base model
         shapes: in-features D and out-features O by name of adapted layer
+        trust_remote_code: run Python code that comes with the model
 
     Raises:
         ModelError: there is no such model, it has no such layers, or PEFT would not load them
     """
     try:
-        model = model_without_weights(ModelConfig(path=path, attention="eager"))
+        config = ModelConfig(path=path, attention="eager", trust_remote_code=trust_remote_code)
+        model = model_without_weights(config)
     except ModelError as error:
-        raise ModelError(f"The base model {path!r} is not to be had; give its folder with --model. {error}") from None
+        raise ModelError(
+            f"The base model {path!r} is not to be had. Give its folder with --model, and --trust-remote-code where it "
+            f"brings code that you trust. {error}"
+        ) from None
     modules = dict(model.named_modules())
     for name, expected in shapes.items():
         module = modules.get(name)

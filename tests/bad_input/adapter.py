@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.bad_input.bench import Bench, Case, cut
 from tests.bad_input.model import missing_tensor
-from tests.helpers import tiny_llama
+from tests.helpers import bring_own_code, tiny_llama
 
 
 def no_adapter(bench: Bench) -> list[str]:
@@ -89,6 +89,16 @@ def export_average_of_dora(bench: Bench) -> list[str]:
     return bench.export("average", "--data", bench.folder / "eval.jsonl")
 
 
+def base_with_own_code(bench: Bench) -> list[str]:
+    bring_own_code(bench.model)
+    return bench.generate()
+
+
+def export_base_with_own_code(bench: Bench) -> list[str]:
+    bring_own_code(bench.model)
+    return bench.export("peft")
+
+
 AFTER_A_RUN: dict[str, Case] = {
     "the adapter folder does not exist": no_adapter,
     "adapter_config.json is damaged": broken_adapter_config,
@@ -101,6 +111,8 @@ AFTER_A_RUN: dict[str, Case] = {
     "a base model of another shape": base_of_another_shape,
     "a base model that lacks a tensor": base_without_a_tensor,
     "the base model is gone": base_is_gone,
+    "a base model that brings its own code": base_with_own_code,
+    "an export for a base model that brings its own code": export_base_with_own_code,
     "no room for an answer": lambda bench: bench.generate("--max-new-tokens", 0),
     "the export's folder exists": export_over_something,
     "an export for a base of another shape": export_other_base,

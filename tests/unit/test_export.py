@@ -27,7 +27,7 @@ from dsmoelora.model import load_tokenizer
 from launch import export
 from tests.architectures import save_model
 from tests.fixed_gate import FixedGate
-from tests.helpers import tiny_llama
+from tests.helpers import bring_own_code, tiny_llama
 
 CONFIG = AdapterConfig(
     r=3, lora_alpha=12, use_rslora=True, num_experts=4, top_k=2, target_modules=["q_proj", "up_proj"]
@@ -379,6 +379,21 @@ def test_another_base_model_is_refused(adapter: Path, tmp_path: Path, monkeypatc
         run(monkeypatch, *flags, "--model", other)
     with pytest.raises(ModelError, match="--model"):
         run(monkeypatch, *flags, "--model", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("format", ["peft", "average"])
+def test_code_of_the_base_runs_with_the_flag_alone(
+    tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    base_path = tiny_llama(tmp_path / "base")
+    adapter = make_adapter(base_path, tmp_path / "adapter")
+    bring_own_code(base_path)
+    flags = ("--adapter", adapter, "--format", format, "--out", tmp_path / "out")
+    flags += ("--data", data) if format == "average" else ()
+    with pytest.raises(ModelError, match="custom code"):
+        run(monkeypatch, *flags)
+    run(monkeypatch, *flags, "--trust-remote-code")
+    assert list((tmp_path / "out").rglob("adapter_model.safetensors"))
 
 
 def test_layers_that_peft_would_leave_out_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dsmoelora.errors import ModelError
+from dsmoelora.model import own_device
+from launch import generate
 from launch.generate import answer
-from tests.helpers import tiny_llama, tiny_tokenizer
+from tests.helpers import bring_own_code, tiny_llama, tiny_tokenizer
+from tests.unit.test_export import make_adapter
 
 
 def test_an_answer_ends_with_the_token_of_the_template_where_the_model_has_another(tmp_path: Path) -> None:
@@ -27,3 +33,25 @@ def test_an_answer_ends_with_the_token_of_the_template_where_the_model_has_anoth
     model.register_forward_pre_hook(count)
     assert answer(model, tokenizer, "Hi", None, max_new_tokens=9) == ""
     assert num_calls == 1
+
+
+def test_code_of_the_base_runs_with_the_flag_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base_path = tiny_llama(tmp_path / "base")
+    adapter = make_adapter(base_path, tmp_path / "adapter")
+    bring_own_code(base_path)
+    argv = ["generate.py", "--adapter", str(adapter), "--prompt", "Hi", "--max-new-tokens", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(ModelError, match="custom code"):
+        generate.main()
+    monkeypatch.setattr(sys, "argv", [*argv, "--trust-remote-code"])
+    generate.main()
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize(("there", "taken"), [("xpu", "xpu"), ("cuda", "cuda"), (None, "cpu")])
+def test_any_make_of_accelerator_is_taken(monkeypatch: pytest.MonkeyPatch, there: str | None, taken: str) -> None:
+    found = None if there is None else torch.device(there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert own_device() == torch.device(taken)
