@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dsmoelora.adapter_options import ExpertName, MixerInit, RouterName, settle_options
-from dsmoelora.config.checks import require, require_positive
+from dsmoelora.config.checks import require, require_positive, require_unset
 
 InitName = Literal["kaiming", "gaussian", "svd"]
 
@@ -93,6 +93,10 @@ class AdapterConfig:
         ok = self.target_modules == "all-linear" or (self.target_modules and all(self.target_modules))
         remedy = "Example: [q_proj, v_proj]."
         require(bool(ok), "adapter.target_modules", self.target_modules, "a list of names or `all-linear`", remedy)
+        if self.num_experts == 1:  # its gate is 1, and so is any power of it
+            require_unset("adapter", self, "where adapter.num_experts is 1", "gate_power")
+        if self.gate_power == 1:
+            require_unset("adapter", self, "where adapter.gate_power is 1", "gate_power_scope")
         one, more = self.num_experts == 1, "2 or more where "
         require(not (one and self.lora_modules), "adapter.num_experts", 1, f"{more}adapter.lora_modules names layers",
                  "Name them in adapter.target_modules: with one expert all of these are plain LoRA.")  # fmt: skip
@@ -102,6 +106,7 @@ class AdapterConfig:
     def plain(self) -> AdapterConfig:
         """The same with one expert and no router."""
         routing: dict[str, Any] = {"router": "softmax_topk", "top_k": 1, "top_p": None, "bias_rate": None}
+        routing |= {"gate_power": 1.0, "gate_power_scope": "factors"}
         return replace(self, num_experts=1, style="per_linear", lora_modules=[], **routing)
 
     @property
@@ -146,6 +151,9 @@ class LossesConfig:
         require(tau > 0, "losses.contrastive_temperature", tau, "above 0", "The default is 0.07.")
         tokens = self.contrastive_tokens
         require(tokens >= 2, "losses.contrastive_tokens", tokens, "2 or more", "The default is 16.")
+        if not (self.contrastive or self.contrastive_coactive):
+            where = "where no contrastive loss is switched on"
+            require_unset("losses", self, where, "contrastive_temperature", "contrastive_tokens")
 
     @property
     def weights(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from dsmoelora.errors import bad_value
@@ -18,3 +19,20 @@ def require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value >= 1, f"{section}.{name}", value, "1 or more", f"Set {section}.{name} to a positive number.")
+
+
+def require_unset(section: str, config: Any, where: str, *names: str) -> None:
+    """Raise a `ConfigError` for the first of these keys that is not at its default: nothing would read it.
+
+    Args:
+        section: of the recipe
+        config: its values
+        where: why nothing does, in the form `where ...` or `with ...`
+        names: keys of the section
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in names:
+        value, default = getattr(config, name), defaults[name]
+        require(
+            value == default, f"{section}.{name}", value, f"left at {default} {where}: nothing reads it", "Drop it."
+        )

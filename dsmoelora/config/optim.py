@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dsmoelora.config.checks import require
+from dsmoelora.config.checks import require, require_unset
 
 
 @dataclass
@@ -62,3 +62,9 @@ class OptimConfig:
         require(
             0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "between 0 and 1", "Try 0.1 or 0."
         )
+        of_others = ("momentum",) if self.name == "adamw" else ("betas", "eps", "bias_correction")
+        require_unset("optim", self, f"with optim.name = {self.name}", *of_others)
+        if self.preconditioner == "none":
+            require_unset("optim", self, "with optim.preconditioner = none", "damping", "damping_abs")
+        if self.schedule == "constant":
+            require_unset("optim", self, "with optim.schedule = constant", "min_lr_ratio")

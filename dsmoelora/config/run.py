@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from dsmoelora.config.checks import require, require_positive
+from dsmoelora.config.checks import require, require_positive, require_unset
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,6 +75,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require_positive("parallel", self, "ep_size")
+        if self.ep_size == 1:
+            require_unset("parallel", self, "where parallel.ep_size is 1", "exchange")
 
 
 @dataclass

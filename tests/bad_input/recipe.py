@@ -59,6 +59,17 @@ EARLY: dict[str, Case] = {
     "a start from the base weight for experts with a mixer": override(
         "--adapter.init", "svd", "--adapter.expert", "moslora"
     ),
+    "`momentum` with `adamw`": override("--optim.momentum", 0.9),
+    "no `bias_correction` with `sgd`": override("--optim.name", "sgd", "--optim.bias_correction", "false"),
+    "`betas` with `sgd`": override("--optim.name", "sgd", "--optim.betas", "[0.7, 0.8]"),
+    "damping without a preconditioner": override("--optim.damping", 0.1),
+    "an end of a learning rate that stays": override("--optim.schedule", "constant", "--optim.min_lr_ratio", 0),
+    "a power of the gate of one expert": override(
+        "--adapter.num_experts", 1, "--adapter.top_k", 1, "--adapter.gate_power", 0.5
+    ),
+    "a scope of the gate's power 1": override("--adapter.gate_power_scope", "factors_and_input"),
+    "a way to exchange tokens that stay": override("--parallel.exchange", "gather"),
+    "tokens for a contrastive loss that is off": override("--losses.contrastive_tokens", 32),
     "packing with the router `prompt`": override("--adapter.router", "prompt", "--data.packing", "true"),
     "`fp16` on an accelerator without it": override("--model.dtype", "fp16"),
     "a run name with a slash": override("--run.name", "a/b"),
