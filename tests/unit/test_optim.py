@@ -251,8 +251,14 @@ def share_of_lr(schedule: str, step: int, warmup: int, num_steps: int, end: floa
     return end + (1 - end) * falling
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize(("warmup", "end"), [(5, 0.1), (0, 0.0), (3, 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "end"),
+    [
+        *((schedule, *given) for schedule in ("linear", "cosine") for given in ((5, 0.1), (0, 0.0), (3, 1.0))),
+        ("constant", 5, 0.1),
+        ("constant", 0, 0.1),
+    ],
+)
 def test_learning_rates_follow_the_formula(schedule: str, warmup: int, end: float) -> None:
     config = OptimConfig(lr=2e-3, schedule=schedule, warmup_steps=warmup, min_lr_ratio=end)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
