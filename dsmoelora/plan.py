@@ -21,7 +21,7 @@ from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.fallback_template import is_fallback
 from dsmoelora.data.formats import read_conversations
-from dsmoelora.data.readers import open_source
+from dsmoelora.data.readers import HUB_TIMEOUT_S, may_be_hub_name, open_source
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
 from dsmoelora.inputs import check_takes_positions
 from dsmoelora.model import check_weights, load_model_config, load_tokenizer, model_without_weights, without_dropout
@@ -30,7 +30,6 @@ from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_a
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _FP32_BYTES = 4
-_HUB_TIMEOUT_S = 10.0
 
 
 @dataclass
@@ -215,11 +214,9 @@ def has_weights(config: ModelConfig) -> bool:
 def _find_on_hub(name: str) -> None:
     """Say at once that a local folder is missing, or that the hub has no such model or cannot be reached.
 
-    Only `name`, and `owner/name` where there is no folder `owner`, can be hub names. Left to themselves, the libraries
-    below would try an unreachable hub for a minute.
+    Left to themselves, the libraries below would try an unreachable hub for a minute.
     """
-    parts = name.split("/")
-    if name.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).exists()):
+    if not may_be_hub_name(name):
         raise ModelError(
             f"model.path is {name!r}, but there is no such folder. "
             "Check the path; it is relative to the folder you start in."
@@ -227,7 +224,7 @@ def _find_on_hub(name: str) -> None:
     if huggingface_hub.try_to_load_from_cache(name, "config.json") is not None:
         return
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # of several libraries; whatever it is, the model is out of reach
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(

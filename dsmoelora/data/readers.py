@@ -24,9 +24,9 @@ from dsmoelora.data.problems import RowProblem
 from dsmoelora.errors import DataError, listing
 
 NumberedRows = Iterator[tuple[int, Any]]
+HUB_TIMEOUT_S = 10.0
 _BATCH = 1000  # rows of a Parquet file in memory at once
 _DELIMITERS = ",;\t|"
-_HUB_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def open_source(source: DataSource, streaming: bool = False) -> RowSource:
     path = Path(source.path)
     if path.is_dir():
         return _of_dataset(source, _load_folder(path))
-    if not path.exists() and _may_be_hub_name(source.path):
+    if not path.exists() and may_be_hub_name(source.path):
         return _of_dataset(source, _load_from_hub(source, streaming))
     if not path.exists():
         raise DataError(f"{path} does not exist. Check the path; it is relative to the folder you start in.")
@@ -194,8 +194,8 @@ def _load_folder(path: Path) -> Any:
         raise DataError(f"{path} cannot be loaded as a saved dataset ({_first_line(error)}). Save it anew.") from None
 
 
-def _may_be_hub_name(path: str) -> bool:
-    """`name` or `owner/name`, unless it looks like a file or lies in a folder that exists."""
+def may_be_hub_name(path: str) -> bool:
+    """Whether this is `name` or `owner/name`, and neither looks like a data file nor lies in a folder that exists."""
     parts = path.split("/")
     if path.startswith((".", "/", "~")) or len(parts) > 2 or Path(path).suffix.lower() in READERS:
         return False
@@ -207,7 +207,7 @@ def _load_from_hub(source: DataSource, streaming: bool) -> Any:
     cached = Path(datasets.config.HF_DATASETS_CACHE) / source.path.replace("/", "___")
     try:
         if not cached.exists():
-            huggingface_hub.HfApi().dataset_info(source.path, timeout=_HUB_TIMEOUT_S)
+            huggingface_hub.HfApi().dataset_info(source.path, timeout=HUB_TIMEOUT_S)
         return datasets.load_dataset(source.path, source.subset, split=source.split, streaming=streaming)
     except Exception as error:  # of several libraries; whatever it is, the dataset is out of reach
         raise DataError(
