@@ -28,6 +28,7 @@ from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, lo
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import stop_ids
+from dsmoelora.data.dataset import IGNORED
 from dsmoelora.heartbeat import Heartbeat, Phase
 from dsmoelora.inputs import check_probe, model_inputs, probe
 from dsmoelora.model import load_model, load_tokenizer
@@ -43,8 +44,6 @@ from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.parallel.zero_config import merge_config
 from dsmoelora.seeds import derive_seed
 from dsmoelora.watch import AdapterWatch
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -367,7 +366,7 @@ class Engine:
         places_BP, targets_BP = (tensor.to(self.device) for tensor in micro_batch.targets())
         logits_BPV = self._logits(micro_batch, places_BP)
         logits_TV, targets_T = logits_BPV.flatten(0, 1).float(), targets_BP.flatten()
-        return nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_LABEL, reduction="sum")
+        return nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
 
     def _logits(self, micro_batch: MicroBatch, places_BP: Tensor) -> Tensor:
         """(B, P, V): the logits at `places_BP` of each row."""
