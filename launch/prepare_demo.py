@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
+
 import numpy as np
 import reasoning_gym
 import torch
@@ -149,7 +151,9 @@ def family_rows(family: str, count: int, seed: int) -> list[dict[str, str]]:
     """`count` different questions of one family with their answers."""
     # Small families repeat themselves: draw three times as many and keep the first of each kind.
     tasks = reasoning_gym.create_dataset(family, seed=seed, size=3 * count, **FAMILIES[family])
-    answers = {task["question"].strip(): str(task["answer"]).strip() for task in tasks}
+    answers: dict[str, str] = {}
+    for task in tasks:
+        answers.setdefault(task["question"].strip(), str(task["answer"]).strip())
     rows = [
         {"task": family, "instruction": question, "input": "", "output": answer}
         for question, answer in answers.items()

@@ -11,6 +11,8 @@ from dsmoelora.data.formats import read_conversations
 from dsmoelora.errors import ModelError
 from launch import prepare_demo
 
+PROGRAMS = sorted(Path(prepare_demo.__file__).parent.glob("*.py"))
+
 
 def test_data_is_balanced_without_overlap_and_the_same_every_time(tmp_path: Path) -> None:
     prepare_demo.prepare_data(tmp_path / "one", seed=5)
@@ -28,6 +30,22 @@ def test_data_is_balanced_without_overlap_and_the_same_every_time(tmp_path: Path
         assert len(families) >= 6
         assert max(families.values()) - min(families.values()) <= 1
     assert prepare_demo.make_rows(6) != rows
+
+
+def test_of_a_question_that_comes_twice_the_first_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [{"question": f"q{i // 2}", "answer": i} for i in range(6)]
+    monkeypatch.setattr(prepare_demo.reasoning_gym, "create_dataset", lambda *_, **__: tasks)
+    rows = prepare_demo.family_rows("gcd", 3, seed=0)
+    assert [(row["instruction"], row["output"]) for row in rows] == [("q0", "0"), ("q1", "2"), ("q2", "4")]
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.name)
+def test_a_clone_runs_without_being_installed(file: Path) -> None:
+    """Whoever imports the package says first where it lies."""
+    lines = file.read_text().splitlines()
+    imports = [i for i, line in enumerate(lines) if line.startswith(("from dsmoelora", "import dsmoelora"))]
+    paths = [i for i, line in enumerate(lines) if line.startswith("sys.path.insert(0, str(Path(__file__).resolve()")]
+    assert not imports or (paths and paths[0] < imports[0])
 
 
 def test_model_that_is_there_is_kept(tmp_path: Path) -> None:
