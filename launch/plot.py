@@ -182,9 +182,10 @@ def draw(runs: Sequence[Run]) -> Any:
 
 def _draw_heats(all_axes: Sequence[Any], what: Map, heats: Mapping[str, Heat]) -> None:
     """A heat map for each run, of one scale: a row for each layer, a column for each expert."""
-    largest = max(value for heat in heats.values() for row in heat.rows for value in row if not math.isnan(value))
+    values = [value for heat in heats.values() for row in heat.rows for value in row if not math.isnan(value)]
+    lowest, highest = min(0.0, *values), max(1e-9, *values)  # cosines may be negative
     for axes, (name, heat) in zip(all_axes, heats.items(), strict=True):
-        image = axes.imshow(heat.rows, aspect="auto", interpolation="nearest", vmin=0, vmax=max(largest, 1e-9))
+        image = axes.imshow(heat.rows, aspect="auto", interpolation="nearest", vmin=lowest, vmax=highest)
         axes.set_title(f"{what.title}, step {heat.step}\n{name}", loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("expert", color=GREY)
         axes.tick_params(colors=GREY)

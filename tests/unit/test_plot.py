@@ -67,6 +67,7 @@ def test_the_load_of_routers_is_drawn_where_a_run_has_it(tmp_path: Path) -> None
     heat = plot.draw(plot.read_runs([plain, routed])).axes[3]
     ((first, second),) = (image.get_array().tolist() for image in heat.get_images())
     assert first == shares[0] and second[:2] == shares[1] and second[2] is None
+    assert heat.get_images()[0].get_clim()[0] == 0.0
     assert heat.get_title("left") == "Router load, step 2\nrouted"
     assert heat.get_xlabel() == "expert" and "layer" in heat.get_ylabel()
 
@@ -80,6 +81,7 @@ def test_how_alike_experts_are_is_drawn_below(tmp_path: Path) -> None:
     _, _, _, heat, bar = plot.draw(plot.read_runs([routed, unknown])).axes
     (image,) = heat.get_images()
     assert image.get_array().tolist() == [[0.5, -0.5], [None, 0.25]]
+    assert image.get_clim() == (-0.5, 0.5)  # no negative cosine is cut off
     assert heat.get_title("left") == "Experts alike, step 4\nrouted"
     assert "cosine" in bar.get_ylabel()
 
