@@ -81,7 +81,7 @@ def check_probe(model: nn.Module, logits_BSV: Tensor) -> None:
     """
     first, second, joined = logits_BSV[:, -_PROBE_LENGTH:].float()
     leak, effect = (first - second).abs().max(), (first - joined).abs().max()
-    if leak > effect / 4:  # an isolated sample leaves rounding errors
+    if not leak <= effect / 4:  # an isolated sample leaves rounding errors; of NaN nothing is known
         raise _cannot_pack(model, "its samples see each other: the logits of one change with the sample before it")
 
 

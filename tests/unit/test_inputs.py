@@ -202,6 +202,14 @@ def test_a_model_whose_samples_see_each_other_is_refused() -> None:
         check_probe(model, model(**inputs).logits)
 
 
+@torch.no_grad()
+def test_a_model_that_gives_no_numbers_is_refused() -> None:
+    logits_BSV = logits_of(tiny_model("llama"), probe(VOCABULARY))
+    logits_BSV[0, -1, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"data\.packing is true, but LlamaForCausalLM"):
+        check_probe(tiny_model("llama"), logits_BSV)
+
+
 def test_a_model_that_takes_no_positions_is_refused() -> None:
     model = tiny_model("bloom", "eager", n_layer=1, n_head=4)
     with pytest.raises(ModelError, match="BloomForCausalLM cannot be trained on packed rows: it takes no position_ids"):
