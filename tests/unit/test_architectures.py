@@ -191,6 +191,40 @@ def test_a_router_is_told_by_its_place_and_its_number_of_outputs() -> None:
     assert [sentence.split(": ")[1] for sentence in untouched(model)] == ["experts.", "chooser, shared_expert_gate."]
 
 
+class GlmLayer(nn.Module):
+    """Named as in GLM-4's own code: 4 heads of queries, 2 of keys, 2 of values in one product; gate and up in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attention = nn.ModuleDict({"query_key_value": nn.Linear(8, 8 + 2 * 4), "dense": nn.Linear(8, 8)})
+        self.mlp = nn.ModuleDict({"dense_h_to_4h": nn.Linear(8, 2 * 20), "dense_4h_to_h": nn.Linear(20, 8)})
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        q_BSD, k_BSC, v_BSC = self.self_attention["query_key_value"](x_BSD).split([8, 4, 4], dim=-1)
+        k_BSD, v_BSD = (part.repeat(1, 1, 2) for part in (k_BSC, v_BSC))
+        heads = (part.unflatten(-1, (4, 2)).transpose(1, 2) for part in (q_BSD, k_BSD, v_BSD))
+        attended = functional.scaled_dot_product_attention(*heads, is_causal=True)
+        x_BSD = x_BSD + self.self_attention["dense"](attended.transpose(1, 2).flatten(2))
+        gate, up = self.mlp["dense_h_to_4h"](x_BSD).chunk(2, dim=-1)
+        down: Tensor = self.mlp["dense_4h_to_h"](functional.silu(gate) * up)
+        return x_BSD + down
+
+
+def test_a_fused_query_key_value_of_fewer_key_heads_is_one_layer() -> None:
+    model = nn.ModuleDict({"layer": GlmLayer(), "output_layer": nn.Linear(8, 9)})
+    attention, x_BSD = ["query_key_value", "dense"], torch.randn(2, 5, 8)
+    named = [f"layer.self_attention.{name}" for name in attention]
+    assert match_targets(model, attention) == named
+    assert "output_layer" in match_targets(model, "all-linear")
+    before = model["layer"](x_BSD)
+    adapt(model, trained=False, target_modules=attention)
+    assert torch.equal(model["layer"](x_BSD), before)
+    for _, layer in adapted_layers(model):
+        nn.init.normal_(layer.experts.b)
+    model["layer"](x_BSD).sum().backward()
+    assert [name for name, layer in adapted_layers(model) if layer.experts.a.grad.any()] == named
+
+
 def test_a_model_that_reads_weights_past_the_layer_is_refused() -> None:
     config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1, use_mambapy=False)
     model = MambaForCausalLM(config).eval()
