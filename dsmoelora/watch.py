@@ -27,15 +27,14 @@ class AdapterWatch:
     def start(self) -> None:
         """Remember the values of now; from here on gradients are recorded."""
         self._start = [shard.tensor.detach().clone() for shard in self._optimizer.shards]
-        self._grad_square.clear()
         self._hook = self._optimizer.register_step_pre_hook(self._record)
 
     def stop(self) -> dict[str, dict[str, float]]:
         """Switch off and report, for every adapter tensor, what happened since `start` (collective).
 
         Returns:
-            by tensor name: `grad_norm`, the largest norm of its gradient in a step (after clipping), and `moved`, the
-            norm of its change
+            by tensor name: `grad_norm`, the norm of its gradients of all applied steps put together (after clipping),
+            and `moved`, the norm of its change
         """
         assert self._hook is not None, "start() comes first"
         self._hook.remove()
@@ -46,15 +45,17 @@ class AdapterWatch:
             for run in shard.runs:
                 moved[run.of.name] += float(difference[run.span].square().sum()) / shard.num_copies
         grads = [float(self._grad_square.get(name, 0.0)) for name in names]
+        self._start, self._grad_square = [], {}
         sums = comm.all_reduce_sum([*grads, *moved.values()])
         norms = [square**0.5 for square in sums]
         return {name: {"grad_norm": norms[i], "moved": norms[len(names) + i]} for i, name in enumerate(names)}
 
     def _record(self, *_: object) -> None:
+        if self._optimizer.skip:  # this gradient is not applied, and may not be finite
+            return
         for run, grad, num_copies in self._runs_with_gradients():
             square = grad.square().sum() / num_copies
-            before = self._grad_square.get(run.of.name)
-            self._grad_square[run.of.name] = square if before is None else torch.maximum(before, square)
+            self._grad_square[run.of.name] = self._grad_square.get(run.of.name, 0.0) + square
 
     def _runs_with_gradients(self) -> Iterator[tuple[Run, Tensor, int]]:
         shards: list[Shard] = self._optimizer.shards
