@@ -126,6 +126,7 @@ def _refuse_what_cannot_work(config: dict[str, Any], recipe: Recipe) -> None:
             "ZeRO++ rounds what it gathers",
         ),
         "zero_quantized_gradients": (read.zero_quantized_gradients, "ZeRO++ rounds the gradients"),
+        "compute_grad_norm": (not read.compute_grad_norm, "a gradient that is not finite would be applied"),
         "zenflow": (read.zenflow is not None, "ZenFlow updates some columns later than others"),
         "offload_optimizer.super_offload": (offload.super_offload, sharded_step),
         "offload_optimizer.ratio": (offload.ratio < 1.0, sharded_step),
