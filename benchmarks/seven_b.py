@@ -72,7 +72,7 @@ def random_tokens(step: int, vocab_size: int) -> MicroBatch:
 
 def peak(memory: PeakMemory) -> float:
     """The largest peak of all ranks in GiB (collective)."""
-    return float(max(comm.broadcast_object(comm.gather_objects(memory.gib()))))
+    return float(max(comm.all_gather_objects(memory.gib())))
 
 
 def say(text: str) -> None:

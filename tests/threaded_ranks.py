@@ -56,6 +56,9 @@ class ThreadedComm:
         everyone = self._exchange(json.dumps(obj))
         return [json.loads(text) for text in everyone] if self.rank() == 0 else None
 
+    def all_gather_objects(self, obj: Any) -> list[Any]:
+        return [json.loads(text) for text in self._exchange(json.dumps(obj))]
+
     def broadcast_object(self, obj: Any) -> Any:
         return json.loads(self._exchange(json.dumps(obj) if self.rank() == 0 else "")[0])
 

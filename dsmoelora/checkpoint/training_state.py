@@ -153,7 +153,7 @@ def _gather_layouts(shards: list[ShardState]) -> list[list[ShardLayout]]:
         return {"parameters": encode_parameters(parameters), "shards": encode_layouts(layouts, parameters)}
 
     own = comm.together(encode)
-    everyone = comm.broadcast_object(comm.gather_objects(own))
+    everyone = comm.all_gather_objects(own)
     return [decode_layouts(each["shards"], decode_parameters(each["parameters"])) for each in everyone]
 
 
@@ -166,7 +166,7 @@ def _examine(folder: Path) -> tuple[Index | None, list[str]]:
         faults = faults or faults_of_content(folder, index, comm.rank(), comm.world_size())
     except CheckpointError as error:
         faults = [str(error)]
-    everyone = comm.broadcast_object(comm.gather_objects(faults))
+    everyone = comm.all_gather_objects(faults)
     return index, list(dict.fromkeys(fault for each in everyone for fault in each))
 
 

@@ -126,4 +126,4 @@ def _problems(work: Callable[[], object]) -> list[str]:
 
 def _everyone(own: Any) -> list[Any]:
     """What each rank says, by rank, on every rank."""
-    return comm.broadcast_object(comm.gather_objects(own))
+    return comm.all_gather_objects(own)

@@ -198,8 +198,13 @@ def start_any_rank(flag: bool) -> Callable[[], bool]:
 
 def gather_objects(obj: Any) -> list[Any] | None:
     """Every rank's JSON-able object, in the order of ranks, on rank 0; None elsewhere."""
-    everyone = _all_gather_bytes(json.dumps(obj).encode(), decode=rank() == 0)
-    return None if everyone is None else [json.loads(text) for text in everyone]
+    everyone = _all_gather_bytes(json.dumps(obj).encode())
+    return [json.loads(text) for text in everyone] if rank() == 0 else None
+
+
+def all_gather_objects(obj: Any) -> list[Any]:
+    """Every rank's JSON-able object, in the order of ranks, on every rank. Tuples come back as lists."""
+    return [json.loads(text) for text in _all_gather_bytes(json.dumps(obj).encode())]
 
 
 def broadcast_object(obj: Any) -> Any:
@@ -233,7 +238,7 @@ def together(fn: Callable[[], Result]) -> Result:
         own = error
     message = "" if own is None else (str(own) or type(own).__name__)
     if any_rank(own is not None):
-        messages = _all_gather_bytes(message.encode(), decode=True) or []
+        messages = _all_gather_bytes(message.encode())
         if own is not None:
             raise own
         failed = next(k for k, text in enumerate(messages) if text)
@@ -241,10 +246,10 @@ def together(fn: Callable[[], Result]) -> Result:
     return result
 
 
-def _all_gather_bytes(data: bytes, decode: bool) -> list[bytes] | None:
-    """Every rank's bytes in the order of ranks, or None where `decode` is false (the exchange happens all the same)."""
+def _all_gather_bytes(data: bytes) -> list[bytes]:
+    """Every rank's bytes, in the order of ranks."""
     if world_size() == 1:
-        return [data] if decode else None
+        return [data]
     length = torch.tensor([len(data)], dtype=torch.int64, device=_device())
     lengths = [torch.empty_like(length) for _ in range(world_size())]
     dist.all_gather(lengths, length)
@@ -253,8 +258,6 @@ def _all_gather_bytes(data: bytes, decode: bool) -> list[bytes] | None:
     padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
     everyone = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(everyone, padded)
-    if not decode:
-        return None
     return [bytes(one[: int(n)].cpu().numpy()) for one, n in zip(everyone, lengths, strict=True)]
 
 

@@ -112,7 +112,7 @@ def shard_groups(
         "two sub-groups in one process group: a step is partial"
     )
     own_cuts = [cut for _, shard, _ in partitions for cut in rows_cut_by(shard.runs)]
-    all_cuts = comm.broadcast_object(comm.gather_objects(own_cuts))
+    all_cuts = comm.all_gather_objects(own_cuts)
     cut = sorted({(name, row) for one in all_cuts for name, row in one})
     groups = []
     for trainables, shard, process_group in partitions:

@@ -26,6 +26,7 @@ def exchange() -> dict[str, Any]:
         "any of the last": comm.any_rank(rank == comm.world_size() - 1),
         "gathered": comm.gather_objects({"rank": rank, "text": "ä" * rank * 10}),
         "nothing gathered": comm.gather_objects(None),
+        "gathered by all": comm.all_gather_objects((rank, "ä" * rank * 10)),
         "broadcast": comm.broadcast_object({"from": rank, "list": [1, "ü", None, 0.1]}),
     }
 
@@ -42,6 +43,7 @@ def test_every_rank_gets_what_it_should(worker_pool: PoolFactory, world_size: in
             "any of the last": True,
             "gathered": everyone if rank == 0 else None,
             "nothing gathered": [None] * world_size if rank == 0 else None,
+            "gathered by all": [[k, "ä" * k * 10] for k in range(world_size)],
             "broadcast": {"from": 0, "list": [1, "ü", None, 0.1]},
         }
 
@@ -93,6 +95,7 @@ def test_a_single_process_needs_no_process_group() -> None:
     assert (comm.rank(), comm.world_size()) == (0, 1)
     assert comm.all_reduce_sum([1.5]) == [1.5]
     assert comm.gather_objects([1]) == [[1]]
+    assert comm.all_gather_objects([1]) == [[1]]
     assert comm.broadcast_object({"a": 1}) == {"a": 1}
     assert comm.any_rank(True)
     assert comm.together(lambda: "done") == "done"
