@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import io
 import json
 import logging
@@ -178,10 +179,9 @@ def start_any_rank(flag: bool) -> Callable[[], bool]:
     """Begin to ask what `any_rank` asks; the function that comes back waits for the answer and gives it."""
     if world_size() == 1:
         return lambda: flag
-    # On a stream of its own the answer can be read without waiting for what the accelerator has to compute.
-    beside = None if get_accelerator().device_name() == "cpu" else get_accelerator().Stream()
 
     def on_stream() -> Any:
+        beside = _stream_beside()
         return contextlib.nullcontext() if beside is None else get_accelerator().stream(beside)
 
     with on_stream():
@@ -194,6 +194,12 @@ def start_any_rank(flag: bool) -> Callable[[], bool]:
             return bool(tensor.item() > 0)
 
     return finish
+
+
+@functools.cache
+def _stream_beside() -> Any:
+    """This process's stream for answers that are read without waiting for what the accelerator has to compute."""
+    return None if get_accelerator().device_name() == "cpu" else get_accelerator().Stream()
 
 
 def gather_objects(obj: Any) -> list[Any] | None:

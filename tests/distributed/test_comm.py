@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import Any
+from unittest import mock
 
 import pytest
 from torch.distributed import DistNetworkError
@@ -101,6 +103,40 @@ def test_a_single_process_needs_no_process_group() -> None:
     assert comm.together(lambda: "done") == "done"
     with pytest.raises(KeyError):
         comm.together(lambda: {}["missing"])
+
+
+class FakeAccelerator:
+    """One with streams, on the CPU."""
+
+    num_streams = 0
+
+    def device_name(self) -> str:
+        return "fake"
+
+    def current_device_name(self) -> str:
+        return "cpu"
+
+    def Stream(self) -> object:  # as accelerators call it
+        self.num_streams += 1
+        return object()
+
+    def stream(self, _: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def test_answers_that_nobody_waits_for_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run asks in every forward pass."""
+    accelerator = FakeAccelerator()
+    monkeypatch.setattr(comm, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(comm, "world_size", lambda: 2)
+    monkeypatch.setattr(comm.dist, "all_reduce", lambda *_, **__: mock.Mock())
+    comm._stream_beside.cache_clear()
+    try:
+        answers = [comm.start_any_rank(flag) for flag in (True, False, True)]
+        assert [answer() for answer in answers] == [True, False, True]
+        assert accelerator.num_streams == 1
+    finally:
+        comm._stream_beside.cache_clear()
 
 
 def wait_for_a_late_rank() -> tuple[bool, float]:
