@@ -18,9 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsmoelora.adapters import batch_context, inject
 from dsmoelora.adapters.contrastive import ContrastiveLosses
-from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.folder import write_adapter
-from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.adapters.routing_log import Routing, RoutingLog
 from dsmoelora.adapters.similarity import ExpertCosines
 from dsmoelora.adapters.svd_start import uniform_gates
@@ -30,7 +28,7 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import stop_ids
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.heartbeat import Heartbeat, Phase
-from dsmoelora.inputs import check_probe, model_inputs, probe
+from dsmoelora.inputs import check_probe, fill_context, model_inputs, probe, sent
 from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
@@ -363,24 +361,15 @@ class Engine:
     def _nll_sum(self, micro_batch: MicroBatch) -> Tensor:
         """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar)."""
         # Few tokens are targets, and logits are large: the output head computes what the loss wants, nothing else.
-        places_BP, targets_BP = (tensor.to(self.device) for tensor in micro_batch.targets())
+        places_BP, targets_BP = (sent(tensor, self.device) for tensor in micro_batch.targets())
         logits_BPV = self._logits(micro_batch, places_BP)
         logits_TV, targets_T = logits_BPV.flatten(0, 1).float(), targets_BP.flatten()
         return nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
 
     def _logits(self, micro_batch: MicroBatch, places_BP: Tensor) -> Tensor:
         """(B, P, V): the logits at `places_BP` of each row."""
-        # All of this is made on the host, where nothing has to wait for the accelerator, and sent.
-        inputs = model_inputs(micro_batch, self.model.config._attn_implementation)
-        inputs = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        keys_BS = token_keys(
-            self.recipe.run.seed, micro_batch.sequence_ids, micro_batch.attention_mask, micro_batch.position_ids
-        )
-        self._context.token_keys = keys_BS.to(self.device)
-        self._context.real_BS = micro_batch.real_tokens.to(self.device)
-        ids = micro_batch.sequence_ids
-        self._context.sequences_BS = ids.to(self.device) if ids.dim() == 2 else None
-        self._context.prompt_BS = prompt_tokens(micro_batch.attention_mask, micro_batch.labels).to(self.device)
+        inputs = model_inputs(micro_batch, self.model.config._attn_implementation, self.device)
+        fill_context(self._context, micro_batch, self.recipe.run.seed, self.device)
         if self._can_keep_logits:
             logits: Tensor = self._deepspeed(**inputs, logits_to_keep=places_BP).logits
             return logits

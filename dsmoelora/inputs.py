@@ -1,4 +1,4 @@
-"""A micro-batch as models of transformers want it, and proof that samples of a packed row do not see each other.
+"""A micro-batch as models of transformers and their adapters want it, and proof that packing keeps samples apart.
 
 Position ids that restart tell transformers where a sample begins (`masking_utils.find_packed_sequence_indices`). Given
 no attention mask *and no cache* it builds the block-diagonal causal mask, for sdpa and eager attention, for full and
@@ -13,32 +13,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.dropout import token_keys
+from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.data import MicroBatch
 from dsmoelora.errors import ModelError
 
 _PROBE_LENGTH = 4
 
 
-def model_inputs(batch: MicroBatch, attention: str) -> dict[str, Any]:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the accelerator, which takes it when it comes to it: the host does not wait.
+
+    For that it must lie in pinned memory; a copy out of any other waits for all that the accelerator has to compute.
+    """
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def model_inputs(batch: MicroBatch, attention: str, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of the model's forward.
 
     Args:
         batch: micro-batch
         attention: name of the attention implementation
+        device: of the model
     """
     if batch.position_ids is None:
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-    return inputs | _borders(batch.position_ids) if attention.startswith("flash_attention") else inputs
+        tensors = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    else:
+        tensors = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    more: dict[str, Any] = {"use_cache": False}
+    if batch.position_ids is not None and attention.startswith("flash_attention"):
+        borders, longest = _borders(batch.position_ids)
+        tensors |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+        more |= {"max_length_q": longest, "max_length_k": longest}
+    return {name: sent(tensor, device) for name, tensor in tensors.items()} | more
 
 
-def _borders(position_ids_BS: Tensor) -> dict[str, Any]:
-    """Where samples begin in the rows laid end to end, as kernels for sequences of uneven length take it."""
+def fill_context(context: BatchContext, batch: MicroBatch, seed: int, device: torch.device) -> None:
+    """Tell the adapted layers what the model is about to be called with.
+
+    Args:
+        context: of the model
+        batch: micro-batch
+        seed: of the run
+        device: of the model
+    """
+    ids_BS, mask_BS = batch.sequence_ids, batch.attention_mask
+    context.token_keys = sent(token_keys(seed, ids_BS, mask_BS, batch.position_ids), device)
+    context.real_BS = sent(batch.real_tokens, device)
+    context.sequences_BS = sent(ids_BS, device) if ids_BS.dim() == 2 else None
+    context.prompt_BS = sent(prompt_tokens(mask_BS, batch.labels), device)
+
+
+def _borders(position_ids_BS: Tensor) -> tuple[Tensor, int]:
+    """Where samples begin in the rows laid end to end, and the longest, as kernels for uneven lengths take it."""
     flat_T = position_ids_BS.flatten()
     begins = (flat_T == 0).nonzero().flatten()
     borders = torch.cat([begins, begins.new_tensor([len(flat_T)])]).int()
-    longest = int(borders.diff().max())
-    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+    return borders, int(borders.diff().max())
 
 
 def check_takes_positions(model: nn.Module) -> None:

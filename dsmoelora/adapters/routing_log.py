@@ -150,14 +150,15 @@ class RoutingLog:
 
     def take_window(self) -> Routing:
         """What happened since the last call."""
-        choices, gates, _, entropy, _ = self._window.split(self._parts)
+        window, idle = self._window.cpu(), self._idle.cpu()  # once for all layers
+        choices, gates, _, entropy, _ = window.split(self._parts)
         routing = Routing(
             self._window_tokens,
             self._names,
             [part.tolist() for part in choices.split(self._sizes)],
             [part.tolist() for part in gates.split(self._sizes)],
             entropy.tolist(),
-            [[int(steps) for steps in part.tolist()] for part in self._idle.split(self._sizes)],
+            [[int(steps) for steps in part.tolist()] for part in idle.split(self._sizes)],
         )
         self._window.zero_()
         self._window_tokens = 0

@@ -102,14 +102,15 @@ def damped_inverse(gram: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor, i
     """
     rank = gram.shape[-1]
     damping = config.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + config.damping_abs
-    damped = gram + damping[:, None, None] * torch.eye(rank, dtype=gram.dtype, device=gram.device)
+    identity = torch.eye(rank, dtype=gram.dtype, device=gram.device)
+    damped = gram + damping[:, None, None] * identity
     cholesky, info = torch.linalg.cholesky_ex(damped)
     diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
     failed = (info != 0) | ~(diagonal.amin(-1) > 0)
     estimate = (diagonal.amax(-1) / diagonal.amin(-1)).square()
     condition = torch.where(failed, torch.zeros_like(estimate), estimate).amax()
-    inverse = torch.cholesky_inverse(torch.where(failed[:, None, None], torch.eye(rank).to(gram), cholesky))
-    num_failed = int(failed.sum())  # the one host read of the step
+    inverse = torch.cholesky_inverse(torch.where(failed[:, None, None], identity, cholesky))
+    num_failed = int(failed.sum())  # read by the host, once for each process group of a step
     if num_failed:
         inverse[failed] = torch.linalg.pinv(damped[failed], hermitian=True)
     return inverse, condition, num_failed

@@ -135,18 +135,19 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def all_gather_floats(values: list[float]) -> list[list[float]]:
-    """Every rank's numbers (equally many) in float64, in the order of ranks; the same on all ranks."""
+def all_gather_numbers(own: torch.Tensor) -> list[list[float]]:
+    """Every rank's (n,) tensor on the host, in the order of ranks, the same on all: one collective, one read.
+
+    Args:
+        own: on any device
+    """
     if world_size() == 1:
-        return [[float(value) for value in values]]
-    own = torch.tensor(values, dtype=torch.float64, device=_device())
-    everyone = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(everyone, own)
-    return torch.stack(everyone).tolist()
+        return [own.tolist()]
+    return all_gather_tensor(own.to(_device()), None).view(world_size(), -1).tolist()
 
 
 def all_gather_tensor(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """(n, ...) of every rank of a process group -> (P n, ...), in the order of ranks."""
+    """(n, ...) of every rank of a process group, None for that of all -> (P n, ...), in the order of ranks."""
     own = tensor.contiguous()
     everyone = own.new_empty(dist.get_world_size(group=group) * own.shape[0], *own.shape[1:])
     dist.all_gather_into_tensor(everyone, own, group=group)

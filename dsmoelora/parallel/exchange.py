@@ -207,7 +207,10 @@ class TokenExchange:
         self.num_rows: list[int] = []
 
     def announce(self, num_tokens: int, num_rows: int) -> None:
-        """Tell the other ranks of the group what this rank has (collective, once per forward pass)."""
+        """Tell the other ranks of the group what this rank has (collective, once per forward pass).
+
+        The host waits for the answer, which decides the shapes of all that follows.
+        """
         own = torch.tensor([num_tokens, num_rows], device=get_accelerator().current_device_name())
         everyone = own.new_empty(2 * self.layout.ep_size)
         dist.all_gather_into_tensor(everyone, own, group=self.layout.expert_group)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from dsmoelora.optim.preconditioner import StepReport
 from dsmoelora.parallel import comm
 
@@ -16,14 +18,13 @@ def over_ranks(reports: Sequence[StepReport]) -> dict[str, float]:
     if not reports:
         return {}
     # a rank reports what its whole process group met
-    own = [
-        sum(float(report.square_norm) for report in reports),
-        max(float(report.condition) for report in reports),
-        sum(report.num_fallbacks / report.num_ranks for report in reports),
-    ]
-    square_norms, conditions, num_fallbacks = zip(*comm.all_gather_floats(own), strict=True)
+    square_norm = torch.stack([report.square_norm for report in reports]).double().sum()
+    condition = torch.stack([report.condition for report in reports]).double().amax()
+    num_fallbacks = sum(report.num_fallbacks / report.num_ranks for report in reports)
+    own = torch.stack([square_norm, condition, torch.full_like(condition, num_fallbacks)])
+    square_norms, conditions, fallbacks = zip(*comm.all_gather_numbers(own), strict=True)
     return {
         "preconditioned_norm": sum(square_norms) ** 0.5,
         "condition": max(conditions),
-        "eigh_fallbacks": float(round(sum(num_fallbacks))),
+        "eigh_fallbacks": float(round(sum(fallbacks))),
     }

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_flash_attention_utils
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import adapted_layers, batch_context
+from dsmoelora.adapters import BatchContext, adapted_layers, batch_context
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.config import DataConfig, Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.errors import ConfigError, ModelError
-from dsmoelora.inputs import check_probe, check_takes_positions, model_inputs, probe
+from dsmoelora.inputs import check_probe, check_takes_positions, fill_context, model_inputs, probe
+from tests.host_waits import HostWaits
 
 VOCABULARY = 100
+CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -89,7 +91,7 @@ def logits_of(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """(B, S, V), with the dropout masks of these sequences where the model is adapted."""
     if any(True for _ in adapted_layers(model)):
         batch_context(model).token_keys = token_keys(0, batch.sequence_ids, batch.attention_mask, batch.position_ids)
-    logits: Tensor = model(**model_inputs(batch, model.config._attn_implementation)).logits
+    logits: Tensor = model(**model_inputs(batch, model.config._attn_implementation, CPU)).logits
     return logits
 
 
@@ -197,7 +199,7 @@ def test_flash_attention_gets_the_borders_of_samples(monkeypatch: pytest.MonkeyP
 def test_a_model_whose_samples_see_each_other_is_refused() -> None:
     """With a cache, transformers does not look where positions restart."""
     model = tiny_model("llama")
-    inputs = model_inputs(probe(VOCABULARY), "sdpa") | {"use_cache": True}
+    inputs = model_inputs(probe(VOCABULARY), "sdpa", CPU) | {"use_cache": True}
     with pytest.raises(ModelError, match=r"data\.packing is true, but LlamaForCausalLM .* see each other"):
         check_probe(model, model(**inputs).logits)
 
@@ -216,10 +218,23 @@ def test_a_model_that_takes_no_positions_is_refused() -> None:
         check_takes_positions(model)
 
 
+def test_the_host_waits_for_nothing_that_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for an accelerator: eight copies, all of them out of pinned memory."""
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    batch, meta, context, waits = packed_batch(), torch.device("meta"), BatchContext(), HostWaits()
+    with waits:
+        inputs = model_inputs(batch, "flash_attention_2", meta)
+        fill_context(context, batch, 0, meta)
+    found = [value for value in (*inputs.values(), *vars(context).values()) if isinstance(value, Tensor)]
+    assert [tensor.device for tensor in found] == [meta] * 8
+    assert waits.copies == [True] * len(pinned) == [True] * 8
+
+
 @torch.no_grad()
 def test_rows_of_one_sample_are_told_by_their_mask() -> None:
     batch = alone(packed_batch())[0]
-    inputs = model_inputs(batch, "sdpa")
+    inputs = model_inputs(batch, "sdpa", CPU)
     assert inputs.keys() == {"input_ids", "attention_mask", "use_cache"} and inputs["use_cache"] is False
 
 

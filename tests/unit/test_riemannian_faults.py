@@ -12,6 +12,7 @@ import torch
 from dsmoelora.adapters import Factor
 from dsmoelora.optim import OptimConfig, ShardOptimizer, build_optimizer, trainables
 from dsmoelora.optim.riemannian import damped_inverse
+from tests.host_waits import HostWaits
 from tests.riemannian_formula import relative_error
 from tests.riemannian_problems import Network, Problem, as_problem, by_hand, random_problem
 
@@ -70,6 +71,13 @@ def test_the_condition_is_estimated_from_below() -> None:
         assert 1.0 <= condition <= np.linalg.cond(rotated.numpy()) * (1 + 1e-9)
         _, condition, _ = damped_inverse(torch.stack((torch.eye(5).double(), eigenvalues.diag())), UNDAMPED)
         assert condition == pytest.approx(10.0**exponent), "the largest of all matrices"
+
+
+def test_inverting_waits_once_for_the_accelerator() -> None:
+    """For whether a factorisation failed, which decides what runs next."""
+    with HostWaits() as waits:
+        damped_inverse(torch.eye(3).double().expand(4, 3, 3), UNDAMPED)
+    assert (waits.copies, waits.num_reads) == ([], 1)
 
 
 def test_the_report_has_the_norm_and_the_condition_of_the_step() -> None:
