@@ -102,12 +102,20 @@ def dead_pid() -> int:
     return child.pid
 
 
+def zombie_pid() -> int:
+    """Of a process that has ended, and that this one has not asked how."""
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+
 @pytest.mark.parametrize(
     ("phase", "age_s", "place"),
     [
         (Phase.DONE, 0.0, {"host": "elsewhere"}),
         (Phase.TRAIN, 3600.0, {"host": "elsewhere"}),
         (Phase.TRAIN, 0.0, {"pid": dead_pid()}),
+        (Phase.TRAIN, 0.0, {"pid": zombie_pid()}),
         (Phase.TRAIN, 0.0, {"pid": os.getpid()}),
     ],
 )
