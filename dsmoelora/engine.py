@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,7 +27,7 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import stop_ids
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.heartbeat import Heartbeat, Phase
-from dsmoelora.inputs import check_probe, fill_context, model_inputs, probe, sent
+from dsmoelora.inputs import can_keep_logits, check_probe, fill_context, model_inputs, probe, prompt_inputs, sent
 from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
@@ -109,41 +108,45 @@ class Engine:
         model.register_forward_pre_hook(lambda *_: self.stop.poll())
         self.step = self.skipped_steps = 0
         self.layout = zero.make_layout(recipe)
-        exchange = None
+        self._adapt(resumes)
+        self._can_keep_logits = can_keep_logits(model)
+        self._initialise(deepspeed_config)
+        self.watch = AdapterWatch(self.optimizer)
+        self._routing = self._context.log = RoutingLog(model, recipe.losses, self.device)
+        comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
+
+    def _adapt(self, resumes: bool) -> None:
+        """Put experts on the layers that the recipe chooses, before DeepSpeed knows of the model."""
+        recipe, model, exchange, group = self.recipe, self.model, None, None
         if self.layout.ep_size > 1:
             exchange = TokenExchange(self.layout, recipe.parallel.exchange, recipe.adapter.num_used)
+            group = PartitionedExperts(exchange, recipe.losses.contrastive_tokens)
             model.register_forward_pre_hook(exchange.announce_call, with_kwargs=True)
         held = self.layout.local_experts
         self.adapted_layers = inject(model, recipe.adapter, held, exchange, lambda _: None, zero.gathered)
         self._prints = fingerprints(model)  # of the base as it came
-        self._start = None
-        if recipe.adapter.init == "svd":
-            self._start = StartShards(model, resumes, self._heartbeat.beat)
+        self._start = StartShards(model, resumes, self._heartbeat.beat) if recipe.adapter.init == "svd" else None
         if recipe.train.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        found = trainables(model)
-        self.num_trainable = sum(math.prod(trainable.shape) for trainable, _ in found)
         self._context = batch_context(model)
-        group = PartitionedExperts(exchange, recipe.losses.contrastive_tokens) if exchange else None
         self._contrast = self._context.losses = ContrastiveLosses(
             model, recipe.losses, self.device, recipe.adapter.num_used, group
         )
-        # What code that comes with a model takes for `logits_to_keep` is its own affair.
-        own_code = not type(model).__module__.startswith("transformers.")
-        self._can_keep_logits = not own_code and "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.optimizer = ShardOptimizer(found, recipe.optim)
-        self.schedule = build_schedule(self.optimizer, recipe.optim, recipe.train.max_steps)
-        config = merge_config(recipe, deepspeed_config, comm.world_size())
+
+    def _initialise(self, deepspeed_config: dict[str, Any]) -> None:
+        """Hand the adapted model to DeepSpeed, and bind the optimizer to what this rank holds of it then."""
+        found = trainables(self.model)
+        self.num_trainable = sum(math.prod(trainable.shape) for trainable, _ in found)
+        self.optimizer = ShardOptimizer(found, self.recipe.optim)
+        self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps)
+        config = merge_config(self.recipe, deepspeed_config, comm.world_size())
         zero.place_experts(found, self.layout)
         self._deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
+            model=self.model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
         )
         self.optimizer.bind(zero.shard_groups(self._deepspeed, found, self.layout))
         if self._start is not None:
             self._start.bind(self.optimizer.shards)
-        self.watch = AdapterWatch(self.optimizer)
-        self._routing = self._context.log = RoutingLog(model, recipe.losses, self.device)
-        comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
 
     @classmethod
     def build(
@@ -186,6 +189,27 @@ class Engine:
         torch.manual_seed(derive_seed("step", self.recipe.run.seed, self.step, comm.rank()))
         self._deepspeed.train()
         lr = float(self.schedule.get_last_lr()[0])
+        parts = (self._accumulate(micro_batches), self._routing.sums, self._contrast.sums)
+        sums, routing, contrast = comm.sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
+        losses = (self._routing.loss_values(routing), self._contrast.loss_values(contrast))
+        nll_sum, num_tokens, num_asked, *values = torch.cat((sums, *losses)).tolist()
+        self.stop.agreed |= num_asked > 0
+        skipped, grad_norm = self._apply(math.isfinite(nll_sum))
+        report = {} if skipped else over_ranks(self.optimizer.reports)
+        if not skipped:
+            self._routing.finish_step(routing)
+        self._context.clear()
+        named = dict(zip(self._routing.loss_names + self._contrast.loss_names, values, strict=True))
+        num_supervised = micro_batches[0].num_supervised_global
+        loss = nll_sum / num_supervised
+        return StepResult(loss, grad_norm, lr, skipped, int(num_tokens), num_supervised, report, named)
+
+    def _accumulate(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """Gradients of a step.
+
+        Returns:
+            (3,) of this rank: sum of negative log likelihoods, real tokens, and 1 if it was asked to stop
+        """
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         scale = comm.world_size() * zero.loss_scale(self._deepspeed)
         self._routing.begin_step(micro_batches[0].num_tokens_global, scale)
@@ -200,29 +224,23 @@ class Engine:
             if micro_batch is not micro_batches[-1]:
                 zero.step(self._deepspeed)  # counts the micro-batch
         sums[2] = float(self.stop.asked)
-        parts = (sums, self._routing.sums, self._contrast.sums)
-        sums, routing, contrast = comm.sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
-        losses = (self._routing.loss_values(routing), self._contrast.loss_values(contrast))
-        nll_sum, num_tokens, num_asked, *values = torch.cat((sums, *losses)).tolist()
-        self.stop.agreed |= num_asked > 0
+        return sums
+
+    def _apply(self, loss_is_finite: bool) -> tuple[bool, float]:
+        """Let weights move by the gradients at hand, where these and the loss are finite on all ranks.
+
+        Returns:
+            whether the step was skipped, and the norm of the raw gradient
+        """
         own_norm = zero.unchecked_grad_norm(self._deepspeed)
-        self.optimizer.skip = not (math.isfinite(nll_sum) and math.isfinite(own_norm or 0.0))
+        self.optimizer.skip = not (loss_is_finite and math.isfinite(own_norm or 0.0))
         zero.step(self._deepspeed)
         skipped = self.optimizer.skip or not zero.step_was_applied(self._deepspeed)
         self.optimizer.skip = False
         self.schedule.step()
         self.step += 1
         self.skipped_steps += skipped
-        num_supervised = micro_batches[0].num_supervised_global
-        grad_norm = zero.global_grad_norm(self._deepspeed) if own_norm is None else own_norm
-        report = {} if skipped else over_ranks(self.optimizer.reports)
-        if not skipped:
-            self._routing.finish_step(routing)
-        self._context.clear()
-        names = self._routing.loss_names + self._contrast.loss_names
-        named = dict(zip(names, values, strict=True))
-        loss = nll_sum / num_supervised
-        return StepResult(loss, grad_norm, lr, skipped, int(num_tokens), num_supervised, report, named)
+        return skipped, zero.global_grad_norm(self._deepspeed) if own_norm is None else own_norm
 
     def take_routing(self) -> Routing:
         """How routers have used their experts since the last call, on all ranks together; the same on all."""
@@ -263,13 +281,7 @@ class Engine:
     def generate(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[str]:
         """Greedy answers of the assistant to conversations that end in a user's turn; the same on all ranks."""
         self._heartbeat.enter(Phase.GENERATE, self.step)
-        prompts = [
-            self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-            for conversation in conversations
-        ]
-        side, self.tokenizer.padding_side = self.tokenizer.padding_side, "left"
-        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(self.device)
-        self.tokenizer.padding_side = side
+        batch = prompt_inputs(self.tokenizer, conversations, self.device)
         with self._inference():
             output = self.model.generate(  # type: ignore[operator]  # transformers types it as a tensor
                 **batch,

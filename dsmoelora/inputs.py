@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.dropout import token_keys
@@ -48,6 +49,27 @@ def model_inputs(batch: MicroBatch, attention: str, device: torch.device) -> dic
         tensors |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
         more |= {"max_length_q": longest, "max_length_k": longest}
     return {name: sent(tensor, device) for name, tensor in tensors.items()} | more
+
+
+def can_keep_logits(model: nn.Module) -> bool:
+    """Whether the model's forward takes `logits_to_keep` as transformers means it."""
+    # What code that comes with a model takes for it is its own affair.
+    own_code = not type(model).__module__.startswith("transformers.")
+    return not own_code and "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def prompt_inputs(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], device: torch.device
+) -> dict[str, Tensor]:
+    """Token ids and mask (B, S) of conversations that end in a user's turn, padded on the left, for `generate`."""
+    prompts = [
+        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        for conversation in conversations
+    ]
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    tokenizer.padding_side = side
+    return {name: sent(tensor, device) for name, tensor in batch.items()}
 
 
 def fill_context(context: BatchContext, batch: MicroBatch, seed: int, device: torch.device) -> None:
