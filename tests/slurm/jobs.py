@@ -12,7 +12,8 @@ from pathlib import Path
 from dsmoelora.heartbeat import read_sign
 from tests.launched import ROOT, last_step
 
-WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED")
+# All others are passed through: a job that is being told of its preemption is SIGNALING for a moment.
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 # The tests' own processes talk over the loopback interface alone; tasks on several nodes cannot.
 NOT_FOR_NODES = ("GLOO_SOCKET_IFNAME", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -76,7 +77,7 @@ class Job:
 
     def finish(self, timeout_s: float = 400.0) -> Job:
         """Wait for the end of the job, through all its attempts; it must have completed, and finished its run."""
-        self.wait_until(lambda: self.field("JobState") not in WAITING, "its end", timeout_s, may_end=True)
+        self.wait_until(lambda: self.field("JobState") in ENDED, "its end", timeout_s, may_end=True)
         assert self.field("JobState") == "COMPLETED" and (self.folder / "DONE").exists(), self.said()
         return self
 
@@ -84,7 +85,7 @@ class Job:
         """Look again and again, while the job lives."""
         deadline = time.monotonic() + timeout_s
         while not there():
-            ended = not may_end and self.field("JobState") not in WAITING
+            ended = not may_end and self.field("JobState") in ENDED
             if ended or time.monotonic() > deadline:
                 raise AssertionError(f"{what} of job {self.id} did not come\n{self.said()}")
             time.sleep(0.2)

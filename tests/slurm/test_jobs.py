@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dsmoelora.run_files import read_metrics
 from tests.launched import ROOT, last_step, make_workshop
-from tests.slurm.jobs import WAITING, Job, kill_rank, slurm
+from tests.slurm.jobs import ENDED, Job, kill_rank, slurm
 
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 COMPARED = ("step", "loss", "grad_norm", "lr", "eval/loss")
@@ -115,7 +115,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_nodes(submit: Submit, undi
     job = submit("train.sbatch", "fewer-nodes")
     job.wait_for_step(7)
     job.cancel()
-    job.wait_until(lambda: job.field("JobState") not in WAITING, "its end", 100, may_end=True)
+    job.wait_until(lambda: job.field("JobState") in ENDED, "its end", 100, may_end=True)
     assert job.field("JobState") == "CANCELLED" and not (job.folder / "DONE").exists(), job.said()
     stopped_at = last_step(job.folder)
     said = submit("train.sbatch", "fewer-nodes", num_nodes=1).finish().said()
@@ -195,10 +195,12 @@ def test_the_demo_trains_and_stops_in_time_wherever_its_experts_lie(demo: list[s
             said = job.finish().said()
         finally:
             job.cancel()
+        rows = read_metrics(folder / "metrics.jsonl")
         if ep_size == 2:
             (seconds,) = re.findall(r"Stopped ([\d.]+) s after the request", said)
-            assert float(seconds) < 20
-        rows = read_metrics(folder / "metrics.jsonl")
+            # 20 s on two cores of its own (50 to 90 tokens/s); a busy machine takes longer for the step under way
+            slowest = min(row["throughput(tokens/s)"] for row in rows[1:])
+            assert float(seconds) < 20 * max(1.0, 40 / slowest)
         losses[ep_size], held_out[ep_size] = [row["loss"] for row in rows[1:]], rows[-1]["eval/loss"]
     assert losses[2][0] == pytest.approx(losses[1][0], rel=2e-3)  # no weight has moved yet
     assert losses[2] == pytest.approx(losses[1], rel=3e-2)  # bf16, in which other experts may be chosen
