@@ -32,6 +32,7 @@ from dsmoelora.model import load_model, load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.adapter_tensors import fingerprints, tensors_on_rank_0
+from dsmoelora.parallel.dtype import settle_dtype
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.factors import expert_cosines
@@ -165,6 +166,7 @@ class Engine:
         heartbeat = heartbeat or Heartbeat()
         heartbeat.enter(Phase.BUILD, 0)
         zero.check_version()
+        recipe = settle_dtype(recipe).recipe
         config = merge_config(recipe, deepspeed_config, comm.world_size())
         tokenizer = comm.together(lambda: load_tokenizer(recipe.model))
         model = load_model(recipe.model, config)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from dsmoelora.config import ModelConfig
+from dsmoelora.config.dtype import has_bf16
 from dsmoelora.data.fallback_template import ensure_chat_template
 from dsmoelora.data.sentencepiece_model import has_sentencepiece_alone, load_sentencepiece
 from dsmoelora.errors import ModelError, bad_value, listing
@@ -103,6 +104,20 @@ def pretrained(
     model, report = loaded
     agree(lambda: _check_missing(path, sorted(report["missing_keys"])))
     return cast(PreTrainedModel, model)
+
+
+def model_for_inference(path: str, remedy: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A whole model on this machine's accelerator, for programs without DeepSpeed.
+
+    Its dtype is the one it was saved in, but fp32 on a CPU that has no instructions for 16 bits.
+
+    Raises:
+        ModelError: as `pretrained`
+    """
+    device = own_device()
+    dtype = torch.float32 if device.type == "cpu" and not has_bf16(device) else "auto"
+    model = pretrained(path, remedy, dtype=dtype, trust_remote_code=trust_remote_code)
+    return cast(PreTrainedModel, torch.nn.Module.to(model, device))
 
 
 def _check_missing(path: str, missing: list[str]) -> None:

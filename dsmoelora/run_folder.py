@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dsmoelora.checkpoint import folders
 from dsmoelora.checkpoint.training_state import newest_whole_checkpoint
-from dsmoelora.config import Recipe
+from dsmoelora.config import DTYPES, Recipe
 from dsmoelora.errors import CheckpointError, ConfigError, listing
 from dsmoelora.recipe_file import recipe_yaml
 from dsmoelora.run_files import ADAPTER_FOLDER, DEEPSPEED_FILE, METRICS_FILE, RECIPE_FILE
@@ -49,6 +52,17 @@ def find_checkpoint(recipe: Recipe, resume: str) -> Path | None:
     if resume == "auto":
         return newest_whole_checkpoint(recipe.run.folder)
     return Path(resume)
+
+
+def dtype_before(recipe: Recipe, resume: str) -> str | None:
+    """The dtype of the run that is gone on with; None where there is none, or nobody knows."""
+    folder = recipe.run.folder if resume == "auto" else Path(resume).parent
+    if resume == "none" or not (folder / RECIPE_FILE).is_file():
+        return None
+    with contextlib.suppress(yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        dtype = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))["model"]["dtype"]
+        return dtype if dtype in DTYPES else None
+    return None
 
 
 def write_description(folder: Path, recipe: Recipe, deepspeed: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
@@ -33,7 +32,7 @@ from dsmoelora.export import (
     read_experts,
     write_loras,
 )
-from dsmoelora.model import load_tokenizer, own_device, pretrained
+from dsmoelora.model import load_tokenizer, model_for_inference
 
 NOT_THE_MIXTURE = "A mixture that is routed token by token cannot be merged into one LoRA adapter exactly"
 DEFAULTS = {"rank": 0, "num_samples": 256, "max_length": 512}  # of the flags that only --format average has
@@ -122,22 +121,12 @@ def export_average(options: argparse.Namespace, base: str) -> None:
     tokenizer = load_tokenizer(ModelConfig(path=str(options.adapter), trust_remote_code=options.trust_remote_code))
     samples = load_instructions([DataSource(options.data)], "--data", tokenizer, options.max_length)
     print(f"Measuring base, mixture and average, {min(options.num_samples, len(samples)):,} rows each ...", flush=True)
-    model = load_model(base, options.trust_remote_code)
+    remedy = "Give its folder with --model, and --trust-remote-code where it brings code that you trust."
+    model = model_for_inference(base, remedy, options.trust_remote_code)
     average = average_experts(model, options.adapter, samples, options.num_samples, options.rank)
     write_loras(options.out, described, {"": average.lora})
     print_losses(options, average, samples)
     print_use(base, options.out, average.lora)
-
-
-def load_model(path: str, trust_remote_code: bool) -> Any:
-    """The base model in the dtype it was saved in, on an accelerator if there is one.
-
-    Raises:
-        ModelError: it cannot be loaded
-    """
-    remedy = "Give its folder with --model, and --trust-remote-code where it brings code that you trust."
-    model: Any = pretrained(path, remedy, dtype="auto", trust_remote_code=trust_remote_code)
-    return model.to(own_device())
 
 
 def print_losses(options: argparse.Namespace, average: Average, samples: InstructionDataset) -> None:

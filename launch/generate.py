@@ -21,7 +21,7 @@ from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
 from dsmoelora.data.chat import stop_ids
 from dsmoelora.errors import CheckpointError, bad_value
-from dsmoelora.model import own_device, pretrained
+from dsmoelora.model import model_for_inference
 
 
 def main() -> None:
@@ -75,9 +75,9 @@ def load(adapter: Path, base: str | None, trust_remote_code: bool = False) -> tu
             f"{adapter} holds no tokenizer that can be read. Copy the adapter folder again."
         ) from error
     remedy = "Give its folder with --base, and --trust-remote-code where it brings code that you trust."
-    model: Any = pretrained(path, remedy, dtype="auto", trust_remote_code=trust_remote_code)
+    model = model_for_inference(path, remedy, trust_remote_code)
     load_adapter(model, adapter)
-    return model.to(own_device()), tokenizer
+    return model, tokenizer
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, max_new_tokens: int) -> str:

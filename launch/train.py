@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,11 +53,18 @@ def run(command: Command) -> None:
     setup_logging(env_rank(), command.verbose)
     # Imports of seconds, which an error in the recipe need not wait for.
     from dsmoelora.parallel import comm
+    from dsmoelora.parallel.dtype import settle_dtype
     from dsmoelora.plan import check_trainable, make_plan, print_notes, print_plan
+    from dsmoelora.run_folder import dtype_before
 
-    recipe, console = command.recipe, Console(quiet=env_rank() > 0, highlight=False)
+    console = Console(quiet=env_rank() > 0, highlight=False)
+    dtype = settle_dtype(command.recipe, comm.together(lambda: dtype_before(command.recipe, command.resume)))
+    command = replace(command, recipe=dtype.recipe)
+    recipe = command.recipe
     world_size = env_world_size() if command.world_size is None else command.world_size
     plan = comm.together(lambda: make_plan(recipe, command.deepspeed, world_size, command.resume))
+    plan.add("dtype", dtype.why)
+    plan.notes += dtype.notes
     if command.dry_run:
         print_plan(plan, console)
     elif command.preview:
@@ -64,6 +72,7 @@ def run(command: Command) -> None:
     else:
         comm.together(lambda: check_trainable(recipe))
         print_notes(plan, console)
+        console.print(f"Computes in {dtype.why}")
         train(command, console)
 
 

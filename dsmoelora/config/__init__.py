@@ -13,8 +13,9 @@ from dsmoelora.adapter_options import check_losses
 from dsmoelora.config.adapter import AdapterConfig, InitName, LossesConfig
 from dsmoelora.config.checks import require
 from dsmoelora.config.data import DataConfig, DataSource
+from dsmoelora.config.dtype import DTYPES
 from dsmoelora.config.optim import OptimConfig
-from dsmoelora.config.run import DTYPES, TRACKERS, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from dsmoelora.config.run import TRACKERS, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 
 __all__ = [
     "DTYPES",

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from dsmoelora.config.checks import require, require_positive, require_unset
+from dsmoelora.config.dtype import DTYPES
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
@@ -44,19 +44,22 @@ class ModelConfig:
 
     Args:
         path: folder of a transformers model (config.json, tokenizer, safetensors), or a hub name
-        dtype: dtype of weights and activations; masters and gradients are fp32 either way. fp16 scales the loss, and
-            the accelerator must know it
+        dtype: dtype of weights and activations; masters and gradients are fp32 either way. `auto` is bf16 where the
+            accelerator or CPU has instructions for it, else fp32. fp16 scales the loss, and the accelerator must
+            know it
         attention: attention implementation of transformers
         trust_remote_code: run Python code that comes with the model
     """
 
     path: str = ""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """What `dtype` names, once `parallel.dtype.settle_dtype` has put a name in the place of `auto`."""
+        assert self.dtype != "auto", "settle_dtype comes first"
         return DTYPES[self.dtype]
 
 

@@ -16,8 +16,10 @@ from deepspeed.accelerator import get_accelerator
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel import comm, zero
+from dsmoelora.parallel.dtype import settle_dtype
 from dsmoelora.run_folder import existing_parent, is_open_to_all
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "numpy")
@@ -150,6 +152,7 @@ def _accelerator() -> Iterator[Finding]:
         reason = "this torch is built for the CPU" if torch.version.cuda is None else "torch cannot use the driver"
         problem = f"there is an NVIDIA GPU, but {reason}. Install a CUDA build that fits the driver (see nvidia-smi)."
     yield Finding("accelerator", f"{name}, {accelerator.device_count()} here", problem)
+    yield Finding("model.dtype: auto", settle_dtype(Recipe()).why)
     found = backend
     if backend == "nccl":
         found += " " + ".".join(map(str, torch.cuda.nccl.version()))

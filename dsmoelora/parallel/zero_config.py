@@ -179,8 +179,8 @@ def _check_precision_and_offload(zero: dict[str, Any], recipe: Recipe) -> None:
         raise bad_value(
             "model.dtype",
             dtype,
-            f"bf16 or fp32, for the accelerator `{get_accelerator().device_name()}` has no fp16",
-            "Set bf16.",
+            f"auto, bf16 or fp32, for the accelerator `{get_accelerator().device_name()}` has no fp16",
+            "Set auto.",
         )
 
 
