@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-demo
 	@python launch/prebuild_cpu_op.py
 	@name=demo; n=2; while [ -e "runs/$$name" ]; do name=demo-$$n; n=$$((n + 1)); done; \
 	set -- deepspeed --num_accelerators $(NUM_RANKS) launch/train.py --config launch/recipes/demo.yaml \
-	    --deepspeed ds_configs/zero3.json; \
+	    --deepspeed ds_configs/zero3_small.json; \
 	if [ $$name != demo ]; then set -- "$$@" --run.name $$name; fi; \
 	set -- "$$@" $(DEMO_ARGS); \
 	echo "$$*"; "$$@"

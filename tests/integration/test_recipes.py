@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from dsmoelora.cli import parse_command
+from dsmoelora.parallel.dtype import settle_dtype
 from dsmoelora.plan import make_plan, print_plan
 from tests.architectures import save_model
 
@@ -109,7 +111,8 @@ def test_there_are_recipes_and_deepspeed_files() -> None:
 )
 def test_every_recipe_can_be_planned(recipe: Path, deepspeed: Path, tmp_path: Path) -> None:
     command, text = parse_command(arguments(recipe, deepspeed, tmp_path)), io.StringIO()
-    plan = make_plan(command.recipe, command.deepspeed, world_size=2, resume="none")
+    recipe_in_force = settle_dtype(command.recipe).recipe
+    plan = make_plan(recipe_in_force, command.deepspeed, world_size=2, resume="none")
     print_plan(plan, Console(file=text, width=200))
     assert STAND_INS[recipe.name].layers in text.getvalue()
     assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
@@ -129,4 +132,5 @@ def test_recipe_opens_with_its_launch_command(recipe: Path) -> None:
     head = recipe.read_text().partition("\nrun:")[0]
     assert head.startswith("# ")
     assert f"--config {recipe.relative_to(ROOT)}" in head
-    assert "--deepspeed ds_configs/zero3.json" in head
+    (deepspeed,) = re.findall(r"--deepspeed (ds_configs/zero3\S*\.json)", head)
+    assert (ROOT / deepspeed).is_file()

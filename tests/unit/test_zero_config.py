@@ -155,7 +155,7 @@ def test_fp16_needs_an_accelerator_that_knows_it(monkeypatch: pytest.MonkeyPatch
     assert config["fp16"] == {"enabled": True, "initial_scale_power": 8}
     assert config["bf16"]["enabled"] is False
     monkeypatch.setattr(zero_config.get_accelerator(), "is_fp16_supported", lambda: False)
-    with pytest.raises(ConfigError, match=r"model\.dtype is 'fp16'.*has no fp16.*bf16"):
+    with pytest.raises(ConfigError, match=r"model\.dtype is 'fp16'.*bf16.*has no fp16.*Set auto"):
         merge_config(make_recipe("fp16"), given, 3)
 
 
