@@ -2,7 +2,7 @@
 
     python benchmarks/exchange.py
 
-Four ranks, ZeRO-3, bf16, three layers that read one input (as q, k and v do), random routers, `ep_size` 4. Bytes are
+Four ranks, ZeRO-3, three layers that read one input (as q, k and v do), random routers, `ep_size` 4. Bytes are
 what a rank puts into its collectives in a forward pass, counted by DeepSpeed's comms logger (for `ep_size` 1: gathering
 the experts), beside what `parallel.exchange` expects. Times are of forward and backward over gloo on this machine.
 """
@@ -18,6 +18,7 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.comm.comm import comms_logger
+from machine import DTYPE, DTYPE_NAME, setting
 from timing import seconds
 from torch import Tensor, nn
 from worker import run_ranks
@@ -38,7 +39,7 @@ from dsmoelora.parallel.zero_config import merge_config
 WORLD_SIZE = 4
 WIDTH = 1024  # in- and out-features
 NUM_LAYERS = 3
-ITEMSIZE = torch.bfloat16.itemsize
+ITEMSIZE = DTYPE.itemsize
 TOLERANCE = 0.02  # of the formulas
 NUM_TOKENS = (128, 1024)
 EXPERTS = ((20, 10, 4), (8, 7, 4), (8, 2, 16), (16, 2, 64))  # E, K, R
@@ -49,7 +50,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(NUM_LAYERS))
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False, dtype=DTYPE) for _ in range(NUM_LAYERS))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> scalar, to go backward from."""
@@ -74,7 +75,7 @@ class Measured:
 def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) -> tuple[Measured, str]:
     """Run the block one way; `way` is an exchange, or `ep_size 1`. Also says which way `auto` takes."""
     recipe = Recipe(
-        model=ModelConfig(dtype="bf16"),
+        model=ModelConfig(dtype=DTYPE_NAME),
         adapter=AdapterConfig(r=rank, num_experts=num_experts, top_k=top_k, target_modules=["q", "k", "v"]),
         parallel=ParallelConfig(1) if way == "ep_size 1" else ParallelConfig(WORLD_SIZE, cast(Any, way)),
         train=TrainConfig(batch_size=WORLD_SIZE, micro_batch_size=1),
@@ -94,7 +95,7 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
         config=merge_config(recipe, config, WORLD_SIZE),
     )
     torch.manual_seed(comm.rank())
-    x_TD = torch.randn(num_tokens, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    x_TD = torch.randn(num_tokens, WIDTH, dtype=DTYPE, requires_grad=True)
     if layout.ep_size > 1:
         exchange.announce(num_tokens, num_rows=1)
 
@@ -141,6 +142,7 @@ def worker() -> None:
     """Measure all rows, print on rank 0."""
     if comm.rank() == 0:
         print(
+            f"{setting()}\n\n"
             "| tokens a rank | E, K, R | way | MiB | formula | off by | ms | auto takes |\n"
             "|---|---|---|---|---|---|---|---|"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import peft
 import torch
-from deepspeed.accelerator import get_accelerator
+from machine import DEVICE, DTYPE, setting
 from timing import seconds
 from torch import Tensor, nn
 
@@ -47,8 +47,8 @@ class LoopOverExperts(nn.Module):
 
 
 def base_layer(size: int, device: torch.device) -> nn.Linear:
-    """A frozen bf16 linear layer."""
-    return nn.Linear(size, size, bias=False).to(device, torch.bfloat16).requires_grad_(False)
+    """A frozen linear layer."""
+    return nn.Linear(size, size, bias=False).to(device, DTYPE).requires_grad_(False)
 
 
 def training_step(model: nn.Module, x_TD: Tensor, grad_TO: Tensor) -> Step:
@@ -78,15 +78,15 @@ def by_peft(size: int, device: torch.device, rank: int, use_dora: bool) -> nn.Mo
         r=rank, lora_alpha=16, target_modules=["0"], init_lora_weights=use_dora, use_dora=use_dora
     )  # DoRA wants a start; the others need none
     model = peft.get_peft_model(nn.Sequential(base_layer(size, device)), config, autocast_adapter_dtype=False)
-    return model.to(torch.bfloat16)
+    return model.to(DTYPE)
 
 
 def compare(num_experts: int, rank: int, top_k: int, args: argparse.Namespace) -> None:
     """Print the medians of one configuration."""
-    device = torch.device(get_accelerator().current_device_name())
+    device = DEVICE
     torch.manual_seed(0)
-    x_TD = torch.randn(args.tokens, args.size, device=device, dtype=torch.bfloat16, requires_grad=True)
-    grad_TO = torch.randn(args.tokens, args.size, device=device, dtype=torch.bfloat16)
+    x_TD = torch.randn(args.tokens, args.size, device=device, dtype=DTYPE, requires_grad=True)
+    grad_TO = torch.randn(args.tokens, args.size, device=device, dtype=DTYPE)
     size, total_rank = args.size, num_experts * rank
     settings = {"r": rank, "num_experts": num_experts, "top_k": top_k}
     models = {
@@ -122,7 +122,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
-    print(f"bf16, D = O = {args.size}, {args.tokens} tokens, forward + backward with input gradient, dropout 0")
+    print(setting())
+    print(f"D = O = {args.size}, {args.tokens} tokens, forward + backward with input gradient, dropout 0")
     for num_experts, rank, top_k in ((20, 4, 10), (8, 16, 2)):
         compare(num_experts, rank, top_k, args)
 

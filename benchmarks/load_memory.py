@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from machine import DTYPE, DTYPE_NAME, setting
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from worker import ROOT, run_ranks
@@ -28,7 +29,7 @@ SHAPE = LlamaConfig(
 )
 ZERO_3 = {
     "zero_optimization": {"stage": 3},
-    "bf16": {"enabled": True},
+    "bf16": {"enabled": DTYPE_NAME == "bf16"},
     "train_micro_batch_size_per_gpu": 1,
 }
 ALLOWANCE_BYTES = 800 * 2**20
@@ -43,8 +44,8 @@ def write_model(folder: Path) -> None:
 
 
 def num_bytes(module: nn.Module) -> int:
-    """Bytes of all weights of a bf16 module."""
-    return sum(2 * zero.full_numel(parameter) for parameter in module.parameters())
+    """Bytes of all weights of a module."""
+    return sum(DTYPE.itemsize * zero.full_numel(parameter) for parameter in module.parameters())
 
 
 def worker() -> None:
@@ -52,8 +53,10 @@ def worker() -> None:
     memory = PeakMemory()
     memory.start()
     before = memory.gib()
-    model = load_model(ModelConfig(path=str(FOLDER), dtype="bf16"), ZERO_3)
+    model = load_model(ModelConfig(path=str(FOLDER), dtype=DTYPE_NAME), ZERO_3)
     peaks = comm.gather_objects(memory.gib())
+    if comm.world_size() == comm.rank() + 1 == 1:
+        print(setting())
     if peaks is not None:
         largest = max(num_bytes(layer) for layer in [*model.model.layers, model.lm_head])
         total = num_bytes(model)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import deepspeed.comm as dist
 import torch
+from machine import setting
 from torch import Tensor
 from transformers import LlamaConfig
 from worker import run_ranks
@@ -52,6 +53,8 @@ class Counter:
 def worker() -> None:
     """Take a step for each rule and rank R, print on rank 0."""
     counter = Counter()
+    if comm.rank() == 0:
+        print(setting("fp32"))
     for rule in ("scaled", "tangent"):
         for num_experts, rank in ((20, 4), (8, 16)):
             measure(counter, rule, num_experts, rank)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
+from machine import DEVICE, DTYPE, DTYPE_NAME, setting
 from peft.optimizers.riemannian import _RiemannianPreconditioner
 from timing import seconds
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def peft_pairs(shard: Shard) -> list[tuple[nn.Parameter, nn.Parameter]]:
 
 def compare(num_layers: int, num_experts: int, size: int, rank: int, rounds: int) -> None:
     """Print the medians of one configuration."""
-    device = torch.device(get_accelerator().current_device_name())
+    device = DEVICE
     torch.manual_seed(0)
     shard = one_shard(factors(num_layers, num_experts, size, rank), device)
     numbers = shard.tensor.numel()
@@ -121,8 +121,8 @@ def compare(num_layers: int, num_experts: int, size: int, rank: int, rounds: int
 
 def share_of_demo_step(model_path: Path) -> None:
     """Print what the preconditioner takes of a training step of the demo, one rank doing all of it."""
-    device = torch.device(get_accelerator().current_device_name())
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).to(device)
+    device = DEVICE
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=DTYPE).to(device)
     inject(model, AdapterConfig())
     ids = torch.randint(1000, (16, 67), device=device)  # the demo's batch and mean length
     shard = one_shard([of for of, _ in trainables(model)], device)
@@ -131,8 +131,8 @@ def share_of_demo_step(model_path: Path) -> None:
     training = statistics.median(seconds(lambda: model(input_ids=ids, labels=ids).loss.backward()) for _ in range(3))
     preconditioning = statistics.median(seconds(apply) for _ in range(3))
     print(
-        f"\ndemo, one rank: forward + backward {training:.2f} s, `scaled` {1e3 * preconditioning:.0f} ms: "
-        f"{100 * preconditioning / (training + preconditioning):.1f}% of both"
+        f"\ndemo in {DTYPE_NAME}, one rank: forward + backward {training:.2f} s, "
+        f"`scaled` {1e3 * preconditioning:.0f} ms: {100 * preconditioning / (training + preconditioning):.1f}% of both"
     )
 
 
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--demo-model", type=Path, default=Path("models/smollm2-135m"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    print(setting("fp32"))
     compare(num_layers=32, num_experts=8, size=4096, rank=16, rounds=args.rounds)
     compare(num_layers=120, num_experts=20, size=576, rank=4, rounds=args.rounds)
     if args.demo_model.exists():

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, cast
 
 import numpy as np
+from machine import DTYPE_NAME, setting
 
 from dsmoelora.config import DataConfig, ModelConfig, Recipe, TrainConfig
 from dsmoelora.data import MicroBatch, Packing, train_steps
@@ -56,12 +57,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a model")
     parser.add_argument("--samples", type=int, default=192)
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     args = parser.parse_args()
     ranks.adopt_launcher_environment()
     comm.init()
     recipe = Recipe(
-        model=ModelConfig(path=args.model, dtype=args.dtype),
+        model=ModelConfig(path=args.model, dtype=DTYPE_NAME),
         data=DataConfig(max_length=LONGEST, packing=True),
         train=TrainConfig(batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE),
     )
@@ -88,6 +88,7 @@ def main() -> None:
                 seconds[way] += time.perf_counter() - begin
                 tokens[way] += step[0].num_supervised_global
     speed = {way: tokens[way] / seconds[way] for way in ways}
+    print(setting())
     for way in ways:
         padding = padding_share(*rows[way], 0, BATCH_SIZE, BATCH_SIZE)
         print(f"{way:6s} {speed[way]:8.1f} supervised tokens/s, {padding:5.1%} padding, {seconds[way]:.0f} s")

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import cast, get_args
 
 import torch
-from deepspeed.accelerator import get_accelerator
+from machine import DEVICE, DTYPE, setting
 from timing import seconds
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ def training_step(
 ) -> Callable[[], None]:
     """Forward and backward of one layer, with the gradient of the input; `losses` has its router listened to."""
     size, device = x_BSD.shape[-1], x_BSD.device
-    model = nn.Sequential(nn.Linear(size, size, bias=False, device=device, dtype=torch.bfloat16))
+    model = nn.Sequential(nn.Linear(size, size, bias=False, device=device, dtype=DTYPE))
     inject(model, AdapterConfig(r=4, num_experts=20, router=router, target_modules="all-linear"))
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
@@ -67,10 +67,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
-    device = torch.device(get_accelerator().current_device_name())
     shape = (NUM_SEQUENCES, args.tokens // NUM_SEQUENCES, args.size)
-    x_BSD = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-    grad_BSD = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    x_BSD = torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    grad_BSD = torch.randn(shape, device=DEVICE, dtype=DTYPE)
     names = cast(tuple[RouterName, ...], get_args(RouterName))
     steps: dict[str, Callable[[], None]] = {name: training_step(name, x_BSD, grad_BSD) for name in names}
     listened = {
@@ -85,7 +84,8 @@ def main() -> None:
     rounds = [
         {name: seconds(steps[name]) for name in random.sample(list(steps), len(steps))} for _ in range(args.rounds)
     ]
-    print(f"bf16, D = O = {args.size}, {args.tokens} tokens, E=20 R=4 K=10, forward + backward of the layer")
+    print(setting())
+    print(f"D = O = {args.size}, {args.tokens} tokens, E=20 R=4 K=10, forward + backward of the layer")
     for name in steps:
         ratio = statistics.median(one[name] / one["softmax_topk"] for one in rounds)
         print(f"{name:45s} {ratio:.2f}x")

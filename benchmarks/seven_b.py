@@ -12,6 +12,7 @@ import time
 from typing import Any, cast
 
 import torch
+from machine import DTYPE_NAME, setting
 from transformers import LlamaConfig
 from worker import run_ranks
 
@@ -41,11 +42,12 @@ def worker(num_layers: str) -> None:
     memory = PeakMemory()
     memory.start()
     recipe = Recipe(
-        model=ModelConfig(dtype="bf16"),
+        model=ModelConfig(dtype=DTYPE_NAME),
         adapter=AdapterConfig(target_modules=["q_proj", "v_proj"]),
         optim=OptimConfig(warmup_steps=0),
         train=TrainConfig(batch_size=WORLD_SIZE, micro_batch_size=1, activation_checkpointing=True),
     )
+    say(setting())
     start = time.perf_counter()
     shape = LlamaConfig(**LLAMA_2_7B | {"num_hidden_layers": int(num_layers)})
     config = merge_config(recipe, DEEPSPEED, comm.world_size())

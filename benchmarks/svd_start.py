@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
+from machine import DTYPE, setting
 
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters.svd_start import start_experts, uniform_gates
@@ -42,9 +43,10 @@ def main() -> None:
     samples = load_instructions(
         [DataSource(options.data)], "--data", load_tokenizer(ModelConfig(path=options.model)), max_length=512
     )
-    base: Any = pretrained(options.model, "Run make demo first.", dtype=torch.bfloat16).eval()
+    base: Any = pretrained(options.model, "Run make demo first.", dtype=DTYPE).eval()
     base_loss = mean_loss(base, samples, options.num_samples)
-    print(f"loss of the base in bf16: {base_loss:.4f}")
+    print(setting())
+    print(f"loss of the base: {base_loss:.4f}")
     print("|  E |  K |  R | lost by rounding | gates 1 / E | gates of the routers |")
     for num_experts, top_k, rank in CASES:
         model, lost = copy.deepcopy(base), []

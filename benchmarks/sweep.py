@@ -5,7 +5,7 @@
     python benchmarks/sweep.py --name qa --train qa/train.jsonl --eval qa/dev.jsonl --gate-powers 1
 
 Each run is one process and one thread on plain tensors (no DeepSpeed: the optimizer is the same there), with fp32
-masters of bf16 adapters, equal batches, clipping and schedule. Rates are a grid, AdamW {1e-3, 3e-3, 1e-2}, SGD 0.01 to
+masters of adapters, equal batches, clipping and schedule. Rates are a grid, AdamW {1e-3, 3e-3, 1e-2}, SGD 0.01 to
 10 by factors of about 3; each rule climbs from the middle of its grid until both neighbours of its best rate are worse.
 The best cell of each rule is then repeated with three seeds. A finished run is a file in
 `.cache/sweep/<name>` and is not run again.
@@ -27,6 +27,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from machine import DTYPE, setting
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -133,7 +134,7 @@ class Training:
         adapter.seed = cell.seed
         self.config = optim_config(cell)
         # torch's fused attention is slower than plain products on a CPU at these lengths
-        model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.bfloat16, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(task.model, dtype=DTYPE, attn_implementation="eager")
         inject(model, adapter)
         self.model = model
         found = trainables(model)
@@ -240,7 +241,8 @@ def run_missing(cell: Cell, task: Task, pool: Executor) -> None:
 
 def print_table(folder: Path, rules: list[Rule]) -> None:
     """Markdown: a line a rule."""
-    print("\n| optimizer | betas | preconditioner | gate_power | damping_abs | best lr | held-out loss | over seeds |")
+    print(f"\n{setting()}\n")
+    print("| optimizer | betas | preconditioner | gate_power | damping_abs | best lr | held-out loss | over seeds |")
     print("|---|---|---|---|---|---|---|---|")
     for rule in rules:
         best = best_cell(rule, folder)

@@ -117,7 +117,7 @@ def model_for_inference(path: str, remedy: str, trust_remote_code: bool = False)
     device = own_device()
     dtype = torch.float32 if device.type == "cpu" and not has_bf16(device) else "auto"
     model = pretrained(path, remedy, dtype=dtype, trust_remote_code=trust_remote_code)
-    return cast(PreTrainedModel, torch.nn.Module.to(model, device))
+    return torch.nn.Module.to(model, device)
 
 
 def _check_missing(path: str, missing: list[str]) -> None:

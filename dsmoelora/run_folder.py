@@ -14,6 +14,7 @@ import yaml
 from dsmoelora.checkpoint import folders
 from dsmoelora.checkpoint.training_state import newest_whole_checkpoint
 from dsmoelora.config import DTYPES, Recipe
+from dsmoelora.config.dtype import DtypeName
 from dsmoelora.errors import CheckpointError, ConfigError, listing
 from dsmoelora.recipe_file import recipe_yaml
 from dsmoelora.run_files import ADAPTER_FOLDER, DEEPSPEED_FILE, METRICS_FILE, RECIPE_FILE
@@ -54,7 +55,7 @@ def find_checkpoint(recipe: Recipe, resume: str) -> Path | None:
     return Path(resume)
 
 
-def dtype_before(recipe: Recipe, resume: str) -> str | None:
+def dtype_before(recipe: Recipe, resume: str) -> DtypeName | None:
     """The dtype of the run that is gone on with; None where there is none, or nobody knows."""
     folder = recipe.run.folder if resume == "auto" else Path(resume).parent
     if resume == "none" or not (folder / RECIPE_FILE).is_file():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DtypeName = Literal["bf16", "fp16", "fp32"]
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Time of torch's matrix products in bf16 against fp32 on a CPU without bf16 instructions: `benchmarks/dtypes.py`.
 SLOWER_WITHOUT_BF16 = "6 to 80 times"
@@ -24,7 +23,7 @@ def has_bf16(device: torch.device) -> bool:
     return bool(getattr(module, "is_bf16_supported", lambda: False)())
 
 
-def best_dtype(device: torch.device) -> str:
+def best_dtype(device: torch.device) -> DtypeName:
     """What `model.dtype: auto` means there. fp16 must be asked for: its range is small."""
     return "bf16" if has_bf16(device) else "fp32"
 
@@ -38,24 +37,9 @@ def instruction_set() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def machine(device: torch.device) -> str:
-    """What a figure was measured on, e.g. `AMD EPYC, AVX2, 2 cores`."""
-    if device.type != "cpu":
-        return str(torch.get_device_module(device).get_device_name(device))
-    return f"{_cpu_name()}, {instruction_set()}, {torch.get_num_threads()} threads a process"
-
-
 def _cpu_capabilities() -> dict[str, Any]:
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
     # torch before 2.10 says so under private names
     asked = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
     return {key: getattr(torch.cpu, name)() for key, name in asked.items() if hasattr(torch.cpu, name)}
-
-
-def _cpu_name() -> str:
-    """The model's name where Linux tells it, else the architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -8,7 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from dsmoelora.config import Recipe
-from dsmoelora.config.dtype import SLOWER_WITHOUT_BF16, has_bf16, instruction_set
+from dsmoelora.config.dtype import SLOWER_WITHOUT_BF16, DtypeName, has_bf16, instruction_set
 from dsmoelora.parallel import comm
 
 
@@ -27,7 +27,7 @@ class Settled:
     notes: list[str] = field(default_factory=list)
 
 
-def settle_dtype(recipe: Recipe, before: str | None = None) -> Settled:
+def settle_dtype(recipe: Recipe, before: DtypeName | None = None) -> Settled:
     """Put the dtype that all ranks can compute in for `model.dtype: auto` (collective).
 
     Args:
@@ -36,6 +36,7 @@ def settle_dtype(recipe: Recipe, before: str | None = None) -> Settled:
     """
     asked, device = recipe.model.dtype, torch.device(get_accelerator().device_name())
     everywhere = not comm.any_rank(not has_bf16(device))
+    dtype: DtypeName
     if asked != "auto":
         dtype, why = asked, "as model.dtype says"
     elif before is not None:

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from dsmoelora.cli import parse_command
 from dsmoelora.config import ModelConfig, Recipe, RunConfig, dtype
 from dsmoelora.model import model_for_inference
 from dsmoelora.parallel.dtype import settle_dtype
 from dsmoelora.run_files import RECIPE_FILE
 from dsmoelora.run_folder import dtype_before, write_description
+from launch.train import run
 from tests.helpers import tiny_llama
+from tests.launched import make_workshop
 
 CPU = torch.device("cpu")
 
@@ -119,3 +122,16 @@ def test_a_description_that_says_no_dtype_is_none(text: str, tmp_path: Path) -> 
 def test_a_model_of_bf16_is_read_in_fp32_where_bf16_crawls(instructions: str, tmp_path: Path) -> None:
     model = model_for_inference(str(tiny_llama(tmp_path / "model", dtype=torch.bfloat16)), "")
     assert model.dtype == {"AVX2": torch.float32, "AMX": torch.bfloat16}[instructions]
+
+
+def test_the_plan_says_which_dtype_and_why(tmp_path: Path, capsys: pytest.CaptureFixture, instructions: str) -> None:
+    recipe = str(make_workshop(tmp_path) / "recipe.yaml")
+    chosen = {"AVX2": "fp32, for this CPU (AVX2) has no bf16", "AMX": "bf16, for this CPU (AMX) has bf16"}[instructions]
+    run(parse_command(["--config", recipe, "--dry-run", "--model.dtype", "auto"]))
+    assert chosen in capsys.readouterr().out
+    command = parse_command(["--config", recipe, "--dry-run", "--resume", "auto", "--model.dtype", "auto"])
+    write_description(command.recipe.run.folder, recipe_with(dtype="bf16"), {})
+    run(command)
+    said = capsys.readouterr().out
+    assert "bf16, as the run began" in said
+    assert ("no instructions for it" in said) == (instructions == "AVX2")
