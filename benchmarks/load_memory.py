@@ -55,7 +55,7 @@ def worker() -> None:
     before = memory.gib()
     model = load_model(ModelConfig(path=str(FOLDER), dtype=DTYPE_NAME), ZERO_3)
     peaks = comm.gather_objects(memory.gib())
-    if comm.world_size() == comm.rank() + 1 == 1:
+    if comm.world_size() == 1:
         print(setting())
     if peaks is not None:
         largest = max(num_bytes(layer) for layer in [*model.model.layers, model.lm_head])
