@@ -28,7 +28,7 @@ from torch.distributed import distributed_c10d
 
 from dsmoelora.errors import ConfigError, UserError
 from dsmoelora.parallel.meeting import meet
-from dsmoelora.parallel.ranks import env_rank, env_world_size
+from dsmoelora.parallel.ranks import call_device_0, env_rank, env_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -281,9 +281,9 @@ def _use_own_device() -> None:
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         return
-    # Slurm may show each task its own device alone, which is then number 0 for every task.
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    accelerator.set_device(0 if accelerator.device_count() == 1 else local_rank)
+    if accelerator.device_count() == 1:
+        call_device_0()
+    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextlib.contextmanager

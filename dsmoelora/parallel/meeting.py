@@ -18,8 +18,7 @@ from dsmoelora.parallel.ranks import env_rank, env_world_size
 def meet(device: torch.device) -> None:
     """Form torch's group of all ranks, which DeepSpeed then takes as its own.
 
-    Not left to DeepSpeed: torch's own store listens on all interfaces of rank 0's node, and DeepSpeed takes LOCAL_RANK
-    for the number of the device also where a task is shown its own device alone.
+    Not left to DeepSpeed: torch's own store listens on all interfaces of rank 0's node.
 
     Args:
         device: of this rank

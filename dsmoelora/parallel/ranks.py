@@ -14,6 +14,8 @@ from collections.abc import MutableMapping
 
 from dsmoelora.errors import ConfigError
 
+# The launcher's word for which process of the node this is, kept where LOCAL_RANK has to name the device.
+_TRUE_LOCAL_RANK = "DSMOELORA_LOCAL_RANK"
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Below the ephemeral ports of Linux (32768 and up), so that no outgoing connection sits on the port we derive.
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
@@ -27,6 +29,23 @@ def env_rank() -> int:
 def env_world_size() -> int:
     """Number of ranks by the environment, before torch.distributed is up; 1 for a plain process."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def env_local_rank() -> int:
+    """Which process of its node this is, by the launcher, whatever the number of its device; 0 for a plain process."""
+    return int(os.environ.get(_TRUE_LOCAL_RANK, os.environ.get("LOCAL_RANK", "0")))
+
+
+def call_device_0() -> None:
+    """Make 0 of the local rank of a process that is shown one device alone; `env_local_rank` still tells the true one.
+
+    DeepSpeed takes LOCAL_RANK for the number of the device (`partition_parameters.py`, `comm/torch.py`), and wants
+    Open MPI's variable to agree (`engine.py`). Under `--gpus-per-task=1` every task sees its own device as number 0.
+    """
+    os.environ[_TRUE_LOCAL_RANK] = str(env_local_rank())
+    os.environ["LOCAL_RANK"] = "0"
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = "0"
 
 
 def on_first_node() -> bool:

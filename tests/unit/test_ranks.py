@@ -7,9 +7,18 @@ import os
 import pytest
 
 from dsmoelora.errors import ConfigError
-from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_world_size, first_host, tasks_on_node
+from dsmoelora.parallel import comm
+from dsmoelora.parallel.ranks import (
+    adopt_launcher_environment,
+    env_local_rank,
+    env_rank,
+    env_world_size,
+    first_host,
+    tasks_on_node,
+)
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_NAMES += ("DSMOELORA_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
 @pytest.fixture
@@ -154,3 +163,35 @@ def test_torchruns_variables_stay_as_they_are(env: pytest.MonkeyPatch) -> None:
 def test_half_a_set_of_variables_names_what_is_missing(env: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"RANK=1 but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
         adopt(env, RANK="1")
+
+
+class FakeAccelerator:
+    """So many devices of a kind that this machine lacks; `device` is the one that was chosen."""
+
+    def __init__(self, num_devices: int) -> None:
+        self.num_devices, self.device = num_devices, None
+
+    def device_name(self) -> str:
+        return "cuda"
+
+    def device_count(self) -> int:
+        return self.num_devices
+
+    def set_device(self, index: int) -> None:
+        self.device = index
+
+
+@pytest.mark.parametrize(("num_devices", "device"), [(1, 0), (2, 1)])
+def test_a_task_that_is_shown_its_own_device_alone_uses_it(
+    env: pytest.MonkeyPatch, num_devices: int, device: int
+) -> None:
+    """DeepSpeed reads these variables itself; the true local rank stays known, also when asked to twice."""
+    accelerator = FakeAccelerator(num_devices)
+    env.setattr(comm, "get_accelerator", lambda: accelerator)
+    env.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
+    env.setenv("LOCAL_RANK", "1")
+    for _ in range(2):
+        comm._use_own_device()
+        assert accelerator.device == device
+        assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(device)
+        assert env_local_rank() == 1
