@@ -109,7 +109,11 @@ def damped_inverse(gram: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor, i
     failed = (info != 0) | ~(diagonal.amin(-1) > 0)
     estimate = (diagonal.amax(-1) / diagonal.amin(-1)).square()
     condition = torch.where(failed, torch.zeros_like(estimate), estimate).amax()
-    inverse = torch.cholesky_inverse(torch.where(failed[:, None, None], identity, cholesky))
+    # (L L^T)^-1 = L^-T L^-1, symmetric to the last bit. One batched solve and one batched product: `cholesky_inverse`
+    # of a batch is a loop of solver calls on some devices.
+    whole = torch.where(failed[:, None, None], identity, cholesky)
+    root = torch.linalg.solve_triangular(whole, identity, upper=False)
+    inverse = root.mT @ root
     num_failed = int(failed.sum())  # read by the host, once for each process group of a step
     if num_failed:
         inverse[failed] = torch.linalg.pinv(damped[failed], hermitian=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoelora.adapters import Factor
 from dsmoelora.optim import OptimConfig, ShardOptimizer, build_optimizer, trainables
@@ -78,6 +79,43 @@ def test_inverting_waits_once_for_the_accelerator() -> None:
     with HostWaits() as waits:
         damped_inverse(torch.eye(3).double().expand(4, 3, 3), UNDAMPED)
     assert (waits.copies, waits.num_reads) == ([], 1)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_the_inverse_is_as_exact_as_the_condition_allows(rank: int) -> None:
+    """An inverse is off by the condition number times the rounding of fp32; it is symmetric to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    factor_NXR = torch.randn(50, 2 * rank, rank, generator=generator)
+    gram_NRR = factor_NXR.mT @ factor_NXR
+    inverse, _, num_fallbacks = damped_inverse(gram_NRR, UNDAMPED)
+    expected = torch.linalg.inv(gram_NRR.double())
+    error_N = torch.linalg.matrix_norm(inverse - expected) / torch.linalg.matrix_norm(expected)
+    assert num_fallbacks == 0
+    assert (error_N <= 4 * torch.linalg.cond(gram_NRR.double()) * torch.finfo(torch.float32).eps).all()
+    assert torch.equal(inverse, inverse.mT)
+
+
+def test_inverting_takes_as_many_operations_for_many_matrices_as_for_one() -> None:
+    """None of them is the batched `cholesky_inverse`, a loop over matrices inside the solver library."""
+    one, many = Operators(), Operators()
+    for recorder, count in ((one, 1), (many, 100)):
+        gram = torch.eye(3).repeat(count, 1, 1)
+        with recorder:
+            damped_inverse(gram, UNDAMPED)
+    assert one.names == many.names
+    assert "cholesky_inverse" not in many.names and "linalg_solve_triangular" in many.names
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_report_has_the_norm_and_the_condition_of_the_step() -> None:
