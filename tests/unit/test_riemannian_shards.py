@@ -17,14 +17,46 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoelora.adapters import Factor
 from dsmoelora.optim import OptimConfig, Run, Shard, ShardGroup, ShardOptimizer
+from dsmoelora.optim.algebra import add_gram, rmul_
 from dsmoelora.optim.reference import precondition
 from dsmoelora.optim.rows import rows_cut_by
+from dsmoelora.optim.tiles import Tile
 from tests.riemannian_formula import relative_error
 from tests.riemannian_problems import Problem, random_problem
 from tests.shardings import Runs, one_buffer, per_parameter
 
 Rule = Literal["scaled", "tangent"]
 PADDING = 7.0
+
+
+def test_an_accelerator_makes_no_temporary_above_16_mib() -> None:
+    """The factors on q and v of a 7B model, 20 experts of rank 4; the meta device stands for an accelerator."""
+    num_layers, num_experts, num_rows, rank = 128, 20, 4096, 4
+    slots = torch.arange(num_layers * num_experts, device="meta")
+    distance = num_experts * num_rows * rank
+    tile = Tile(Factor.A, 0, distance, num_experts, num_rows, rank, slots)
+    flat = torch.empty(num_layers * distance, device="meta")
+    matrices = torch.empty(len(slots), rank, rank, device="meta")
+    with Products() as products:
+        add_gram(matrices, tile, flat, flat)
+        rmul_(flat, tile, matrices, flat, matrices)
+    assert 0 < products.largest <= 16 * 2**20 // 4
+    assert products.count <= 3 * 11, "and few kernels: a gram, a product and a subtraction for each of 11 chunks"
+
+
+class Products(TorchDispatchMode):
+    """How many products ran, and the numbers of the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "bmm" in func.overloadpacket.__name__:
+            self.count += 1
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 def random_cuts(problem: Problem, world_size: int, rng: random.Random) -> list[Runs]:
