@@ -257,15 +257,12 @@ def _all_gather_bytes(data: bytes) -> list[bytes]:
     """Every rank's bytes, in the order of ranks."""
     if world_size() == 1:
         return [data]
-    length = torch.tensor([len(data)], dtype=torch.int64, device=_device())
-    lengths = [torch.empty_like(length) for _ in range(world_size())]
-    dist.all_gather(lengths, length)
-    longest = max(1, max(int(n) for n in lengths))  # collectives need tensors of one size, and not an empty one
-    padded = torch.zeros(longest, dtype=torch.uint8, device=_device())
-    padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-    everyone = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(everyone, padded)
-    return [bytes(one[: int(n)].cpu().numpy()) for one, n in zip(everyone, lengths, strict=True)]
+    own_length = torch.tensor([len(data)], dtype=torch.int64, device=_device())
+    lengths = all_gather_tensor(own_length, None).tolist()
+    longest = max(1, *lengths)  # collectives need tensors of one size, and not an empty one
+    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8).to(_device())
+    everyone = all_gather_tensor(padded, None).view(-1, longest).cpu().numpy()
+    return [one[:length].tobytes() for one, length in zip(everyone, lengths, strict=True)]
 
 
 def _device() -> torch.device:

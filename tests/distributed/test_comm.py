@@ -15,6 +15,7 @@ from dsmoelora.parallel import comm
 from dsmoelora.parallel.meeting import listen
 from tests.conftest import PoolFactory
 from tests.helpers_distributed import run_distributed
+from tests.host_waits import HostWaits
 
 
 def exchange() -> dict[str, Any]:
@@ -48,6 +49,18 @@ def test_every_rank_gets_what_it_should(worker_pool: PoolFactory, world_size: in
             "gathered by all": [[k, "ä" * k * 10] for k in range(world_size)],
             "broadcast": {"from": 0, "list": [1, "ü", None, 0.1]},
         }
+
+
+def reads_of_a_gather() -> tuple[int, int]:
+    """Numbers that the host reads one by one, and numbers that are made of Python's, in one gather of bytes."""
+    with HostWaits() as waits:
+        assert comm.all_gather_objects("x" * 100 * comm.rank()) == ["x" * 100 * k for k in range(comm.world_size())]
+    return waits.num_reads, waits.num_made
+
+
+def test_a_gather_reads_no_number_by_itself(worker_pool: PoolFactory) -> None:
+    """The lengths come in one list; the bytes are taken as they lie in memory, all but the length of one's own."""
+    assert worker_pool(3).run(reads_of_a_gather) == [(0, 1)] * 3
 
 
 def sum_needs_float64() -> list[float]:
