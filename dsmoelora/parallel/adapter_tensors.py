@@ -31,5 +31,5 @@ def tensors_on_rank_0(model: nn.Module, layout: ExpertLayout) -> dict[str, Tenso
         with zero.gathered([parameter]):
             whole = of_all_experts(parameter.detach(), trainable.shape[0], layout)
             if comm.rank() == 0:
-                tensors[trainable.name] = whole.cpu().clone()
-    return tensors | {name: buffer.cpu().clone() for name, buffer in router_buffers(model).items()}
+                tensors[trainable.name] = whole.to("cpu", copy=True)
+    return tensors | {name: buffer.to("cpu", copy=True) for name, buffer in router_buffers(model).items()}
