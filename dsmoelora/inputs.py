@@ -26,9 +26,13 @@ _PROBE_LENGTH = 4
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on the accelerator, which takes it when it comes to it: the host does not wait.
 
-    For that it must lie in pinned memory; a copy out of any other waits for all that the accelerator has to compute.
+    For that it must lie in pinned memory, as `collate` makes it; a copy out of any other waits for all that the
+    accelerator has to compute.
     """
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return tensor
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 def model_inputs(batch: MicroBatch, attention: str, device: torch.device) -> dict[str, Any]:
@@ -81,11 +85,13 @@ def fill_context(context: BatchContext, batch: MicroBatch, seed: int, device: to
         seed: of the run
         device: of the model
     """
+    # what follows from the batch is computed on the device: only what `collate` has pinned is sent
+    batch = batch.with_tensors(lambda tensor: sent(tensor, device))
     ids_BS, mask_BS = batch.sequence_ids, batch.attention_mask
-    context.token_keys = sent(token_keys(seed, ids_BS, mask_BS, batch.position_ids), device)
-    context.real_BS = sent(batch.real_tokens, device)
-    context.sequences_BS = sent(ids_BS, device) if ids_BS.dim() == 2 else None
-    context.prompt_BS = sent(prompt_tokens(mask_BS, batch.labels), device)
+    context.token_keys = token_keys(seed, ids_BS, mask_BS, batch.position_ids)
+    context.real_BS = batch.real_tokens
+    context.sequences_BS = ids_BS if ids_BS.dim() == 2 else None
+    context.prompt_BS = prompt_tokens(mask_BS, batch.labels)
 
 
 def _borders(position_ids_BS: Tensor) -> tuple[Tensor, int]:

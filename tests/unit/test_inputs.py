@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +16,7 @@ from dsmoelora.adapters import BatchContext, adapted_layers, batch_context
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.config import DataConfig, Recipe
 from dsmoelora.data import MicroBatch
+from dsmoelora.data.loader import Row, collate
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.inputs import check_probe, check_takes_positions, fill_context, model_inputs, probe
 from tests.host_waits import HostWaits
@@ -219,16 +221,39 @@ def test_a_model_that_takes_no_positions_is_refused() -> None:
 
 
 def test_the_host_waits_for_nothing_that_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meta device stands for an accelerator: eight copies, all of them out of pinned memory."""
-    pinned: list[Tensor] = []
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    batch, meta, context, waits = packed_batch(), torch.device("meta"), BatchContext(), HostWaits()
+    """The meta device stands for an accelerator: all copies come out of pinned memory, and `collate` has pinned it."""
+    pinned: set[Tensor] = set()
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.add(tensor) or tensor)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: tensor in pinned)
+    batch, meta, context, waits = (
+        packed_batch().with_tensors(Tensor.pin_memory),
+        torch.device("meta"),
+        BatchContext(),
+        HostWaits(),
+    )
+    of_batch = len(pinned)
     with waits:
         inputs = model_inputs(batch, "flash_attention_2", meta)
         fill_context(context, batch, 0, meta)
     found = [value for value in (*inputs.values(), *vars(context).values()) if isinstance(value, Tensor)]
     assert [tensor.device for tensor in found] == [meta] * 8
-    assert waits.copies == [True] * len(pinned) == [True] * 8
+    assert waits.copies and all(waits.copies)
+    assert len(pinned) == of_batch + 1, "nothing is pinned in the step but the borders that this attention alone wants"
+
+
+def test_a_batch_is_pinned_where_there_is_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+
+    class Samples:
+        def sample(self, index: int) -> tuple[list[int], list[int]]:
+            return [4, 5, 6], [-100, 5, 6]
+
+    rows = [Row(np.array([0]), 0, 3), Row(np.array([0]), 1, 3, counts=False)]
+    for is_there, wanted in ((False, 0), (True, 6)):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=is_there: there)
+        collate(Samples(), rows, 0, (2, 6), packed=True)
+        assert len(pinned) == wanted
 
 
 @torch.no_grad()
