@@ -39,7 +39,7 @@ from dsmoelora.parallel.factors import expert_cosines
 from dsmoelora.parallel.reports import over_ranks
 from dsmoelora.parallel.start_shards import StartShards
 from dsmoelora.parallel.stopping import StopRequest
-from dsmoelora.parallel.zero_config import merge_config
+from dsmoelora.parallel.zero_config import keep_adapters_whole, merge_config
 from dsmoelora.seeds import derive_seed
 from dsmoelora.watch import AdapterWatch
 
@@ -141,6 +141,10 @@ class Engine:
         self.optimizer = ShardOptimizer(found, self.recipe.optim)
         self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps)
         config = merge_config(self.recipe, deepspeed_config, comm.world_size())
+        if self.layout.ep_size == 1:  # experts of an expert-parallel group are no one's to keep whole
+            trained = {id(parameter) for _, parameter in found}
+            frozen = [zero.full_numel(one) for one in self.model.parameters() if id(one) not in trained]
+            keep_adapters_whole(config, [parameter.numel() for _, parameter in found], frozen)
         zero.place_experts(found, self.layout)
         self._deepspeed, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config

@@ -41,6 +41,31 @@ _STAGE_KEY = "zero_optimization.stage of the DeepSpeed file"
 _ONE_SUB_GROUP = int(1e12)
 
 
+_THRESHOLD_KEY = "stage3_param_persistence_threshold"
+# DeepSpeed's own threshold, and the most numbers that may stay whole on a rank for the sake of the adapters
+_SMALL, _MAX_KEPT_WHOLE = 100_000, 1 << 28
+
+
+def keep_adapters_whole(config: dict[str, Any], trained: list[int], frozen: list[int]) -> None:
+    """Have ZeRO-3 keep adapters gathered between steps, where the user sets no threshold and it is cheap.
+
+    Above the threshold every layer gathers its factors anew, in each forward and backward pass of each micro-batch;
+    kept ones are gathered together, once a step. Masters, moments and gradients stay in pieces. Not done where what
+    would stay, of the base too, is more than 2^28 numbers (half a GiB in 16 bits).
+
+    Args:
+        config: from `merge_config`, written to
+        trained: numbers of each trainable parameter of this rank, before it is partitioned
+        frozen: numbers of each parameter of the base
+    """
+    zero = config["zero_optimization"]
+    if zero["stage"] != 3 or zero.get(_THRESHOLD_KEY, "auto") != "auto":
+        return
+    threshold = max(_SMALL, *trained)
+    kept = sum(numel for numel in (*trained, *frozen) if numel <= threshold)
+    zero[_THRESHOLD_KEY] = threshold if kept <= _MAX_KEPT_WHOLE else _SMALL
+
+
 def merge_config(recipe: Recipe, user_config: dict[str, Any], world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the user's file, filled in from the recipe.
 

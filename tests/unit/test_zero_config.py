@@ -11,7 +11,7 @@ import pytest
 from dsmoelora.config import AdapterConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel import zero, zero_config
-from dsmoelora.parallel.zero_config import merge_config
+from dsmoelora.parallel.zero_config import keep_adapters_whole, merge_config
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -169,3 +169,23 @@ def test_an_unknown_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("deepspeed.__version__", "0.20.1+local")
     with pytest.raises(ConfigError, match=r"0\.20\.1.*one of 0\.19\.8.*pip install"):
         zero.check_version()
+
+
+@pytest.mark.parametrize(
+    ("given", "trained", "frozen", "threshold"),
+    [
+        ({}, [327_680] * 128, [4096 * 4096] * 128, 327_680),
+        ({"stage3_param_persistence_threshold": "auto"}, [327_680], [4096 * 4096], 327_680),
+        ({}, [300], [4096], 100_000),
+        ({"stage3_param_persistence_threshold": 7}, [327_680], [4096 * 4096], 7),
+        ({}, [4096 * 4096] * 4, [4096 * 4096] * 128, 100_000),
+        ({"stage": 2}, [327_680], [4096 * 4096], None),
+    ],
+    ids=["adapters-of-7b", "auto", "small-model", "the-users-own", "the-base-would-stay-too", "stage-2"],
+)
+def test_adapters_stay_whole_where_that_is_cheap(
+    given: dict[str, Any], trained: list[int], frozen: list[int], threshold: int | None
+) -> None:
+    config = merge_config(make_recipe(), with_zero(**given), 1)
+    keep_adapters_whole(config, trained, frozen)
+    assert config["zero_optimization"].get("stage3_param_persistence_threshold") == threshold
