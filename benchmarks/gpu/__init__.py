@@ -1,0 +1,1 @@
+"""Benchmarks that need a GPU, with a dry path for any machine."""
