@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.step
 
 Random weights, bf16, activation checkpointing, experts on q and v. The share of the device's peak counts what LoRA has
-to compute: the frozen weights get no gradient, so a weight costs 2 FLOPs a token forward, 2 backward and 2 again where it
-is recomputed; an adapter's 6 and 2.
+to compute: the frozen weights get no gradient, so a weight costs 2 FLOPs a token forward, 2 backward and 2 again where
+it is recomputed; an adapter's 6 and 2.
 """
 
 from __future__ import annotations
