@@ -1,4 +1,4 @@
-# make demo | test | check | format | install | clean.  Everything goes into .venv below this folder.
+# make demo | test | test-gpu | check | format | install | clean.  Everything goes into .venv below this folder.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 NEEDS := setup.py constraints.txt
 
-.PHONY: demo test check format install clean
+.PHONY: demo test test-gpu check format install clean
 
 # The programs below start others by name (deepspeed, ninja), so the environment comes first in PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -28,6 +28,10 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
+
+# On a machine with a GPU; tests/gpu/README.md says what it needs where no environment can be made.
+test-gpu: $(VENV)/.installed-dev
+	@OMP_NUM_THREADS=1 python -m pytest tests/gpu $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	ruff format --check .

@@ -146,7 +146,7 @@ def numbers_of(engine: Any) -> dict[str, Pieces]:
         for kind, flat in flats.items():
             for run in shard.runs:
                 pieces = found.setdefault(kind, {}).setdefault(run.of.name, [])
-                pieces.append((run.start, run.stop, flat[run.span].clone()))
+                pieces.append((run.start, run.stop, flat[run.span].to("cpu", copy=True)))
     return found
 
 
