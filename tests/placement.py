@@ -29,9 +29,12 @@ def adapted_linear(expert: Any, router: Any, device: str) -> tuple[nn.Module, Te
 
 
 def _move(model: nn.Module, device: str) -> None:
-    """`model.to(device)`, which cannot exchange the numbers of a fake parameter: every parameter is made anew."""
+    """`model.to(device)`, which cannot exchange the numbers of a fake parameter: every parameter is made anew, once."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, one in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(one.detach().to(device), requires_grad=one.requires_grad))
+            if one not in made:
+                made[one] = nn.Parameter(one.detach().to(device), requires_grad=one.requires_grad)
+            setattr(module, name, made[one])
         for name, one in list(module.named_buffers(recurse=False)):
             setattr(module, name, one.to(device))
