@@ -51,11 +51,8 @@ _READ: dict[type, tuple[str, ...]] = {
     ),
     BF16_Optimizer: ("bf16_groups", "fp32_groups_flat_partition", "real_dp_process_group", "update_lp_params"),
     DeepSpeedZeroOptimizer: (
-        "round_robin_bit16_groups",
-        "round_robin_bit16_offsets",
-        "single_partition_of_fp32_groups",
-        "real_dp_process_group",
-        "update_lp_params",
+        *("round_robin_bit16_groups", "round_robin_bit16_offsets", "single_partition_of_fp32_groups"),
+        *("real_dp_process_group", "update_lp_params"),
     ),
 }
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
