@@ -1,17 +1,20 @@
-# make demo | test | test-gpu | check | format | install | clean.  Everything goes into .venv below this folder.
+# make demo | test | test-versions | test-gpu | check | format | install | clean
+# Everything goes into .venv below this folder, the environments of test-versions into .cache.
 
 PYTHON ?= python3
 VENV ?= .venv
+# Exact versions: of this release, or a set of tests/versions/.
+CONSTRAINTS ?= constraints.txt
 # Ranks of the demo: two, or one where there is a single GPU.
 NUM_RANKS ?= $$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 # More for the demo's command line, e.g. make demo DEMO_ARGS="--optim.lr 1e-3 --train.max_steps 20"
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-NEEDS := setup.py constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+NEEDS := setup.py $(CONSTRAINTS)
 
-.PHONY: demo test test-gpu check format install clean
+.PHONY: demo test test-versions test-gpu check format install clean
 
 # The programs below start others by name (deepspeed, ninja), so the environment comes first in PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -32,6 +35,15 @@ test: $(VENV)/.installed-dev
 # On a machine with a GPU; tests/gpu/README.md says what it needs where no environment can be made.
 test-gpu: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 python -m pytest tests/gpu $(PYTEST_ARGS)
+
+# The ends of the version ranges in setup.py: an environment each, and operators compiled against its torch.
+test-versions:
+	@for set in oldest middle; do \
+	    echo "== $$set"; \
+	    TORCH_EXTENSIONS_DIR=$(abspath .cache/versions)/$$set/torch_extensions $(MAKE) --no-print-directory \
+	        VENV=.cache/versions/$$set CONSTRAINTS=tests/versions/$$set.txt \
+	        PYTEST_ARGS="tests/unit tests/distributed/test_engine_parity.py $(PYTEST_ARGS)" test || failed=1; \
+	done; [ -z "$$failed" ]
 
 check: $(VENV)/.installed-dev
 	ruff format --check .

@@ -18,14 +18,15 @@ def read_version() -> str:
 
 
 # A lower bound is the oldest version we have run; an upper bound is where the next incompatible release may be.
+# `make test-versions` runs the lower bounds of torch, deepspeed and transformers (tests/versions/, docs/versions.md).
 # constraints.txt holds the exact versions of the ones whose behaviour our numbers depend on.
 REQUIRES = [
-    "torch>=2.13,<2.14",  # tensors and autograd; DeepSpeed's C++ ops are compiled against it
-    "deepspeed>=0.19.8,<0.20",  # ZeRO-3; parallel/zero.py reads its internals and refuses versions it does not know
+    "torch>=2.9.1,<2.14",  # tensors and autograd; DeepSpeed's C++ ops are compiled against it
+    "deepspeed>=0.19.4,<0.20",  # ZeRO-3; parallel/zero.py reads its internals, and says what each version lacks
     "ninja>=1.11",  # DeepSpeed compiles its operators with it at first use
-    "transformers>=5.23,<6",  # models, tokenizers, chat templates, learning-rate schedules
-    "accelerate>=1.15,<2",  # transformers loads weights into ZeRO-3 partitions with its help
-    "datasets>=5.2,<6",  # hub names and saved folders; tokenises in parallel, keeps samples on disk
+    "transformers>=5.17,<6",  # models, tokenizers, chat templates, learning-rate schedules
+    "accelerate>=1.13,<2",  # transformers loads weights into ZeRO-3 partitions with its help
+    "datasets>=5,<6",  # hub names and saved folders; tokenises in parallel, keeps samples on disk
     "pyarrow>=21",  # reads Parquet
     "filelock>=3.20",  # one process of a machine tokenises, the others wait
     "safetensors>=0.8,<1",  # adapters and checkpoints: no pickle
@@ -57,7 +58,7 @@ DEV = [
     *MPI,  # the tests start ranks on several nodes with mpirun
     "pytest>=9",  # the tests
     "psutil>=6",  # the tests look for processes that should be gone
-    "peft>=0.21,<0.22",  # the yardstick of the benchmarks, and an independent LoRA for tests
+    "peft>=0.20,<0.22",  # the yardstick of the benchmarks, and an independent LoRA for tests
     "ruff>=0.17,<0.18",  # formatting and lint; formatting changes between minor versions
     "mypy>=2.4,<3",  # types
     "import-linter>=2.16",  # keeps the floors apart

@@ -28,7 +28,7 @@ from dsmoelora.data.chat import stop_ids
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.heartbeat import Heartbeat, Phase
 from dsmoelora.inputs import can_keep_logits, check_probe, fill_context, model_inputs, probe, prompt_inputs, sent
-from dsmoelora.model import load_model, load_tokenizer
+from dsmoelora.model import load_model, load_tokenizer, recompute_activations
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.adapter_tensors import fingerprints, tensors_on_rank_0
@@ -109,8 +109,8 @@ class Engine:
         model.register_forward_pre_hook(lambda *_: self.stop.poll())
         self.step = self.skipped_steps = 0
         self.layout = zero.make_layout(recipe)
-        self._adapt(resumes)
         self._can_keep_logits = can_keep_logits(model)
+        self._adapt(resumes)
         self._initialise(deepspeed_config)
         self.watch = AdapterWatch(self.optimizer)
         self._routing = self._context.log = RoutingLog(model, recipe.losses, self.device)
@@ -128,7 +128,7 @@ class Engine:
         self._prints = fingerprints(model)  # of the base as it came
         self._start = StartShards(model, resumes, self._heartbeat.beat) if recipe.adapter.init == "svd" else None
         if recipe.train.activation_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         self._context = batch_context(model)
         self._contrast = self._context.losses = ContrastiveLosses(
             model, recipe.losses, self.device, recipe.adapter.num_used, group
@@ -169,7 +169,6 @@ class Engine:
         """
         heartbeat = heartbeat or Heartbeat()
         heartbeat.enter(Phase.BUILD, 0)
-        zero.check_version()
         recipe = settle_dtype(recipe).recipe
         config = merge_config(recipe, deepspeed_config, comm.world_size())
         tokenizer = comm.together(lambda: load_tokenizer(recipe.model))

@@ -178,6 +178,13 @@ def random_model(shape: PretrainedConfig, config: ModelConfig, deepspeed_config:
     return model
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Activation checkpointing: layers keep their inputs alone, and are computed again in the backward pass."""
+    # transformers 5.23 renamed it, and takes the old name away in 6
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _options(config: ModelConfig) -> dict[str, Any]:
     return {
         "dtype": config.torch_dtype,

@@ -6,6 +6,7 @@ experts side by side).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -141,11 +142,23 @@ def product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:
     """
     if x_TD.dtype.itemsize >= torch.float32.itemsize:
         return x_TD @ weight_DE
-    if x_TD.is_cuda:
+    if _leaves_rounding_out(x_TD.device, x_TD.dtype):
         return torch.mm(x_TD, weight_DE, out_dtype=torch.float32)
+    if x_TD.dtype == torch.float16:  # above 65,504 the first product is infinite, and its remainder no number
+        return x_TD.float() @ weight_DE.float()
     rounded_TE = x_TD @ weight_DE
     remainder_TE = torch.addmm(rounded_TE, x_TD, weight_DE, beta=-1)
     return rounded_TE.float() + remainder_TE
+
+
+@functools.cache
+def _leaves_rounding_out(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch has, on this device, products of `dtype` with an fp32 result; asked once by trying."""
+    x_11 = torch.ones(1, 1, device=device, dtype=dtype)
+    try:
+        return torch.mm(x_11, x_11, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):  # TypeError: this torch does not know the argument
+        return False
 
 
 def _exact_parts(grad_TE: Tensor, dtype: torch.dtype) -> Tensor:

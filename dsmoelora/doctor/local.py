@@ -122,7 +122,7 @@ def _named_interface(variable: str, value: str, interfaces: Collection[str]) -> 
 def judged_versions(versions: Mapping[str, str], wanted: Mapping[str, SpecifierSet]) -> Iterator[Finding]:
     """Each version, and what is wrong where it is not one of the `wanted`."""
     for name, version in versions.items():
-        problem = ""
+        problem, found = "", version
         if version == "missing":
             problem = f"it is not installed. Run: pip install --constraint constraints.txt {name}"
         elif name in wanted and not wanted[name].contains(version, prereleases=True):
@@ -132,7 +132,9 @@ def judged_versions(versions: Mapping[str, str], wanted: Mapping[str, SpecifierS
                 zero.check_version()
             except ConfigError as error:
                 problem = str(error)
-        yield Finding(name, version, problem)
+            if not zero.is_known_version():
+                found += " (not tested with; a run checks ZeRO's partitions when it starts)"
+        yield Finding(name, found, problem)
 
 
 def _wanted_versions() -> dict[str, SpecifierSet]:

@@ -65,6 +65,7 @@ def init() -> None:
         with contextlib.redirect_stdout(io.StringIO()) as said, _without_shared_buffers():
             meet(_device())
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        _use_new_names()
         logger.info("%s", said.getvalue().strip())
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -267,6 +268,19 @@ def _all_gather_bytes(data: bytes) -> list[bytes]:
 
 def _device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
+
+
+def _use_new_names() -> None:
+    """Have DeepSpeed's backend call two collectives as torch 2.13 does, where the old names warn of their end.
+
+    Our calls and DeepSpeed's own go through it, logged under the old names; torch 2.12 has no others.
+    """
+    for attribute, name in (
+        ("all_gather_function", "all_gather_single"),
+        ("reduce_scatter_function", "reduce_scatter_single"),
+    ):
+        if hasattr(torch.distributed, name) and hasattr(dist.comm.cdb, attribute):
+            setattr(dist.comm.cdb, attribute, getattr(torch.distributed, name))
 
 
 def _use_own_device() -> None:

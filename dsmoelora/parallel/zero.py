@@ -1,13 +1,14 @@
 """The only room that knows ZeRO's internals.
 
-Checked against deepspeed 0.19.8, in `runtime`: `zero/stage3.py`, `zero/stage_1_and_2.py`, `bf16_optimizer.py`,
-`zero/partition_parameters.py`, `fp16/loss_scaler.py`, `engine.py`.
-Everything private that the project uses is used here, looked at before it is trusted, and refused on a version of
-DeepSpeed that nobody has read.
+Checked against deepspeed 0.19.4 to 0.19.8, in `runtime`: `zero/stage3.py`, `zero/stage_1_and_2.py`,
+`bf16_optimizer.py`, `zero/partition_parameters.py`, `fp16/loss_scaler.py`, `engine.py`.
+Everything private that the project uses is used here and looked at before it is trusted. What a version lacks is
+refused by name; a version that nobody has read must show that its partitions hold what we take them to hold.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,30 +24,102 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
+from packaging.version import Version
 from torch import Tensor, nn
 
 from dsmoelora.adapters.layer import Factor
 from dsmoelora.config import Recipe
-from dsmoelora.errors import bad_value, listing
+from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by, whole
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.layout import ExpertLayout, check_layout
 
-KNOWN_VERSIONS = ("0.19.8",)
+logger = logging.getLogger(__name__)
+
+KNOWN_VERSIONS = ("0.19.4", "0.19.5", "0.19.6", "0.19.7", "0.19.8")
+# Before it stages 1 and 2 do not say where parameters begin in their flat partitions (`round_robin_bit16_offsets`).
+_FIRST_OF_STAGES_1_AND_2 = "0.19.7"
+# What is read of the optimizer that DeepSpeed makes for a stage.
+_READ: dict[type, tuple[str, ...]] = {
+    DeepSpeedZeroOptimizer_Stage3: (
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "sub_group_process_groups",
+        "persistent_parameters",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+    ),
+    BF16_Optimizer: ("bf16_groups", "fp32_groups_flat_partition", "real_dp_process_group", "update_lp_params"),
+    DeepSpeedZeroOptimizer: (
+        *("round_robin_bit16_groups", "round_robin_bit16_offsets", "single_partition_of_fp32_groups"),
+        *("real_dp_process_group", "update_lp_params"),
+    ),
+}
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def check_version() -> None:
-    """Refuse a DeepSpeed whose internals this file was not checked against.
+def is_known_version() -> bool:
+    """Whether this file was checked against the DeepSpeed at hand; another one checks itself in `shard_groups`."""
+    return deepspeed.__version__.partition("+")[0] in KNOWN_VERSIONS
+
+
+def check_version(stage: int = 3) -> None:
+    """Refuse a DeepSpeed that is older than what this file, or a stage of ZeRO, needs.
 
     Raises:
-        ConfigError: unknown version
+        ConfigError: it is
     """
-    if deepspeed.__version__.partition("+")[0] not in KNOWN_VERSIONS:
-        known = listing(KNOWN_VERSIONS)
+    first = _FIRST_OF_STAGES_1_AND_2 if stage in (1, 2) else KNOWN_VERSIONS[0]
+    if Version(deepspeed.__version__) < Version(first):
+        of_stage = f" for zero_optimization.stage {stage}" if stage in (1, 2) else ""
+        other = "Use stage 3 (ds_configs/zero3.json), or: " if of_stage else ""
         raise bad_value(
-            "deepspeed.__version__", deepspeed.__version__, f"one of {known}", f"pip install deepspeed=={known}"
+            "deepspeed.__version__",
+            deepspeed.__version__,
+            f"{first} or newer{of_stage}",
+            f"{other}pip install deepspeed=={KNOWN_VERSIONS[-1]}",
         )
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    """Go on only with a DeepSpeed that does as this file believes.
+
+    Raises:
+        ConfigError: it does not
+    """
+    if not holds:
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} works in another way than its ZeRO optimizers did in "
+            f"{KNOWN_VERSIONS[0]} to {KNOWN_VERSIONS[-1]}: {otherwise}. pip install deepspeed=={KNOWN_VERSIONS[-1]}"
+        )
+
+
+def _check_internals(optimizer: Any) -> None:
+    kind = next((kind for kind in _READ if isinstance(optimizer, kind)), None)
+    _expect(kind is not None, f"a {type(optimizer).__name__} steps")
+    for name in _READ[kind] if kind else ():
+        _expect(hasattr(optimizer, name), f"{type(optimizer).__name__} has no {name}")
+
+
+def _check_values(
+    partitions: list[_Partition], found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
+) -> None:
+    """Whether the masters, where we believe each number to lie, are the model's parameters (collective).
+
+    Raises:
+        ConfigError: they are not, on any rank
+    """
+    runs = [(run, shard.tensor.detach()) for _, shard, _ in partitions for run in shard.runs]
+    wrong = False
+    for trainable, parameter in found:
+        first = layout.experts_of(trainable).start * math.prod(trainable.shape[1:])
+        with gathered([parameter]):
+            values = parameter.detach().flatten()
+            for run, flat in runs:
+                if run.of is trainable:
+                    masters = flat[run.span].to(values.device, values.dtype)
+                    wrong |= not torch.equal(masters, values[run.start - first : run.stop - first])
+    _expect(not comm.any_rank(wrong), "numbers lie elsewhere in its fp32 partitions")
 
 
 def make_layout(recipe: Recipe) -> ExpertLayout:
@@ -94,11 +167,16 @@ def shard_groups(
         engine: from `deepspeed.initialize`
         found: every trainable tensor and its parameter
         layout: where experts lie
+
+    Raises:
+        ConfigError: this DeepSpeed works in another way than those we know
     """
+    found = list(found)
     known = {id(parameter): trainable for trainable, parameter in found}
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         return [_replicated(found)]
+    _check_internals(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         partitions = list(_stage_3_partitions(optimizer, known, layout))
     elif isinstance(optimizer, BF16_Optimizer):
@@ -106,11 +184,15 @@ def shard_groups(
     else:
         partitions = list(_stage_2_partitions(optimizer, known))
     covered = [trainable.name for group, _, _ in partitions for trainable in group]
-    assert sorted(covered) == sorted(of.name for of in known.values()), "ZeRO does not optimise every trainable tensor"
+    _expect(sorted(covered) == sorted(of.name for of in known.values()), "some trainable tensor is not optimised")
     process_groups = [process_group for _, _, process_group in partitions]
-    assert len(set(map(id, process_groups))) == len(partitions), (
-        "two sub-groups in one process group: a step is partial"
-    )
+    _expect(len(set(map(id, process_groups))) == len(partitions), "a step comes in parts, two in one process group")
+    if not is_known_version():
+        logger.warning(
+            "DeepSpeed %s is newer than what this release was tested with (%s to %s); its partitions are checked.",
+            *(deepspeed.__version__, KNOWN_VERSIONS[0], KNOWN_VERSIONS[-1]),
+        )
+        _check_values(partitions, found, layout)
     own_cuts = [cut for _, shard, _ in partitions for cut in rows_cut_by(shard.runs)]
     all_cuts = comm.all_gather_objects(own_cuts)
     cut = sorted({(name, row) for one in all_cuts for name, row in one})
@@ -147,10 +229,10 @@ def _stage_3_partitions(
             trainable = known[id(parameter)]
             experts = layout.experts_of(trainable)
             wanted_shape = (len(experts), *trainable.shape[1:])
-            assert tuple(parameter.ds_shape) == wanted_shape, f"{trainable.name} has another shape under ZeRO"
+            _expect(tuple(parameter.ds_shape) == wanted_shape, f"{trainable.name} has another shape")
             groups = {id(process_group), id(parameter.ds_process_group)}
             is_elsewhere = len(experts) < trainable.shape[0] and groups != {id(layout.expert_data_group)}
-            assert not is_elsewhere, f"ZeRO did not put {trainable.name} into its expert-data-parallel group"
+            _expect(not is_elsewhere, f"{trainable.name} is not in its expert-data-parallel group")
             first = experts.start * math.prod(trainable.shape[1:])
             piece = parameter.partition_numel()
             start = min(piece * parameter.ds_zero_partition_rank, parameter.ds_numel)
@@ -159,7 +241,7 @@ def _stage_3_partitions(
                 runs.append(Run(trainable, first + start, first + stop, offset))
             offset += piece
             trainables.append(trainable)
-        assert offset == flat.numel(), "ZeRO's flat partition is longer than its pieces"
+        _expect(offset == flat.numel(), "a flat partition is longer than its pieces")
         yield trainables, Shard(flat, runs), process_group
 
 

@@ -1,6 +1,6 @@
 """The DeepSpeed configuration of a run: what the user's file may say, and what the recipe says.
 
-Checked against deepspeed 0.19.8, `runtime/config.py` and the classes that it reads its sections with.
+Checked against deepspeed 0.19.4 to 0.19.8, `runtime/config.py` and the classes that it reads its sections with.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, bad_value, listing
+from dsmoelora.parallel.zero import check_version
 
 # What the user may set beside `zero_optimization`; everything else would be ignored, or decide what the recipe decides.
 _FREE_KEYS = {
@@ -151,7 +152,10 @@ def _refuse_what_cannot_work(config: dict[str, Any], recipe: Recipe) -> None:
             "ZeRO++ rounds what it gathers",
         ),
         "zero_quantized_gradients": (read.zero_quantized_gradients, "ZeRO++ rounds the gradients"),
-        "compute_grad_norm": (not read.compute_grad_norm, "a gradient that is not finite would be applied"),
+        "compute_grad_norm": (
+            not getattr(read, "compute_grad_norm", True),
+            "a gradient that is not finite would be applied",
+        ),
         "zenflow": (read.zenflow is not None, "ZenFlow updates some columns later than others"),
         "offload_optimizer.super_offload": (offload.super_offload, sharded_step),
         "offload_optimizer.ratio": (offload.ratio < 1.0, sharded_step),
@@ -178,6 +182,7 @@ def _check_stage(zero: dict[str, Any]) -> None:
     stage = zero.get("stage")
     if type(stage) is not int or not 0 <= stage <= 3:
         raise bad_value(_STAGE_KEY, stage, "0, 1, 2 or 3", "Set it to 3.")
+    check_version(stage)
 
 
 def _check_precision_and_offload(zero: dict[str, Any], recipe: Recipe) -> None:

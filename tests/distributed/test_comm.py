@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import warnings
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from torch.distributed import DistNetworkError
 
 from dsmoelora.errors import UserError
@@ -32,6 +34,23 @@ def exchange() -> dict[str, Any]:
         "gathered by all": comm.all_gather_objects((rank, "ä" * rank * 10)),
         "broadcast": comm.broadcast_object({"from": rank, "list": [1, "ü", None, 0.1]}),
     }
+
+
+def gather_and_listen() -> tuple[list[float], list[str]]:
+    """What all ranks gave, and what torch said of how it was called; DeepSpeed's own call among it."""
+    comm.init()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        own = torch.tensor([float(comm.rank())])
+        everyone = comm.all_gather_tensor(own, None)
+        share = torch.empty(1)
+        comm.dist.reduce_scatter_fn(share, everyone)
+    return [*everyone.tolist(), share.item()], [str(each.message) for each in said]
+
+
+def test_no_collective_is_called_by_a_name_that_goes_away() -> None:
+    first, second = run_distributed(gather_and_listen, 2, join_group=False)
+    assert first == ([0.0, 1.0, 0.0], []) and second == ([0.0, 1.0, 2.0], [])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import deepspeed
 import pytest
 import torch
+from packaging.version import Version
 
 from dsmoelora.config import Recipe
 from tests.conftest import PoolFactory
-from tests.engine_ranks import Job, assert_parity, train_on_rank
+from tests.engine_ranks import Job, assert_parity, build_engine, train_on_rank
 from tests.plain_training import METHODS, Training, make_base, make_recipe, train_plainly
 
 
@@ -79,6 +82,8 @@ def test_other_methods_agree_too(
     assert_parity(shares, expected, weight_tolerance(method))
 
 
+HAS_STAGES_1_AND_2 = Version(deepspeed.__version__) >= Version("0.19.7")
+needs_stages_1_and_2 = pytest.mark.skipif(not HAS_STAGES_1_AND_2, reason="DeepSpeed is older than 0.19.7")
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 
 
@@ -91,8 +96,8 @@ OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device":
         pytest.param(2, 1, {"zero": {"stage3_param_persistence_threshold": 100_000}}, id="small-parameters-kept-whole"),
         pytest.param(2, 2, {"zero": {"overlap_comm": True, "contiguous_gradients": False}}, id="overlapped"),
         pytest.param(3, 1, {"zero": {"reduce_scatter": False}}, id="all-reduced"),
-        pytest.param(3, 2, {"zero": {"stage": 2}, "partitioned": False}, id="stage-2"),
-        pytest.param(2, 2, {"zero": {"stage": 2}}, id="stage-2-built"),
+        pytest.param(3, 2, {"zero": {"stage": 2}, "partitioned": False}, id="stage-2", marks=needs_stages_1_and_2),
+        pytest.param(2, 2, {"zero": {"stage": 2}}, id="stage-2-built", marks=needs_stages_1_and_2),
     ],
 )
 def test_ways_of_zero_change_nothing(
@@ -101,6 +106,31 @@ def test_ways_of_zero_change_nothing(
     recipe, expected = plainly("adamw-short")
     shares = worker_pool(world_size).run(train_on_rank, Job(recipe, accumulation, **settings))
     assert_parity(shares, expected, weight_tolerance("adamw"))
+
+
+def start_with_unknown_deepspeed(job: Job, shift: int) -> str:
+    """What the engine says under a version that nobody has read, whose partitions begin elsewhere by `shift`."""
+    from dsmoelora.errors import ConfigError
+    from dsmoelora.optim import rows
+    from dsmoelora.parallel import zero
+
+    def moved(of: Any, start: int, stop: int, offset: int) -> rows.Run:
+        return rows.Run(of, start, stop, max(0, offset - shift))
+
+    with mock.patch("deepspeed.__version__", "0.19.99"), mock.patch.object(zero, "Run", moved):
+        try:
+            build_engine(job)
+        except ConfigError as error:
+            return str(error)
+    return "started"
+
+
+@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=needs_stages_1_and_2)])
+def test_an_unknown_deepspeed_must_show_where_numbers_lie(worker_pool: PoolFactory, base: Path, stage: int) -> None:
+    job = Job(make_recipe(base, **METHODS["adamw-short"]), zero={"stage": stage})
+    assert worker_pool(2).run(start_with_unknown_deepspeed, job, 0) == ["started"] * 2
+    for answer in worker_pool(2).run(start_with_unknown_deepspeed, job, 1):
+        assert "DeepSpeed 0.19.99" in answer and "numbers lie elsewhere" in answer and "pip install" in answer
 
 
 @pytest.mark.parametrize("partitioned", [True, False])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.function import RoutedExperts, RouterLogits
+from dsmoelora.adapters.function import RoutedExperts, RouterLogits, product_fp32
 
 SCALE = 1.5
 
@@ -213,6 +213,11 @@ def test_router_logits_are_fp32_products_whatever_the_dtype_of_the_input(dtype: 
     for value, reference in zip(found, expected, strict=True):
         assert value.dtype is dtype
         torch.testing.assert_close(value, reference)  # rounded once, at the end
+
+
+def test_an_fp16_product_may_be_larger_than_fp16() -> None:
+    x_TD, weight_DE = torch.full((2, 100), 100.0).half(), torch.full((100, 3), 100.0).half()
+    torch.testing.assert_close(product_fp32(x_TD, weight_DE), torch.full((2, 3), 1e6))
 
 
 def test_router_logits_keep_no_fp32_copy_of_the_input() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,13 @@ from packaging.specifiers import SpecifierSet
 from dsmoelora.doctor.local import bad_pairs, judged_versions, local_findings, network
 from dsmoelora.parallel import zero
 
+ROOT = Path(__file__).parents[2]
 GOOD = {"torch": "2.13.0", "deepspeed": zero.KNOWN_VERSIONS[-1], "transformers": "5.23.0"}
 INTERFACES = ["lo", "eth0", "ib0"]
 
 
 def test_the_versions_of_constraints_are_fine() -> None:
-    lines = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
-    versions = dict(line.split("==") for line in lines if "==" in line)
-    assert list(bad_pairs(versions)) == []
+    assert list(bad_pairs(pins("constraints.txt"))) == []
 
 
 @pytest.mark.parametrize("change", [{"torch": "2.6.0"}, {"torch": "2.7.0"}, {"transformers": "5.1.0"}])
@@ -40,10 +40,29 @@ def test_versions_are_judged_by_what_setup_wants() -> None:
     assert problems["deepspeed"] == ""
 
 
-def test_a_deepspeed_that_nobody_has_read_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspeed.__version__", "0.99.0")
-    (finding,) = judged_versions({"deepspeed": "0.99.0"}, {})
-    assert "0.99.0" in finding.problem
+@pytest.mark.parametrize(("version", "is_wrong"), [("0.19.3", True), ("0.19.99", False)])
+def test_an_old_deepspeed_is_wrong_and_an_unknown_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, version: str, is_wrong: bool
+) -> None:
+    monkeypatch.setattr("deepspeed.__version__", version)
+    (finding,) = judged_versions({"deepspeed": version}, {})
+    assert ("0.19.4 or newer" in finding.problem) is is_wrong
+    assert "not tested with" in finding.found
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def test_the_oldest_tested_versions_are_those_that_setup_lets_in() -> None:
+    oldest = pins("tests/versions/oldest.txt")
+    bounds = dict(re.findall(r'^    "([a-z]+)>=([0-9.]+),<[^"]*"', (ROOT / "setup.py").read_text(), flags=re.MULTILINE))
+    for name in ("torch", "deepspeed", "transformers"):
+        assert oldest[name].removesuffix(".0") == bounds[name]
+    assert oldest["deepspeed"] == zero.KNOWN_VERSIONS[0]
+    assert pins("tests/versions/middle.txt")["deepspeed"] in zero.KNOWN_VERSIONS
+    assert pins("constraints.txt")["deepspeed"] == zero.KNOWN_VERSIONS[-1]
 
 
 def problems_of(env: dict[str, str]) -> dict[str, str]:
