@@ -26,6 +26,19 @@ def slurm(*command: str, timeout_s: float = 60.0, **variables: str) -> str:
     return done.stdout.strip()
 
 
+def field_of(job_id: str, name: str) -> str:
+    """A field of `scontrol show job`."""
+    found = re.search(rf"\b{name}=(\S+)", slurm("scontrol", "-o", "show", "job", job_id))
+    return found[1] if found else ""
+
+
+def wait_for_end(job_id: str, timeout_s: float = 400.0) -> None:
+    """Look often: `sbatch --wait` looks every 10 to 30 seconds."""
+    deadline = time.monotonic() + timeout_s
+    while field_of(job_id, "JobState") not in ENDED and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
 class Job:
     """A run with two ranks on each node, submitted as a user would.
 
@@ -63,8 +76,7 @@ class Job:
 
     def field(self, name: str) -> str:
         """A field of `scontrol show job`."""
-        found = re.search(rf"\b{name}=(\S+)", slurm("scontrol", "-o", "show", "job", self.id))
-        return found[1] if found else ""
+        return field_of(self.id, name)
 
     def said(self) -> str:
         """What the script and the ranks of all attempts printed."""
