@@ -213,6 +213,7 @@ def model_without_weights(config: ModelConfig) -> PreTrainedModel:
         ConfigError: the model cannot have this attention
     """
     described = load_model_config(config)
+    _check_capped_scores(described, config)
     try:
         return _on_meta(described, config)
     except (ValueError, KeyError, TypeError, ImportError) as error:
@@ -228,7 +229,16 @@ def model_without_weights(config: ModelConfig) -> PreTrainedModel:
         ) from error
 
 
+def _check_capped_scores(described: PretrainedConfig, config: ModelConfig) -> None:
+    """Older transformers let such models (Gemma 2) have sdpa, which computes something else without a word."""
+    if config.attention == "sdpa" and getattr(described.get_text_config(), "attn_logit_softcapping", None):
+        reason = "Its attention scores are capped (attn_logit_softcapping), which sdpa leaves out."
+        raise bad_value("model.attention", config.attention, "eager for this model", reason)
+
+
 def _on_meta(described: PretrainedConfig, config: ModelConfig) -> PreTrainedModel:
+    if config.dtype == "auto":  # shapes have none
+        config = replace(config, dtype="fp32")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(described), **_options(config))
 

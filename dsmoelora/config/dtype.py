@@ -40,6 +40,6 @@ def instruction_set() -> str:
 def _cpu_capabilities() -> dict[str, Any]:
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
-    # torch before 2.10 says so under private names
+    # torch 2.9 says so under private names
     asked = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
     return {key: getattr(torch.cpu, name)() for key, name in asked.items() if hasattr(torch.cpu, name)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -49,7 +49,8 @@ class MicroBatch:
 
     def with_tensors(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         """The same with `fn` of every tensor in its place."""
-        return replace(self, **{name: fn(one) for name, one in vars(self).items() if isinstance(one, torch.Tensor)})
+        tensors = {name: fn(one) for name, one in vars(self).items() if isinstance(one, torch.Tensor)}
+        return replace(self, **cast(dict[str, Any], tensors))
 
     @property
     def real_tokens(self) -> torch.Tensor:

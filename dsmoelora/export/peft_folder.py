@@ -76,7 +76,7 @@ def peft_base(path: str, shapes: Mapping[str, tuple[int, int]], trust_remote_cod
         ModelError: there is no such model, it has no such layers, or PEFT would not load them
     """
     try:
-        config = ModelConfig(path=path, dtype="fp32", attention="eager", trust_remote_code=trust_remote_code)
+        config = ModelConfig(path=path, attention="eager", trust_remote_code=trust_remote_code)
         model = model_without_weights(config)
     except ModelError as error:
         raise ModelError(

@@ -37,8 +37,9 @@ from dsmoelora.parallel.layout import ExpertLayout, check_layout
 logger = logging.getLogger(__name__)
 
 KNOWN_VERSIONS = ("0.19.4", "0.19.5", "0.19.6", "0.19.7", "0.19.8")
-# Before it stages 1 and 2 do not say where parameters begin in their flat partitions (`round_robin_bit16_offsets`).
-_FIRST_OF_STAGES_1_AND_2 = "0.19.7"
+# Before it stages 1 and 2 drop gradients on a CPU (`split_half_float_double`), and before 0.19.7 they do not say where
+# parameters begin in their flat partitions (`round_robin_bit16_offsets`).
+_FIRST_OF_STAGES_1_AND_2 = "0.19.8"
 # What is read of the optimizer that DeepSpeed makes for a stage.
 _READ: dict[type, tuple[str, ...]] = {
     DeepSpeedZeroOptimizer_Stage3: (

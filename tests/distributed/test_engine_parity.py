@@ -90,8 +90,8 @@ def test_other_methods_agree_too(
     assert_parity(shares, expected, weight_tolerance(method))
 
 
-HAS_STAGES_1_AND_2 = Version(deepspeed.__version__) >= Version("0.19.7")
-needs_stages_1_and_2 = pytest.mark.skipif(not HAS_STAGES_1_AND_2, reason="DeepSpeed is older than 0.19.7")
+HAS_STAGES_1_AND_2 = Version(deepspeed.__version__) >= Version("0.19.8")
+needs_stages_1_and_2 = pytest.mark.skipif(not HAS_STAGES_1_AND_2, reason="DeepSpeed is older than 0.19.8")
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 
 

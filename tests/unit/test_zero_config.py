@@ -187,7 +187,14 @@ def test_adapters_stay_whole_where_that_is_cheap(
 
 @pytest.mark.parametrize(
     ("version", "stages"),
-    [("0.19.3", ()), ("0.19.4", (0, 3)), ("0.19.6", (0, 3)), ("0.19.7", (0, 1, 2, 3)), ("0.20.1+local", (0, 1, 2, 3))],
+    [
+        ("0.19.3", ()),
+        ("0.19.4", (0, 3)),
+        ("0.19.6", (0, 3)),
+        ("0.19.7", (0, 3)),
+        ("0.19.8", (0, 1, 2, 3)),
+        ("0.20.1+local", (0, 1, 2, 3)),
+    ],
 )
 def test_a_deepspeed_that_is_too_old_for_a_stage_is_refused(
     monkeypatch: pytest.MonkeyPatch, version: str, stages: tuple[int, ...]
@@ -197,7 +204,7 @@ def test_a_deepspeed_that_is_too_old_for_a_stage_is_refused(
         if stage in stages:
             merge_config(make_recipe("fp32"), with_zero(stage=stage), 3)
         else:
-            with pytest.raises(ConfigError, match=rf"{version}.*0\.19\.[47] or newer.*pip install deepspeed==0\.19\.8"):
+            with pytest.raises(ConfigError, match=rf"{version}.*0\.19\.[48] or newer.*pip install deepspeed==0\.19\.8"):
                 merge_config(make_recipe("fp32"), with_zero(stage=stage), 3)
 
 
