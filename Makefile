@@ -1,4 +1,4 @@
-# make demo | test | test-versions | test-gpu | check | format | install | clean
+# make demo | test | test-all | test-versions | test-gpu | check | format | install | clean
 # Everything goes into .venv below this folder, the environments of test-versions into .cache.
 
 PYTHON ?= python3
@@ -9,12 +9,14 @@ CONSTRAINTS ?= constraints.txt
 NUM_RANKS ?= $$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)')
 # More for the demo's command line, e.g. make demo DEMO_ARGS="--optim.lr 1e-3 --train.max_steps 20"
 DEMO_ARGS ?=
+# Each runs one file of tests at a time.
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 NEEDS := setup.py $(CONSTRAINTS)
 
-.PHONY: demo test test-versions test-gpu check format install clean
+.PHONY: demo test test-all test-versions test-gpu check format install clean
 
 # The programs below start others by name (deepspeed, ninja), so the environment comes first in PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -29,8 +31,14 @@ demo: $(VENV)/.installed-demo
 	set -- "$$@" $(DEMO_ARGS); \
 	echo "$$*"; "$$@"
 
+# What guards every commit, on two processes; docs/testing.md says what each part proves.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-dev
-	@OMP_NUM_THREADS=1 python -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) -m "not release" $(PYTEST_ARGS)
+
+# What guards a release: everything.
+test-all: $(VENV)/.installed-dev
+	@$(PYTEST) $(PYTEST_ARGS)
 
 # On a machine with a GPU; tests/gpu/README.md says what it needs where no environment can be made.
 test-gpu: $(VENV)/.installed-dev

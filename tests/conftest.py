@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,11 @@ def pytest_configure() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(CACHE / "torch_extensions"))
     os.environ["HF_HOME"] = str(CACHE / "huggingface")
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONHASHSEED": "0"}
+
+
+def thorough(*values: Any) -> Any:
+    """One case of a `parametrize` that guards a release, not every commit: `make test-all`, not `make test`."""
+    return pytest.param(*values, marks=pytest.mark.release)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,11 +6,11 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from dsmoelora.run_files import read_metrics
+from tests.forked import Program
 from tests.helpers import tiny_llama
 from tests.helpers_distributed import free_port
 
@@ -59,12 +59,9 @@ class Ranks:
             "MASTER_PORT": str(self.port),
         }
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "launch" / "train.py"), f"--local_rank={rank}", *argv],
+            Program(
+                [str(ROOT / "launch" / "train.py"), f"--local_rank={rank}", *argv],
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
                 umask=0,
             )
             for rank, argv in enumerate(argv_of_rank)

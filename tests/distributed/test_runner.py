@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import psutil
@@ -52,6 +53,16 @@ def process_id() -> int:
 
 def variables(names: list[str]) -> list[str | None]:
     return [os.environ.get(name) for name in names]
+
+
+def imported() -> list[str]:
+    return [name for name in ("torch", "deepspeed", "transformers", "dsmoelora.trainer") if name in sys.modules]
+
+
+def test_a_new_worker_has_everything_imported() -> None:
+    """Otherwise each would take seconds of a core for it, and nobody would notice."""
+    (names,) = run_distributed(imported, 1, join_group=False)
+    assert names == ["torch", "deepspeed", "transformers", "dsmoelora.trainer"]
 
 
 def test_results_come_back_by_rank(worker_pool: PoolFactory) -> None:
