@@ -25,9 +25,12 @@ def pytest_configure() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONHASHSEED": "0"}
 
 
+release = pytest.mark.release  # guards a release, not every commit: `make test-all`, not `make test`
+
+
 def thorough(*values: Any) -> Any:
-    """One case of a `parametrize` that guards a release, not every commit: `make test-all`, not `make test`."""
-    return pytest.param(*values, marks=pytest.mark.release)
+    """One case of a `parametrize` that guards a release."""
+    return pytest.param(*values, marks=release)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ import pytest
 from dsmoelora.adapter_options import EXPERTS, ROUTERS
 from dsmoelora.config import InitName, LossesConfig, OptimConfig, Recipe
 from dsmoelora.errors import ConfigError
-from tests.conftest import PoolFactory
+from tests.conftest import PoolFactory, release
 from tests.engine_ranks import Job, batches_of, build_engine
 from tests.expert_parallel import DAMPED, partitioned
 from tests.plain_training import make_base, make_recipe
@@ -91,7 +91,7 @@ def test_every_expert_with_every_router(worker_pool: PoolFactory, base: Path, ro
     assert_all_learn(worker_pool, recipes)
 
 
-@pytest.mark.release
+@release
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_expert_with_every_router_and_preconditioner(worker_pool: PoolFactory, base: Path, router: str) -> None:
     recipes = [
@@ -101,6 +101,7 @@ def test_every_expert_with_every_router_and_preconditioner(worker_pool: PoolFact
     assert_all_learn(worker_pool, recipes)
 
 
+@release
 def test_every_expert_with_every_start_and_style(worker_pool: PoolFactory, base: Path) -> None:
     recipes, refused = [], set()
     for number, (expert, init, style) in enumerate(product(EXPERTS, get_args(InitName), STYLES)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsmoelora.config import Recipe
-from tests.conftest import PoolFactory, thorough
+from tests.conftest import PoolFactory, release, thorough
 from tests.counted_training import train_and_count
 from tests.engine_ranks import (
     Job,
@@ -153,13 +153,19 @@ ON_HOST = {"device": "cpu"}
     [
         pytest.param(3, 4, "tangent", {"zero": {"offload_optimizer": ON_HOST}}, id="optimizer-offloaded"),
         pytest.param(2, 1, "scaled", {"zero": {"stage": 2, "offload_optimizer": ON_HOST}}, id="stage-2-offloaded"),
-        pytest.param(2, 4, "scaled", {"zero": {"stage": 1, "offload_optimizer": ON_HOST}}, id="stage-1-offloaded"),
         pytest.param(
-            *(2, 4, "scaled", {"zero": {"offload_optimizer": ON_HOST, "offload_param": ON_HOST}}), id="all-offloaded"
+            2, 4, "scaled", {"zero": {"stage": 1, "offload_optimizer": ON_HOST}}, id="stage-1-offloaded", marks=release
+        ),
+        pytest.param(
+            *(2, 4, "scaled", {"zero": {"offload_optimizer": ON_HOST, "offload_param": ON_HOST}}),
+            id="all-offloaded",
+            marks=release,
         ),
         pytest.param(3, 4, "tangent", {"zero": {"stage": 2, "round_robin_gradients": True}}, id="round-robin"),
         pytest.param(3, 1, "tangent-clipped", {"partitioned": False}, id="model-not-partitioned"),
-        pytest.param(2, 4, "scaled-clipped", {"partitioned": False, "zero": {"stage": 2}}, id="stage-2-own-model"),
+        pytest.param(
+            2, 4, "scaled-clipped", {"partitioned": False, "zero": {"stage": 2}}, id="stage-2-own-model", marks=release
+        ),
     ],
 )
 def test_ways_of_zero_change_nothing(

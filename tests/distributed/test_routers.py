@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dsmoelora.adapters import ExpertBank
 from dsmoelora.config import ParallelConfig, Recipe
-from tests.conftest import PoolFactory
+from tests.conftest import PoolFactory, thorough
 from tests.engine_ranks import Job, assert_parity, train_on_rank
 from tests.plain_training import SGD, global_batch, make_base, make_recipe, train_plainly
 
@@ -67,18 +67,26 @@ def watch_choices() -> Iterator[list[int]]:
         handle.remove()
 
 
+@pytest.mark.parametrize(
+    ("stage", "world_size", "accumulation", "ep_size"), [(3, 2, 2, 2), thorough(3, 3, 2, 1), thorough(0, 2, 1, 1)]
+)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_stage_ranks_accumulation_and_placement_change_nothing(
-    worker_pool: PoolFactory, base: Path, router: str
+    worker_pool: PoolFactory,
+    base: Path,
+    router: str,
+    stage: int,
+    world_size: int,
+    accumulation: int,
+    ep_size: int,
 ) -> None:
     recipe = recipe_with(base, router)
     with watch_choices() as turned:
         expected = train_plainly(recipe)
     assert turned and not any(turned), "with another seed no token is near the border between two choices"
-    for stage, world_size, accumulation, ep_size in [(3, 3, 2, 1), (3, 2, 1, 2), (0, 2, 1, 1)]:
-        placed = replace(recipe, parallel=ParallelConfig(ep_size=ep_size))
-        job = Job(placed, accumulation, zero={"stage": stage})
-        assert_parity(worker_pool(world_size).run(train_on_rank, job), expected, 1e-5)
+    placed = replace(recipe, parallel=ParallelConfig(ep_size=ep_size))
+    job = Job(placed, accumulation, zero={"stage": stage})
+    assert_parity(worker_pool(world_size).run(train_on_rank, job), expected, 1e-5)
 
 
 def test_selection_biases_are_part_of_a_checkpoint(worker_pool: PoolFactory, base: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from dsmoelora import load_adapter
 from dsmoelora.adapters.folder import START_FILE
 from dsmoelora.config import Recipe
-from tests.conftest import PoolFactory
+from tests.conftest import PoolFactory, release
 from tests.engine_ranks import (
     Job,
     Share,
@@ -54,11 +54,17 @@ def test_the_reference_learns_and_is_not_moved_by_rounding(reference: tuple[Reci
     ("world_size", "ep_size", "settings"),
     [
         pytest.param(1, 1, {"zero": {"stage": 0}, "partitioned": False}, id="stage-0"),
-        pytest.param(2, 1, {"zero": {"stage": 1}, "partitioned": False}, id="stage-1"),
+        pytest.param(2, 1, {"zero": {"stage": 1}, "partitioned": False}, id="stage-1", marks=release),
         pytest.param(2, 1, {"zero": {"stage": 2}}, id="stage-2"),
         pytest.param(2, 1, {"accumulation": 2}, id="stage-3"),
-        pytest.param(2, 1, {"partitioned": False}, id="stage-3-not-partitioned"),
-        pytest.param(2, 1, {"zero": {"stage3_param_persistence_threshold": 100_000}}, id="small-parameters-kept-whole"),
+        pytest.param(2, 1, {"partitioned": False}, id="stage-3-not-partitioned", marks=release),
+        pytest.param(
+            2,
+            1,
+            {"zero": {"stage3_param_persistence_threshold": 100_000}},
+            id="small-parameters-kept-whole",
+            marks=release,
+        ),
         pytest.param(
             2, 1, {"zero": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}, id="offloaded"
         ),
@@ -123,7 +129,7 @@ def go_on_elsewhere(job: Job, adapter: Path) -> tuple[Share, Tensor]:
         pytest.param(1, 1, {"zero": {"stage": 0}, "partitioned": False}, id="stage-0-alone"),
         pytest.param(2, 1, {}, id="stage-3"),
         pytest.param(2, 2, {"zero": {"offload_param": {"device": "cpu"}}}, id="ep-size-2-offloaded"),
-        pytest.param(2, 1, {"zero": {"stage": 2}, "partitioned": False}, id="stage-2"),
+        pytest.param(2, 1, {"zero": {"stage": 2}, "partitioned": False}, id="stage-2", marks=release),
     ],
 )
 def test_a_run_goes_on_from_the_start_that_the_checkpoint_holds(
