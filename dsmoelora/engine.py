@@ -283,7 +283,7 @@ class Engine:
         self._context.clear()
         comm.together(lambda: check_probe(self.model, logits_BSV))
 
-    def generate(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[str]:
+    def generate(self, conversations: list[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
         """Greedy answers of the assistant to conversations that end in a user's turn; the same on all ranks."""
         self._heartbeat.enter(Phase.GENERATE, self.step)
         batch = prompt_inputs(self.tokenizer, conversations, self.device)

@@ -20,6 +20,7 @@ from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.data import MicroBatch
+from dsmoelora.data.chat import prompt_ids
 from dsmoelora.errors import ModelError
 
 _PROBE_LENGTH = 4
@@ -105,15 +106,12 @@ def _forward(module: nn.Module, stand_in: Any) -> Iterator[None]:
 
 
 def prompt_inputs(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]], device: torch.device
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]], device: torch.device
 ) -> dict[str, Tensor]:
     """Token ids and mask (B, S) of conversations that end in a user's turn, padded on the left, for `generate`."""
-    prompts = [
-        tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        for conversation in conversations
-    ]
+    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     tokenizer.padding_side = side
     return {name: sent(tensor, device) for name, tensor in batch.items()}
 

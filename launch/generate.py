@@ -20,7 +20,9 @@ from dsmoelora import load_adapter
 from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
 from dsmoelora.data.chat import stop_ids
-from dsmoelora.errors import CheckpointError, bad_value
+from dsmoelora.data.problems import RowProblem
+from dsmoelora.errors import CheckpointError, ModelError, bad_value
+from dsmoelora.inputs import prompt_inputs
 from dsmoelora.model import model_for_inference
 
 
@@ -81,11 +83,19 @@ def load(adapter: Path, base: str | None, trust_remote_code: bool = False) -> tu
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, max_new_tokens: int) -> str:
-    """The assistant's greedy answer to one prompt."""
+    """The assistant's greedy answer to one prompt.
+
+    Raises:
+        ModelError: the chat template refuses it, as some refuse every system message
+    """
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    batch = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
+    try:
+        batch = prompt_inputs(tokenizer, [messages], model.device)
+    except RowProblem as problem:
+        if not system:
+            raise ModelError(f"The prompt cannot be asked: {problem}") from None
+        raise ModelError(f"--system cannot be used: {problem} Leave --system out.") from None
     with torch.no_grad():
         output = model.generate(
             **batch,

@@ -13,7 +13,7 @@ from rich.text import Text
 from dsmoelora.callbacks.base import Callback, TrainingRun
 from dsmoelora.parallel import comm
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class Samples(Callback):

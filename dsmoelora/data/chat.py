@@ -1,19 +1,19 @@
 """Conversations to tokens, with a mask of what is learned: the assistant's answers, each with its end-of-turn token.
 
-The chat template of the tokenizer renders the text. Most templates do not say which part is the assistant's, so the
-beginning of an answer is found by rendering the conversation up to it with the generation prompt, and characters are
-mapped to tokens with the offsets of the fast tokenizer. Whoever marks the answers, each goes on to the first special
-token after its words, at which generation stops too.
+One definition: the ids before a learned answer are those that generation sends for the same history (`prompt_ids`), and
+the learned ids are those that the model has to produce then, up to its end-of-turn token. Where every such prompt is a
+prefix of the rendered whole, all answers share one row; elsewhere each answer gets a row of its own.
+
+Where an answer ends is told by rendering it with a mark instead of its words: what stands after the mark is what the
+template writes after any answer. So words that look like an end of turn do not pass for one.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
-from collections.abc import Iterator
+from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from jinja2 import TemplateError
@@ -25,54 +25,44 @@ from dsmoelora.data.rows import Message
 from dsmoelora.errors import ModelError
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+REWRITTEN = "the chat template writes earlier turns otherwise once others follow"
+MERGED = "tokens of an answer merge with those around it"
+_PROVEN = 3  # answers of a long conversation that are rendered one by one: the first, the middle and the last
 
 
 @dataclass(frozen=True)
 class TokenisedChat:
-    """Token ids of one conversation, and for each whether the model learns to write it (both of the same length).
+    """Token ids of one row, and for each whether the model learns to write it (both of the same length).
 
     Args:
         input_ids, supervised: of each token
         ends: indices of the tokens that end the answers
+        num_messages: of the conversation that the row holds
+        split: why the conversation has a row for each answer; empty where all share one
     """
 
     input_ids: list[int]
     supervised: list[bool]
     ends: tuple[int, ...] = ()
+    num_messages: int = 0
+    split: str = ""
 
 
 @dataclass(frozen=True)
-class _Rendered:
-    """A conversation as its template writes it.
+class _Answer:
+    """One learned answer and all that comes before it.
 
     Args:
-        conversation: what was rendered
-        text: with special tokens
-        ids: its tokens
-        offsets: begin and end of each token in the text
-        specials: indices of the special tokens
+        message: its index
+        text: of the conversation up to its end-of-turn token
+        prompt: ids that generation sends for what comes before it
+        ids: the model has to produce then, end of turn included
     """
 
-    conversation: Conversation
+    message: int
     text: str
+    prompt: list[int]
     ids: list[int]
-    offsets: list[tuple[int, int]]
-    specials: list[int]
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """Character positions of one answer in the rendered text.
-
-    Args:
-        start: where what is learned begins
-        content_end: the end-of-turn token does not begin before this
-        bound: the end-of-turn token ends here at the latest
-    """
-
-    start: int
-    content_end: int
-    bound: int
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -91,33 +81,26 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ModelError(f"{where} has no chat template, but conversations are rendered with one. {remedy}") from None
 
 
-def tokenise_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]) -> list[TokenisedChat]:
-    """Tokenise whole conversations; nothing is cut.
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """What a model reads before it answers: in training, in the samples of a run, and in `launch/generate.py`.
 
     Raises:
-        RowProblem: the template refuses a conversation
-        ModelError: there is no template, or the answers cannot be found in what it renders
+        RowProblem: the template refuses the conversation
     """
-    has_blocks = GENERATION_BLOCK.search(chat_template_of(tokenizer))
-    texts = [_render(tokenizer, conversation.messages) for conversation in conversations]
-    # The template writes the beginning-of-sequence token itself where the model wants one.
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    chats = []
-    for conversation, text, ids, offsets in zip(
-        conversations, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        specials = [i for i, token in enumerate(ids) if token in special]
-        rendered = _Rendered(conversation, text, ids, offsets, specials)
-        supervised = _in_blocks(tokenizer, rendered) if has_blocks else [False] * len(ids)
-        turns = _turns_of_blocks(tokenizer, rendered, supervised) if has_blocks else _turns(tokenizer, rendered)
-        ends = []
-        for turn in turns:
-            first = bisect_left(offsets, turn.start, key=lambda offset: offset[0])
-            ends.append(_end_of_turn(rendered, turn))
-            supervised[first : ends[-1] + 1] = [True] * (ends[-1] + 1 - first)
-        chats.append(TokenisedChat(ids, supervised, tuple(ends)))
-    return chats
+    return _ids(tokenizer, _render(tokenizer, messages, tools, prompt=True))
+
+
+def tokenise_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]) -> list[list[TokenisedChat]]:
+    """Tokenise whole conversations, each into one row or a row for each answer; nothing is cut.
+
+    Raises:
+        RowProblem: the template refuses a conversation, or what it makes of an answer cannot be told with certainty
+        ModelError: there is no template, or it ends no turn
+    """
+    has_blocks = bool(GENERATION_BLOCK.search(chat_template_of(tokenizer)))
+    return [_Renderer(tokenizer, conversation, has_blocks).rows() for conversation in conversations]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int]:
@@ -133,127 +116,234 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) ->
     found.add(tokenizer.eos_token_id)
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(RowProblem, ModelError):  # adapters that have learned plain text alone
-        (chat,) = tokenise_chats(tokenizer, [Conversation(probe, "", 0)])
+        ((chat,),) = tokenise_chats(tokenizer, [Conversation(probe, "", 0)])
         found |= {chat.input_ids[end] for end in chat.ends}
     return sorted(token for token in found if token is not None)
 
 
-def _refusal(error: TemplateError) -> RowProblem:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # The template writes the beginning-of-sequence token itself where the model wants one.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    *,
+    prompt: bool = False,
+) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
+    except (TemplateError, TypeError) as error:  # a type error: the template meets something it cannot join
+        raise _refusal(error) from None
+
+
+def _refusal(error: Exception) -> RowProblem:
     reason = str(error).rstrip(".")
     return RowProblem(f"the model's chat template refuses it: {reason}. Templates may want user and assistant in turn.")
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: bool = False) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError as error:
-        raise _refusal(error) from None
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
-def _turns(tokenizer: PreTrainedTokenizerBase, rendered: _Rendered) -> list[_Turn]:
-    """The answers, each of which begins where its generation prompt ends."""
-    turns = []
-    messages, text = rendered.conversation.messages, rendered.text
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prefix = _render(tokenizer, messages[:i], prompt=True)
-        if not text.startswith(prefix):
-            remedy = (
-                "Mark the assistant's words with {% generation %} ... {% endgeneration %} in the template, "
-                "or keep one question and one answer a row."
-            )
-            raise ModelError(
-                f"{rendered.conversation.origin}: the chat template renders the conversation up to messages[{i}] with "
-                f"other text than inside the whole conversation, so that its answers cannot be found. {remedy}"
-            )
-        # Nothing of the next message may be taken for the end of this turn. A template may write an earlier answer
-        # in another way than the last one (leave out its thoughts, say): then only its beginning is known.
-        start, bound = len(prefix), _end_of_message(tokenizer, rendered, i)
-        content = message["content"].strip()  # templates may trim
-        content_end = _content_end(rendered, content, start, bound)
-        if content_end is None and content in text[start:]:
-            bound = len(text)
-        turns.append(_Turn(start, content_end or start, bound))
-    return turns
+class _Renderer:
+    """One conversation, rendered and tokenised.
 
-
-def _end_of_message(tokenizer: PreTrainedTokenizerBase, rendered: _Rendered, i: int) -> int:
-    """Up to where the text is the same if nothing comes after message i."""
-    text, so_far = rendered.text, _render(tokenizer, rendered.conversation.messages[: i + 1])
-    if text.startswith(so_far):
-        return len(so_far)
-    pairs = enumerate(zip(text, so_far, strict=False))
-    return next((k for k, (a, b) in pairs if a != b), len(text))
-
-
-def _content_end(rendered: _Rendered, content: str, start: int, bound: int) -> int | None:
-    """Where an answer's words end between two places of the text; None where they are not.
-
-    They are the last ones, for a template may write words of its own before an answer, thoughts perhaps, which hold a
-    short answer too. But they are no part of a special token's name, and a special token follows.
+    Args:
+        tokenizer: with a template
+        conversation: with messages
+        has_blocks: the template marks the assistant's words with {% generation %}
     """
-    spans = [span for i in rendered.specials if start <= (span := rendered.offsets[i])[0] and span[1] <= bound]
-    ends = [
-        end
-        for end in _occurrences(rendered.text, content, start, bound)
-        if not any(begin < cut < stop for begin, stop in spans for cut in (end - len(content), end))
-    ]
-    return next((end for end in ends if spans and end <= spans[-1][0]), ends[0] if ends else None)
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation, has_blocks: bool) -> None:
+        self._tokenizer, self._has_blocks = tokenizer, has_blocks
+        self._messages, self._tools, self._origin = conversation.messages, conversation.tools, conversation.origin
+        every = [i for i, message in enumerate(self._messages) if message["role"] == "assistant"]
+        self._learned = every if conversation.learned is None else sorted(conversation.learned)
+        added = tokenizer.added_tokens_decoder.items()
+        # An end-of-sequence token ends a turn even where the tokenizer does not call it special.
+        self._special = {i for i, token in added if token.special} | {tokenizer.eos_token_id}
+        word, contents = "Answer", str(self._messages) + str(self._tools)
+        while word in contents:
+            word += "X"
+        self._mark = word + "Here"
 
-def _occurrences(text: str, words: str, start: int, end: int) -> Iterator[int]:
-    """Where `words` end, from the last time that they come to the first."""
-    while (found := text.rfind(words, start, end)) >= 0:
-        yield found + len(words)
-        end = found + len(words) - 1
+    def rows(self) -> list[TokenisedChat]:
+        """One row, or one for each learned answer."""
+        text = _render(self._tokenizer, self._messages, self._tools)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        spans = self._spans_of_many(text, ids, offsets) if len(self._learned) > _PROVEN else None
+        if spans is None:
+            answers = [self._answer(i) for i in self._learned]
+            why = next((why for answer in answers if (why := _why_apart(answer, text, ids))), "")
+            if why:
+                return [self._row_of(answer, why if len(answers) > 1 else "") for answer in answers]
+            spans = [(len(answer.prompt), len(answer.prompt) + len(answer.ids)) for answer in answers]
+        marked = self._marked(len(self._messages), ids)
+        supervised = [False] * len(ids)
+        for first, end in spans:
+            supervised[first:end] = self._narrowed(marked[first:end])
+        return [TokenisedChat(ids, supervised, tuple(end - 1 for _, end in spans), len(self._messages))]
 
+    def _row_of(self, answer: _Answer, why: str) -> TokenisedChat:
+        ids = answer.prompt + answer.ids
+        marked = self._marked(answer.message + 1, ids)
+        supervised = [False] * len(answer.prompt) + self._narrowed(marked[len(answer.prompt) :])
+        return TokenisedChat(ids, supervised, (len(ids) - 1,), answer.message + 1, why)
 
-def _end_of_turn(rendered: _Rendered, turn: _Turn) -> int:
-    """Index of the first special token after the answer's words."""
-    for index in rendered.specials:
-        begin, end = rendered.offsets[index]
-        if begin >= turn.content_end and end <= turn.bound:
-            return index
-    raise ModelError(
-        f"{rendered.conversation.origin}: the chat template writes no special token after the assistant's answer, so "
-        "that the model could not learn to end its turn. Write {{ eos_token }} after the answer in the template."
-    )
-
-
-def _in_blocks(tokenizer: PreTrainedTokenizerBase, rendered: _Rendered) -> list[bool]:
-    """Which tokens are in the template's {% generation %} blocks."""
-    try:
-        encoded: Any = tokenizer.apply_chat_template(
-            rendered.conversation.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    def _marked(self, num_messages: int, ids: list[int]) -> list[bool]:
+        """Which of `ids` are in {% generation %} blocks; all, where there are none or they mark other ids."""
+        if not self._has_blocks:
+            return [True] * len(ids)
+        encoded: Any = self._tokenizer.apply_chat_template(
+            self._messages[:num_messages], tools=self._tools, return_dict=True, return_assistant_tokens_mask=True
         )
-    except TemplateError as error:
-        raise _refusal(error) from None
-    if not any(encoded["assistant_masks"]):
-        raise ModelError(
-            f"{rendered.conversation.origin}: the {{% generation %}} block of the chat template marks no token as the "
-            "assistant's. Put the block around the assistant's words."
-        )
-    return [bool(flag) for flag in encoded["assistant_masks"]]
+        same = encoded["input_ids"][: len(ids)] == ids
+        return [bool(flag) for flag in encoded["assistant_masks"][: len(ids)]] if same else [True] * len(ids)
+
+    def _narrowed(self, marked: list[bool]) -> list[bool]:
+        """What is learned of an answer: the part in a block where there are blocks, and always its end."""
+        if not any(marked):
+            raise ModelError(
+                f"{self._origin}: the {{% generation %}} block of the chat template marks no token as the assistant's. "
+                "Put the block around the assistant's words."
+            )
+        return [*marked[:-1], True]
+
+    def _answer(self, i: int) -> _Answer:
+        """The exact way: three renderings of the conversation up to message i."""
+        history, message = self._messages[:i], self._messages[i]
+        prompt = _render(self._tokenizer, history, self._tools, prompt=True)
+        so_far = _render(self._tokenizer, self._messages[: i + 1], self._tools)
+        marked = _render(self._tokenizer, [*history, {"role": "assistant", "content": self._mark}], self._tools)
+        if not so_far.startswith(prompt):
+            raise RowProblem(
+                f"the chat template writes messages[{i}] in another way than after its generation prompt, so that it "
+                f"would be learned as generation never asks for it: {prompt[-40:]!r} comes before an answer."
+            )
+        _, found, after = marked.rpartition(self._mark)
+        if not found:
+            raise RowProblem(f"the chat template leaves out the words of messages[{i}].")
+        size = self._end_of_turn(after)
+        words = so_far[len(prompt) : len(so_far) - len(after)]
+        content = message.get("content")
+        if not so_far.endswith(after) or len(prompt) + len(words) + len(after) != len(so_far):
+            raise RowProblem(f"the chat template ends messages[{i}] otherwise than other answers: {so_far[-40:]!r}.")
+        if isinstance(content, str) and _squeezed(content) not in _squeezed(words):
+            raise RowProblem(f"the chat template rewrites or leaves out words of messages[{i}]: {words[:60]!r}.")
+        end = len(prompt) + len(words) + size
+        return self._tokenised(i, prompt, so_far[len(prompt) : end])
+
+    def _tokenised(self, i: int, prompt: str, answer: str) -> _Answer:
+        before, both = _ids(self._tokenizer, prompt), _ids(self._tokenizer, prompt + answer)
+        if both[: len(before)] == before:
+            ids = both[len(before) :]
+        else:
+            ids = _ids(self._tokenizer, answer)
+            if self._tokenizer.decode(before + ids) != self._tokenizer.decode(both):
+                raise RowProblem(f"the first token of messages[{i}] cannot be told apart from the prompt before it.")
+        if not ids or ids[-1] not in self._special:
+            raise RowProblem(f"the end of messages[{i}] merges with its words: {answer[-40:]!r}.")
+        return _Answer(i, prompt + answer, before, ids)
+
+    def _end_of_turn(self, after: str) -> int:
+        """Length of what the template writes after an answer, up to and including the first special token."""
+        encoded = self._tokenizer(after, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        end = next((end for token, (_, end) in pairs if token in self._special), None)
+        if end is None:
+            raise ModelError(
+                f"{self._origin}: the chat template writes no special token after the assistant's answer, so that the "
+                "model could not learn to end its turn. Write {{ eos_token }} after the answer in the template."
+            )
+        return int(end)
+
+    def _spans_of_many(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+        """Token spans of all answers of a long conversation, in time linear in its turns; None: take the exact way.
+
+        Proven for the first, the middle and the last answer: all that `_answer` proves, and that they share the row.
+        Proven for the others: their words stand between the same text as the words of these three, and their tokens
+        and their prompt's, from the last special token before on, are the same without what follows.
+        Taken from the three for the others: that their prompt's history is rendered as it is in the whole.
+        """
+        places = self._places(text)
+        if places is None:
+            return None
+        chosen = [self._learned[k] for k in (0, len(self._learned) // 2, -1)]
+        proven = [self._answer(i) for i in chosen]
+        if any(_why_apart(answer, text, ids) for answer in proven):
+            return None
+        prompt = _render(self._tokenizer, self._messages[: chosen[0]], self._tools, prompt=True)
+        begin, end = places[chosen[0]]
+        if chosen[0] == 0 or len(prompt) > begin:
+            return None
+        header = text[places[chosen[0] - 1][1] : begin]
+        lead, ending = begin - len(prompt), proven[0].text[end:]
+        starts = [begin for begin, _ in offsets]
+        specials = [k for k, token in enumerate(ids) if token in self._special]
+        special_ends = [offsets[k][1] for k in specials]
+        spans = []
+        for i in self._learned:
+            begin, end = places[i]
+            if not text.endswith(header, 0, begin) or not text.startswith(ending, end):
+                return None
+            span = self._span(text, ids, starts, (begin - lead, end + len(ending)), specials, special_ends)
+            if span is None:
+                return None
+            spans.append(span)
+        exact = {(len(answer.prompt), len(answer.prompt) + len(answer.ids)) for answer in proven}
+        return spans if exact <= set(spans) else None
+
+    def _span(
+        self,
+        text: str,
+        ids: list[int],
+        starts: list[int],
+        chars: tuple[int, int],
+        specials: list[int],
+        special_ends: list[int],
+    ) -> tuple[int, int] | None:
+        """Tokens of an answer at `chars`; None where prompt or answer would be other tokens without what follows.
+
+        Special tokens part a text into pieces that are tokenised apart, so the pieces of the answer will do.
+        """
+        before = bisect_right(special_ends, chars[0]) - 1
+        token = specials[before] if before >= 0 else 0
+        prompt = _ids(self._tokenizer, text[starts[token] : chars[0]])
+        both = _ids(self._tokenizer, text[starts[token] : chars[1]])
+        begin, end = token + len(prompt), token + len(both)
+        return (begin, end) if both[: len(prompt)] == prompt and ids[token:end] == both else None
+
+    def _places(self, text: str) -> list[tuple[int, int]] | None:
+        """Where the words of each message stand in `text`; None where they do not stand there one after the other."""
+        if not all(isinstance(message.get("content"), str) for message in self._messages):
+            return None
+        marks = [f"{self._mark}{i}." for i in range(len(self._messages))]
+        changed = [{**message, "content": mark} for message, mark in zip(self._messages, marks, strict=True)]
+        try:
+            pieces = re.split(re.escape(self._mark) + r"(\d+)\.", _render(self._tokenizer, changed, self._tools))
+        except RowProblem:
+            return None
+        if [int(number) for number in pieces[1::2]] != list(range(len(marks))):
+            return None
+        places, position = [], len(pieces[0])
+        for message, after in zip(self._messages, pieces[2::2], strict=True):
+            content = message["content"]
+            variants = (content, content.strip(), content.rstrip(), content.lstrip())
+            fitting = next((words for words in variants if text.startswith(words + after, position)), None)
+            if fitting is None:
+                return None
+            places.append((position, position + len(fitting)))
+            position += len(fitting) + len(after)
+        return places if position == len(text) and text.startswith(pieces[0]) else None
 
 
-def _turns_of_blocks(tokenizer: PreTrainedTokenizerBase, rendered: _Rendered, marked: list[bool]) -> list[_Turn]:
-    """The answers as the blocks mark them. Some templates close the block before the end-of-turn token."""
-    turns, first = [], 0
-    for is_marked, run in groupby(marked):
-        last = first + len(list(run)) - 1
-        if is_marked:
-            turns.append(_turn_of_block(tokenizer, rendered, first, last))
-        first = last + 1
-    return turns
-
-
-def _turn_of_block(tokenizer: PreTrainedTokenizerBase, rendered: _Rendered, first: int, last: int) -> _Turn:
-    text, offsets, specials = rendered.text, rendered.offsets, set(rendered.specials)
-    words = [i for i in range(first, last + 1) if i not in specials and text[slice(*offsets[i])].strip()]
-    word = words[-1] if words else first - 1
-    start, content_end = offsets[first][0], offsets[word][1] if words else offsets[first][0]
-    if not specials.isdisjoint(range(word + 1, last + 1)):
-        return _Turn(start, content_end, offsets[last][1])
-    ends = [_end_of_message(tokenizer, rendered, i) for i in range(len(rendered.conversation.messages))]
-    return _Turn(start, content_end, min((end for end in ends if end >= content_end), default=len(text)))
+def _why_apart(answer: _Answer, text: str, ids: list[int]) -> str:
+    """Why an answer cannot share the row of the whole conversation; empty where it can."""
+    if not text.startswith(answer.text):
+        return REWRITTEN
+    own = answer.prompt + answer.ids
+    return "" if ids[: len(own)] == own else MERGED

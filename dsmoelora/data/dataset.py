@@ -46,9 +46,12 @@ class InstructionDataset:
         rows = datasets.concatenate_datasets([data.rows for data in sets])
         num_supervised = np.asarray(tokens.with_format("numpy")["num_supervised"][:], dtype=np.int64)
         kept = np.flatnonzero(num_supervised)
-        self._ends = np.searchsorted(kept, np.cumsum([len(data.rows) for data in sets]))
+        self._ends = np.searchsorted(kept, np.cumsum([len(data.tokens) for data in sets]))
         self._names = [data.name for data in sets]
-        self._rows, self._tokens = rows.select(kept), tokens.select(kept)
+        firsts = np.cumsum([0, *(len(data.rows) for data in sets)])[:-1]
+        places = np.asarray(tokens.with_format("numpy")["place"][:], dtype=np.int64)
+        places = places + np.repeat(firsts, [len(data.tokens) for data in sets])
+        self._rows, self._tokens = rows.select(places[kept]), tokens.select(kept)
         self.num_supervised = num_supervised[kept]
         self.num_tokens = np.asarray(self._tokens.with_format("numpy")["num_tokens"][:], dtype=np.int64)
         self.reports: list[SetReport] = [report_of(data) for data in sets]
@@ -75,8 +78,9 @@ class InstructionDataset:
         return row["input_ids"], labels_of(row["input_ids"], row["supervised"])
 
     def messages(self, index: int) -> list[Message]:
-        """The conversation itself, uncut; empty where the row is plain text."""
-        return [{"role": turn["role"], "content": turn["content"]} for turn in self._rows[int(index)]["messages"]]
+        """The conversation as far as the sample holds it, uncut; empty where the row is plain text."""
+        messages: list[Message] = json.loads(self._rows[int(index)]["messages"])
+        return messages[: self._tokens[int(index)]["num_messages"]]
 
     def origin(self, index: int) -> str:
         """Source and row that a sample came from."""
@@ -130,7 +134,7 @@ def _check_size(dataset: InstructionDataset, place: int, weight: float | None, k
         raise DataError(f"{key}[{place}]: every row of {report.name} is wrong: {' '.join(report.problems)}")
     if not mixture.sizes[place]:
         raise DataError(
-            f"{key}[{place}]: none of the {report.num_rows} samples of {report.name} has a token to learn within "
+            f"{key}[{place}]: none of the {report.num_rows} rows of {report.name} has a token to learn within "
             f"data.max_length = {max_length}. Raise data.max_length or shorten the prompts."
         )
     if not mixture.quotas[place]:

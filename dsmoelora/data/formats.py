@@ -24,6 +24,8 @@ class Conversation:
         row: its number there, from 1 (in JSON lines and CSV: the line)
         text: what is learned of a row that is no conversation; then there are no messages
         problem: why the row is skipped; then there is nothing else
+        learned: indices of the messages that are learned; None for every answer of the assistant
+        tools: handed to the chat template
     """
 
     messages: list[Message]
@@ -31,6 +33,8 @@ class Conversation:
     row: int
     text: str = ""
     problem: str = ""
+    learned: tuple[int, ...] | None = None
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def origin(self) -> str:

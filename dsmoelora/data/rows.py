@@ -14,7 +14,7 @@ from typing import Any
 from dsmoelora.data.problems import RowProblem, found, kind
 from dsmoelora.errors import listing
 
-Message = dict[str, str]
+Message = dict[str, Any]
 ROLES = {
     "system": "system",
     "developer": "system",

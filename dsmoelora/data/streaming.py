@@ -29,7 +29,7 @@ from dsmoelora.data.loader import MicroBatch, Row, by_length, collate
 from dsmoelora.data.readers import open_source
 from dsmoelora.data.report import SetReport
 from dsmoelora.data.streams import MixedStream, RawRow, SetStream, ShuffledStream, State
-from dsmoelora.data.tokenised import ROWS_SCHEMA, TokenisedSet, TokeniseOptions, settings_digest, tokenise
+from dsmoelora.data.tokenised import ROWS_SCHEMA, TokenisedSet, TokeniseOptions, row_columns, settings_digest, tokenise
 from dsmoelora.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class _Share:
         Every rank makes the same number of passes: where rows run out, one has a single token that is not learned.
         """
         rows = by_length(self.rows)
+        group_size = max(group_size, -(-len(rows) // num_groups))  # conversations with a row for each answer have more
         groups = [rows[i * group_size : (i + 1) * group_size] for i in range(num_groups)]
         if not groups[-1]:
             self.samples.append(([pad_token_id], [IGNORED]))
@@ -217,13 +218,14 @@ class StreamedSets:
         learned = num_supervised > 0
         flags = np.stack([np.ones_like(skipped), skipped, np.array(tokens["truncated"]) & learned, ~learned & ~skipped])
         counts = np.zeros_like(self._counts)
-        np.add.at(counts, [row.set_number for row in rows], flags.T)
+        of_row = tokens["place"]
+        np.add.at(counts, [rows[i].set_number for i in of_row], flags.T)
         kept = np.flatnonzero(learned).tolist()
         return _Share(
-            [Row(np.array([i]), places[k], tokens["num_tokens"][k]) for i, k in enumerate(kept)],
+            [Row(np.array([i]), places[of_row[k]], tokens["num_tokens"][k]) for i, k in enumerate(kept)],
             [(ids := tokens["input_ids"][k], labels_of(ids, tokens["supervised"][k])) for k in kept],
             counts,
-            [f"{conversations[k].origin}: {tokens['problem'][k]}" for k in np.flatnonzero(skipped).tolist()],
+            [f"{conversations[of_row[k]].origin}: {tokens['problem'][k]}" for k in np.flatnonzero(skipped).tolist()],
         )
 
     def _count(self, share: _Share, peers: Peers) -> tuple[int, int]:
@@ -259,8 +261,7 @@ def first_samples(
     for source in sources:
         opened = open_source(source, streaming=True)
         conversations = list(islice(read_conversations(source, options.on_bad_row, opened), count))
-        columns = {name: [getattr(each, name) for each in conversations] for name in ROWS_SCHEMA.names}
-        rows = datasets.Dataset(pyarrow.Table.from_pydict(columns, schema=ROWS_SCHEMA))
+        rows = datasets.Dataset(pyarrow.Table.from_pydict(row_columns(conversations), schema=ROWS_SCHEMA))
         tokens = datasets.Dataset.from_dict(tokenise(conversations, tokenizer, options))
         sets.append(TokenisedSet(opened.name, rows, tokens, ""))
     return InstructionDataset(sets, None)

@@ -28,15 +28,17 @@ from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import RowSource, open_source
 from dsmoelora.errors import DataError
 
-CACHE_VERSION = 4  # raise it when the same files would be tokenised in another way
+CACHE_VERSION = 5  # raise it when the same files would be tokenised in another way
 _BATCH = 256
 _ROWS_A_PROCESS = 5000  # with less, starting a second process takes what it saves (benchmarks/tokenising.py)
 ROWS_SCHEMA = pyarrow.schema(
     {
-        "messages": pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})),
+        "messages": pyarrow.string(),  # JSON, as tools: turns may have keys of any type
         "text": pyarrow.string(),
         "row": pyarrow.int64(),
         "problem": pyarrow.string(),
+        "learned": pyarrow.list_(pyarrow.int64()),
+        "tools": pyarrow.string(),
     }
 )
 
@@ -60,12 +62,13 @@ class TokeniseOptions:
 
 @dataclass(frozen=True)
 class TokenisedSet:
-    """All rows of a source and, row by row, their tokens.
+    """All rows of a source and, sample by sample, their tokens.
 
     Args:
         name: of the source, for messages
-        rows: `messages`, `text`, `row` and `problem` as in `Conversation`
-        tokens: `input_ids`, `supervised`, `num_tokens`, `num_supervised`, `truncated`, `problem`
+        rows: columns of `ROWS_SCHEMA`, as in `Conversation`
+        tokens: `place` (of the row in `rows`; several samples may come from one), `num_messages` and `split` as in
+            `TokenisedChat`, `input_ids`, `supervised`, `num_tokens`, `num_supervised`, `truncated`, `problem`
         digest: of everything that decides about rows and tokens, but not of where the source lies
     """
 
@@ -136,8 +139,15 @@ def _write_rows(file: Path, conversations: Iterable[Conversation], name: str) ->
     counted = iter(datasets.utils.tqdm(conversations, desc=f"Reading {name}", unit=" rows"))
     with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, ROWS_SCHEMA) as writer:
         while batch := list(islice(counted, _BATCH)):
-            columns = {column: [getattr(c, column) for c in batch] for column in ROWS_SCHEMA.names}
-            writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, schema=ROWS_SCHEMA))
+            writer.write_batch(pyarrow.RecordBatch.from_pydict(row_columns(batch), schema=ROWS_SCHEMA))
+
+
+def row_columns(conversations: list[Conversation]) -> dict[str, list[Any]]:
+    """The columns of `ROWS_SCHEMA`."""
+    columns: dict[str, list[Any]] = {name: [getattr(c, name) for c in conversations] for name in ROWS_SCHEMA.names}
+    for name in ("messages", "tools"):
+        columns[name] = [json.dumps(value) for value in columns[name]]
+    return columns
 
 
 def automatic_num_proc(num_rows: int) -> int:
@@ -152,6 +162,7 @@ def _write_tokens(folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, o
     rows.map(
         partial(_tokenise_batch, name=name, tokenizer=tokenizer, options=options),
         batched=True,
+        with_indices=True,
         batch_size=_BATCH,
         remove_columns=rows.column_names,
         num_proc=min(num_proc, len(rows)) if num_proc > 1 else None,
@@ -167,59 +178,73 @@ def _from_files(folder: Path, name: str) -> datasets.Dataset:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
 
+def _tuple(numbers: list[int] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(numbers)
+
+
 def _tokenise_batch(
-    batch: dict[str, list[Any]], *, name: str, tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions
+    batch: dict[str, list[Any]],
+    places: list[int],
+    *,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokeniseOptions,
 ) -> dict[str, list[Any]]:
-    columns = (batch["messages"], batch["row"], batch["text"], batch["problem"])
-    conversations = [Conversation(m, name, row, text, problem) for m, row, text, problem in zip(*columns, strict=True)]
-    return tokenise(conversations, tokenizer, options)
+    conversations = [
+        Conversation(json.loads(messages), name, row, text, problem, _tuple(learned), json.loads(tools))
+        for messages, text, row, problem, learned, tools in zip(*(batch[c] for c in ROWS_SCHEMA.names), strict=True)
+    ]
+    columns = tokenise(conversations, tokenizer, options)
+    columns["place"] = [places[place] for place in columns["place"]]
+    return columns
 
 
 def tokenise(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions
 ) -> dict[str, list[Any]]:
-    """The columns of `TokenisedSet.tokens` for these conversations, cut at `max_length`.
+    """The columns of `TokenisedSet.tokens` for these conversations, cut at `max_length`; `place` counts in the list.
 
     Raises:
-        DataError: the chat template refuses a conversation, and `on_bad_row` is `error`
+        DataError: a conversation cannot be learned as it is, and `on_bad_row` is `error`
         ModelError: the tokenizer or its chat template cannot be used
     """
     chats, problems = _uncut(conversations, tokenizer, options.on_bad_row)
-    ids = [chat.input_ids[: options.max_length] for chat in chats]
+    places = [place for place, row in enumerate(chats) for _ in row]
+    samples = [chat for row in chats for chat in row]
+    ids = [chat.input_ids[: options.max_length] for chat in samples]
     # The first token is never the target of a prediction, whatever the template says.
-    supervised = [[False, *chat.supervised[1 : options.max_length]] if chat.input_ids else [] for chat in chats]
+    supervised = [[False, *chat.supervised[1 : options.max_length]] if chat.input_ids else [] for chat in samples]
     return {
+        "place": places,
+        "num_messages": [chat.num_messages for chat in samples],
+        "split": [chat.split for chat in samples],
         "input_ids": ids,
         "supervised": supervised,
         "num_tokens": [len(sample) for sample in ids],
         "num_supervised": [sum(flags) for flags in supervised],
-        "truncated": [len(chat.input_ids) > options.max_length for chat in chats],
-        "problem": problems,
+        "truncated": [len(chat.input_ids) > options.max_length for chat in samples],
+        "problem": [problems[place] for place in places],
     }
 
 
 def _uncut(
     conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, on_bad_row: str
-) -> tuple[list[TokenisedChat], list[str]]:
-    """Tokens of each row (none of a row that is skipped), and why it is skipped."""
+) -> tuple[list[list[TokenisedChat]], list[str]]:
+    """Samples of each row (an empty one of a row that is skipped or teaches nothing), and why it is skipped."""
     problems = [conversation.problem for conversation in conversations]
-    chats = [TokenisedChat([], []) for _ in conversations]
-    talks = [i for i, conversation in enumerate(conversations) if conversation.messages]
-    try:
-        found = tokenise_chats(tokenizer, [conversations[i] for i in talks]) if talks else []
-        for i, chat in zip(talks, found, strict=True):
-            chats[i] = chat
-    except RowProblem:  # some row of the batch: find out which
-        for i in talks:
+    chats = []
+    for i, conversation in enumerate(conversations):
+        found: list[TokenisedChat] = []
+        if conversation.messages:
             try:
-                (chats[i],) = tokenise_chats(tokenizer, [conversations[i]])
+                (found,) = tokenise_chats(tokenizer, [conversation])
             except RowProblem as problem:
                 if on_bad_row == "error":
-                    raise problem.at(conversations[i].path, conversations[i].row) from None
+                    raise problem.at(conversation.path, conversation.row) from None
                 problems[i] = str(problem)
-    for i, conversation in enumerate(conversations):
-        if conversation.text:
-            chats[i] = _tokenise_text(tokenizer, conversation.text)
+        elif conversation.text:
+            found = [_tokenise_text(tokenizer, conversation.text)]
+        chats.append(found or [TokenisedChat([], [])])
     return chats, problems
 
 

@@ -19,7 +19,7 @@ TWO_TURNS = [USER, ASSISTANT, {"role": "user", "content": "c"}, {"role": "assist
 
 def learned(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, list[str]]:
     """The text of all tokens, and the texts of the runs that are learned."""
-    (chat,) = tokenise_chats(tokenizer, [Conversation(messages, "a.jsonl", 7)])
+    ((chat,),) = tokenise_chats(tokenizer, [Conversation(messages, "a.jsonl", 7)])
     assert len(chat.input_ids) == len(chat.supervised)
     runs: list[list[int]] = []
     for i, (token, flag) in enumerate(zip(chat.input_ids, chat.supervised, strict=True)):
@@ -33,7 +33,7 @@ def learned(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tupl
 def test_mask_of_one_turn_counted_by_hand(tmp_path: Path) -> None:
     # One token a byte and one for each special: <|im_start|> user \n a b <|im_end|> \n is 1+4+1+2+1+1 = 10 tokens,
     # <|im_start|> assistant \n is 1+9+1 = 11; then x y z <|im_end|> are learned, and the last \n is not.
-    (chat,) = tokenise_chats(tiny_tokenizer(tmp_path), [Conversation([USER, ASSISTANT], "a.jsonl", 1)])
+    ((chat,),) = tokenise_chats(tiny_tokenizer(tmp_path), [Conversation([USER, ASSISTANT], "a.jsonl", 1)])
     assert chat.supervised == [False] * 21 + [True] * 4 + [False]
 
 

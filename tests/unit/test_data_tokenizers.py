@@ -30,7 +30,7 @@ TEXTS = ["a dog  ran", "two  spaces", "x   y", "tail  ", "line\n\nline\ttab", "Ã
 
 def learned(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The whole text, and what is learned of it."""
-    (chat,) = tokenise_chats(tokenizer, [Conversation(TALK, "a", 1)])
+    ((chat,),) = tokenise_chats(tokenizer, [Conversation(TALK, "a", 1)])
     kept = [token for token, flag in zip(chat.input_ids, chat.supervised, strict=True) if flag]
     return str(tokenizer.decode(chat.input_ids)), str(tokenizer.decode(kept))
 
