@@ -58,6 +58,7 @@ DEV = [
     *MPI,  # the tests start ranks on several nodes with mpirun
     "pytest>=9",  # the tests
     "pytest-xdist>=3.8",  # the tests, two files at a time
+    "hypothesis>=6",  # tests of properties, on random conversations
     "psutil>=6",  # the tests look for processes that should be gone
     "peft>=0.20,<0.22",  # the yardstick of the benchmarks, and an independent LoRA for tests
     "ruff>=0.17,<0.18",  # formatting and lint; formatting changes between minor versions

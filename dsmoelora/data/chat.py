@@ -219,15 +219,12 @@ class _Renderer:
         prompt = _render(self._tokenizer, history, self._tools, prompt=True)
         so_far = _render(self._tokenizer, self._messages[: i + 1], self._tools)
         marked = _render(self._tokenizer, [*history, {"role": "assistant", "content": self._mark}], self._tools)
-        if not so_far.startswith(prompt):
-            raise RowProblem(
-                f"the chat template writes messages[{i}] in another way than after its generation prompt, so that it "
-                f"would be learned as generation never asks for it: {prompt[-40:]!r} comes before an answer."
-            )
         _, found, after = marked.rpartition(self._mark)
         if not found:
             raise RowProblem(f"the chat template leaves out the words of messages[{i}].")
         size = self._end_of_turn(after)
+        if not so_far.startswith(prompt):
+            raise self._other_than_asked(i, prompt)
         words = so_far[len(prompt) : len(so_far) - len(after)]
         content = message.get("content")
         if not so_far.endswith(after) or len(prompt) + len(words) + len(after) != len(so_far):
@@ -236,6 +233,20 @@ class _Renderer:
             raise RowProblem(f"the chat template rewrites or leaves out words of messages[{i}]: {words[:60]!r}.")
         end = len(prompt) + len(words) + size
         return self._tokenised(i, prompt, so_far[len(prompt) : end])
+
+    def _other_than_asked(self, i: int, prompt: str) -> RowProblem | ModelError:
+        """An answer that is not written after its generation prompt: by this template ever, or in this row."""
+        trouble = (
+            f"the chat template writes messages[{i}] in another way than after its generation prompt, so that it would "
+            f"be learned as generation never asks for it: {prompt[-40:]!r} comes before an answer."
+        )
+        plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        with suppress(RowProblem):
+            prompt = _render(self._tokenizer, plain[:1], None, prompt=True)
+            if not _render(self._tokenizer, plain, None).startswith(prompt):
+                remedy = "Let add_generation_prompt add what stands before the answers, and nothing else."
+                return ModelError(f"{self._origin}: {trouble} {remedy}")
+        return RowProblem(trouble)
 
     def _tokenised(self, i: int, prompt: str, answer: str) -> _Answer:
         before, both = _ids(self._tokenizer, prompt), _ids(self._tokenizer, prompt + answer)

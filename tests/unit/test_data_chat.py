@@ -18,16 +18,17 @@ TWO_TURNS = [USER, ASSISTANT, {"role": "user", "content": "c"}, {"role": "assist
 
 
 def learned(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, list[str]]:
-    """The text of all tokens, and the texts of the runs that are learned."""
-    ((chat,),) = tokenise_chats(tokenizer, [Conversation(messages, "a.jsonl", 7)])
-    assert len(chat.input_ids) == len(chat.supervised)
+    """The text of all tokens of all rows, and the texts of the runs that are learned."""
+    (chats,) = tokenise_chats(tokenizer, [Conversation(messages, "a.jsonl", 7)])
     runs: list[list[int]] = []
-    for i, (token, flag) in enumerate(zip(chat.input_ids, chat.supervised, strict=True)):
-        if flag and not chat.supervised[i - 1]:
-            runs.append([])
-        if flag:
-            runs[-1].append(token)
-    return str(tokenizer.decode(chat.input_ids)), [str(tokenizer.decode(run)) for run in runs]
+    for chat in chats:
+        assert len(chat.input_ids) == len(chat.supervised)
+        for i, (token, flag) in enumerate(zip(chat.input_ids, chat.supervised, strict=True)):
+            if flag and not chat.supervised[i - 1]:
+                runs.append([])
+            if flag:
+                runs[-1].append(token)
+    return "".join(str(tokenizer.decode(chat.input_ids)) for chat in chats), [str(tokenizer.decode(r)) for r in runs]
 
 
 def test_mask_of_one_turn_counted_by_hand(tmp_path: Path) -> None:
@@ -81,12 +82,12 @@ TEMPLATES = {
         CHATML_TEMPLATE + "{% if not add_generation_prompt %}<bos>{% endif %}",
         ["xyz<|im_end|>", "é!<|im_end|>"],
     ),
-    # as Qwen 3: the last answer is written in another way than the earlier ones
+    # as Qwen 3: the last answer is written in another way than the earlier ones, so that each gets a row
     "thinking": (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        ["xyz<|im_end|>", "<think></think>é!<|im_end|>"],
+        ["<think></think>xyz<|im_end|>", "<think></think>é!<|im_end|>"],
     ),
     # thoughts of the template's own before the answer, in which a short answer comes too
     "channel": (
@@ -123,7 +124,7 @@ HEAD_IN_BLOCK = (
 )
 TEMPLATES["generation block around the whole turn"] = (
     HEAD_IN_BLOCK,
-    ["<|im_start|>assistant\nxyz<|im_end|>\n", "<|im_start|>assistant\né!<|im_end|>\n"],
+    ["<|im_start|>assistant\nxyz<|im_end|>", "<|im_start|>assistant\né!<|im_end|>"],
 )
 
 
@@ -185,13 +186,20 @@ def test_template_that_rewrites_what_came_before(tmp_path: Path) -> None:
         learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
 
 
-@pytest.mark.parametrize("at_the_very_end", ["", "{{ eos_token }}"])
-def test_template_without_end_of_turn(tmp_path: Path, at_the_very_end: str) -> None:
+NO_END = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def test_template_without_end_of_turn(tmp_path: Path) -> None:
     # The next question's marker must not pass for the end of the answer.
-    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    prompt = "{% if add_generation_prompt %}<|im_start|>assistant: {% else %}" + at_the_very_end + "{% endif %}"
+    template = NO_END + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
     with pytest.raises(ModelError, match="no special token after the assistant's answer"):
-        learned(tiny_tokenizer(tmp_path, template + prompt), TWO_TURNS)
+        learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
+
+
+def test_template_that_ends_conversations_alone_has_a_row_for_each_answer(tmp_path: Path) -> None:
+    template = NO_END + "{% if add_generation_prompt %}<|im_start|>assistant: {% else %}{{ eos_token }}{% endif %}"
+    _, runs = learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
+    assert runs == ["xyz\n<|im_end|>", "é!\n<|im_end|>"]
 
 
 def test_generation_block_without_any_end_of_turn(tmp_path: Path) -> None:

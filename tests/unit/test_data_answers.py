@@ -1,0 +1,148 @@
+"""What is learned is what generation is asked for, whatever the template and the words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from dsmoelora.data.chat import MERGED, REWRITTEN, prompt_ids, tokenise_chats
+from dsmoelora.data.fallback_template import ensure_chat_template
+from dsmoelora.data.formats import Conversation
+from dsmoelora.data.problems import RowProblem
+from dsmoelora.data.rows import Message
+from tests.helpers import CHATML_TEMPLATE, tiny_tokenizer
+
+
+def style(turn: str, prompt: str, head: str = "") -> str:
+    """A template of one expression a turn."""
+    ask = "{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    return head + "{% for m in messages %}" + turn + "{% endfor %}" + ask
+
+
+IF_USER = "{% if m.role == 'user' %}"
+THINKING = (
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}OPEN{% endif %}{{ m.content }}<|im_end|>\n"
+)
+STYLES: dict[str, str | None] = {
+    "chatml": CHATML_TEMPLATE,
+    "header and date": style(
+        "<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>",
+        "<|im_start|>assistant\n\n",
+        "{{ bos_token }}On {{ strftime_now('%d %b %Y') }}.\n\n",
+    ),
+    "system in the last turn": style(
+        IF_USER + "[Q]{% if loop.index0 >= messages | length - 2 and messages[0].role == 'system' %}"
+        "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/Q]"
+        "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% endif %}",
+        "",
+        "{{ bos_token }}",
+    ),
+    "other roles": style(
+        "<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n",
+        "<|im_start|>model\n",
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+    ),
+    "thinking": style(THINKING.replace("OPEN", "<think>\n\n</think>\n\n"), "<|im_start|>assistant\n"),
+    "special thinking": style(THINKING.replace("OPEN", "<bos>"), "<|im_start|>assistant\n"),
+    "names": style(
+        IF_USER + "USER: {{ m.content }}\n{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}{{ eos_token }}\n"
+        "{% else %}{{ m.content }}\n\n{% endif %}",
+        "ASSISTANT:",
+    ),
+    "fallback": None,
+}
+
+
+@cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """Bytes, but for a token of a line break and a letter, and one of two breaks: they melt with what is beside them."""
+    tokenizer = tiny_tokenizer(mkdtemp(), STYLES[name])
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken(" b", normalized=False)])
+    ensure_chat_template(tokenizer)
+    return tokenizer
+
+
+def talk(*turns: str) -> list[Message]:
+    return [{"role": "assistant" if i % 2 else "user", "content": words} for i, words in enumerate(turns)]
+
+
+WORDS = st.lists(
+    st.sampled_from(
+        ["a", "b", " ", "\n", "\n\n", "<|im_end|>", "<|im_start|>assistant\n", "<bos>", "</think>", "😀", "\u200b"]
+    ),
+    min_size=1,
+    max_size=5,
+).map("".join)
+PAIRS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=5).map(lambda pairs: talk(*sum(pairs, ())))
+
+
+@pytest.mark.parametrize("name", STYLES)
+@settings(derandomize=True, max_examples=40, deadline=None, database=None)
+@given(messages=PAIRS, system=st.none() | WORDS)
+def test_the_ids_are_those_of_generation(name: str, messages: list[Message], system: str | None) -> None:
+    tokenizer = tokenizer_of(name)
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    try:
+        (chats,) = tokenise_chats(tokenizer, [Conversation(messages, "a", 1)])
+    except RowProblem:
+        return
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    found = [(chat, end) for chat in chats for end in chat.ends]
+    assert len(found) == len(answers)
+    for i, (chat, end) in zip(answers, found, strict=True):
+        prompt = prompt_ids(tokenizer, messages[:i])
+        assert chat.input_ids[: len(prompt)] == prompt
+        assert not chat.supervised[len(prompt) - 1] and all(chat.supervised[len(prompt) : end + 1])
+        text = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        until_end = str(tokenizer.decode(chat.input_ids[: end + 1]))
+        assert text.startswith(until_end) and not text[len(until_end) :].strip()
+        assert chat.input_ids[end] == tokenizer.eos_token_id
+    assert sum(sum(chat.supervised) for chat in chats) == sum(
+        end + 1 - len(prompt_ids(tokenizer, messages[:i])) for i, (_, end) in zip(answers, found, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "why"),
+    [
+        ("thinking", talk("a", "b", "c", "d"), REWRITTEN),
+        ("system in the last turn", [{"role": "system", "content": "s"}, *talk("a", "b", "c", "d")], REWRITTEN),
+        ("chatml", talk("a", "\nb", "c", "d"), MERGED),
+        ("chatml", talk("a", "b", "c", "d"), ""),
+    ],
+)
+def test_a_row_for_each_answer(name: str, messages: list[Message], why: str) -> None:
+    (chats,) = tokenise_chats(tokenizer_of(name), [Conversation(messages, "a", 1)])
+    assert [chat.split for chat in chats] == ([why, why] if why else [""])
+
+
+def test_only_named_answers_are_learned() -> None:
+    tokenizer = tokenizer_of("chatml")
+    ((chat,),) = tokenise_chats(tokenizer, [Conversation(talk("a", "no", "c", "yes"), "a", 1, learned=(3,))])
+    kept = [token for token, flag in zip(chat.input_ids, chat.supervised, strict=True) if flag]
+    assert tokenizer.decode(kept) == "yes<|im_end|>"
+
+
+def test_long_conversations_are_rendered_a_fixed_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of("chatml")
+    counts: Counter[int] = Counter()
+    render = tokenizer.apply_chat_template
+
+    def counted(messages: list[Message], **options: Any) -> Any:
+        counts[num_answers] += 1
+        return render(messages, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
+    for num_answers in (5, 50):
+        ((chat,),) = tokenise_chats(tokenizer, [Conversation(talk(*["ab", "cd"] * num_answers), "a", 1)])
+        assert len(chat.ends) == num_answers
+    assert counts[5] == counts[50]
