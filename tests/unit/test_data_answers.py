@@ -63,7 +63,7 @@ STYLES: dict[str, str | None] = {
 
 @cache
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
-    """Bytes, but for a token of a line break and a letter, and one of two breaks: they melt with what is beside them."""
+    """Bytes, and tokens of two characters that melt with what is beside them."""
     tokenizer = tiny_tokenizer(mkdtemp(), STYLES[name])
     tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken(" b", normalized=False)])
     ensure_chat_template(tokenizer)
