@@ -12,7 +12,7 @@ from dsmoelora.errors import ModelError
 from dsmoelora.model import own_device
 from launch import generate
 from launch.generate import answer
-from tests.helpers import bring_own_code, tiny_llama, tiny_tokenizer
+from tests.helpers import CHATML_TEMPLATE, bring_own_code, tiny_llama, tiny_tokenizer
 from tests.unit.test_export import make_adapter
 
 
@@ -55,3 +55,11 @@ def test_any_make_of_accelerator_is_taken(monkeypatch: pytest.MonkeyPatch, there
     found = None if there is None else torch.device(there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
     assert own_device() == torch.device(taken)
+
+
+def test_a_system_message_for_a_template_that_knows_none(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model"))
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer", refusal + CHATML_TEMPLATE)
+    with pytest.raises(ModelError, match="--system cannot be used: .*System role not supported.*Leave --system out"):
+        answer(model, tokenizer, "Hi", "Be kind.", max_new_tokens=1)
