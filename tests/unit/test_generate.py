@@ -61,5 +61,5 @@ def test_a_system_message_for_a_template_that_knows_none(tmp_path: Path) -> None
     model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model"))
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer", refusal + CHATML_TEMPLATE)
-    with pytest.raises(ModelError, match="--system cannot be used: .*System role not supported.*Leave --system out"):
+    with pytest.raises(ModelError, match=r"--system cannot be used: .*System role not supported.*Leave --system out"):
         answer(model, tokenizer, "Hi", "Be kind.", max_new_tokens=1)
