@@ -129,7 +129,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
-    tools: list[dict[str, Any]] | None,
+    tools: list[Any] | None,
     *,
     prompt: bool = False,
 ) -> str:
@@ -159,7 +159,8 @@ class _Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation, has_blocks: bool) -> None:
         self._tokenizer, self._has_blocks = tokenizer, has_blocks
-        self._messages, self._tools, self._origin = conversation.messages, conversation.tools, conversation.origin
+        self._messages, self._origin = conversation.messages, conversation.origin
+        self._tools: list[Any] | None = conversation.tools
         every = [i for i, message in enumerate(self._messages) if message["role"] == "assistant"]
         self._learned = every if conversation.learned is None else sorted(conversation.learned)
         added = tokenizer.added_tokens_decoder.items()

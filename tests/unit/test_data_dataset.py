@@ -76,8 +76,9 @@ def test_nothing_left_at_all(tmp_path: Path, tokenizer: PreTrainedTokenizerBase)
 
 
 def test_first_token_is_never_a_target(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    block = "{% generation %}{{ messages[-1]['content'] }}<|im_end|>{% endgeneration %}"
-    tokenizer.chat_template = block
+    block = "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    only_answers = "{% if m['role'] == 'assistant' %}" + block + "{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + only_answers + "{% endfor %}"
     dataset = load([write(tmp_path / "a.jsonl", row(1, 3))], tokenizer)
     assert dataset.sample(0)[1] == [-100, *tokenizer("aa<|im_end|>").input_ids]
     assert dataset.num_supervised.tolist() == [3]
