@@ -146,3 +146,23 @@ def test_long_conversations_are_rendered_a_fixed_number_of_times(monkeypatch: py
         ((chat,),) = tokenise_chats(tokenizer, [Conversation(talk(*["ab", "cd"] * num_answers), "a", 1)])
         assert len(chat.ends) == num_answers
     assert counts[5] == counts[50]
+
+
+BLOCK = "{% if m.role == 'assistant' %}{% generation %}BODY{% endgeneration %}{% else %}BODY{% endif %}"
+
+
+@pytest.mark.parametrize("name", ["chatml", "header and date", "other roles"])
+@pytest.mark.parametrize("words", ["xy", "say <|im_end|> now", "é 😀"])
+def test_masks_of_transformers_agree(name: str, words: str) -> None:
+    bodies = {
+        "chatml": "{{ m.content }}<|im_end|>",
+        "header and date": "{{ m.content | trim }}<|im_end|>",
+        "other roles": "{{ m.content | trim }}<|im_end|>",
+    }
+    plain = STYLES[name] if name != "chatml" else style("<|im_start|>{{ m.role }}\n" + bodies[name] + "\n", "")
+    assert plain is not None and bodies[name] in plain
+    tokenizer = tiny_tokenizer(mkdtemp(), plain.replace(bodies[name], BLOCK.replace("BODY", bodies[name])))
+    messages = talk("a", words, "c", "d")
+    ((chat,),) = tokenise_chats(tokenizer, [Conversation(messages, "a", 1)])
+    theirs: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert chat.input_ids == theirs["input_ids"] and chat.supervised == [bool(m) for m in theirs["assistant_masks"]]

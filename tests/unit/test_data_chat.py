@@ -182,7 +182,7 @@ def test_template_that_refuses_a_conversation(tmp_path: Path) -> None:
 
 def test_template_that_rewrites_what_came_before(tmp_path: Path) -> None:
     template = "{{ messages | length }}" + CHATML_TEMPLATE
-    with pytest.raises(ModelError, match=r"a\.jsonl, row 7:.*messages\[1\] in another way than after its generation prompt"):
+    with pytest.raises(ModelError, match=r"a\.jsonl, row 7:.*messages\[1\] in another way than after its gen"):
         learned(tiny_tokenizer(tmp_path, template), TWO_TURNS)
 
 

@@ -55,3 +55,21 @@ def test_markup_shows_the_same_text_in_colour(dataset: InstructionDataset, token
     (span,) = text.spans
     assert text.plain[span.start : span.end] == "[Yes]<|im_end|>"
     assert span.style == "bold green"
+
+
+def test_a_row_for_each_answer_is_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and loop.last %}<bos>{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turns = [{"role": ("user", "assistant")[i % 2], "content": words} for i, words in enumerate("abcd")]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
+    dataset = load_instructions([DataSource(str(tmp_path / "a.jsonl"))], "data.train", tokenizer, 99)
+    text = preview(dataset, tokenizer, 9)
+    assert "assistant: ⟦<bos>b<|im_end|>⟧\n" in text
+    assert "assistant: b<|im_end|>user: c<|im_end|>assistant: ⟦<bos>d<|im_end|>⟧\n" in text
+    assert "1 of 1 became 2 rows, one for each answer, because the chat template writes earlier turns otherwise" in text
+    assert [len(dataset.messages(i)) for i in range(2)] == [2, 4]
