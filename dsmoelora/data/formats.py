@@ -94,6 +94,7 @@ class RowParser:
         """
         try:
             row = _renamed(row, self._fields)
+            rows.refuse_unlearnable(row)
             self._parse = self._parse or FORMATS[_format_of(row)].parse
             parsed = self._parse(row)
         except RowProblem as problem:

@@ -80,6 +80,24 @@ def text_of(row: dict[str, Any], key: str, meaning: str) -> str:
     raise RowProblem(f"{key} is {found(row, key)}, but it must be a string with some text ({meaning}).")
 
 
+def refuse_unlearnable(row: dict[str, Any]) -> None:
+    """A row that marks its answer as bad, or has parts that are not text, would teach something else than it says.
+
+    Raises:
+        RowProblem: it is such a row
+    """
+    for key in ("label", "kto_tag"):
+        if str(row.get(key)).strip().casefold() == "false":  # CSV has words alone
+            raise RowProblem(
+                f"{key} is false, which marks a bad answer, but every answer is learned. Leave the row out."
+            )
+    if row.get("rejected"):
+        raise RowProblem("rejected holds an answer not to give, but only good answers are learned. Drop the column.")
+    for key in ("images", "videos", "audios"):
+        if row.get(key):
+            raise RowProblem(f"{key} is given, but only text is learned. Leave the row out.")
+
+
 # Parts of rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsmoelora.config import DataSource
-from dsmoelora.data.formats import Conversation
+from dsmoelora.data.formats import Conversation, RowParser
 from dsmoelora.data.formats import read_conversations as read_source
 from dsmoelora.errors import DataError
 
@@ -174,3 +174,23 @@ def test_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"instruction": "é", "output": "y"}'.encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
         list(read_conversations(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("label", False),
+        ("kto_tag", False),
+        ("label", " False"),
+        ("rejected", "Berlin."),
+        ("images", ["a.png"]),
+        ("videos", "v"),
+        ("audios", [1]),
+    ],
+)
+def test_rows_that_would_teach_something_else_are_refused_by_name(key: str, value: object) -> None:
+    parser = RowParser(DataSource(path="rows.jsonl"), "rows.jsonl", "skip")
+    row = {"prompt": "Capital of France?", "completion": "Paris."}
+    assert parser(1, {**row, key: value}).problem.startswith(f"{key} ")
+    assert not parser(2, {**row, key: None}).problem
+    assert not parser(3, {**row, "label": True}).problem
