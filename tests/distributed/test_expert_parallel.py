@@ -222,12 +222,13 @@ def test_a_bad_gradient_in_the_experts_of_one_rank_moves_nothing_on_any(
 def error_of_engine_without_placement(job: Job) -> str:
     from unittest import mock
 
+    from dsmoelora.errors import ConfigError
     from dsmoelora.parallel import zero
 
     with mock.patch.object(zero, "place_experts"):
         try:
             build_engine(job)
-        except AssertionError as error:
+        except ConfigError as error:
             return str(error)
     return "none"
 
