@@ -19,6 +19,9 @@ class DataSource:
             all sets joins them, each row once an epoch
         format: how a conversation is written in columns; `auto` finds out from the columns of the first row
         fields: where the format's columns have other names in the file, e.g. `{instruction: question}`
+        answer_is: of multiple choice: the one way to read `answer`, where it may be read in several: a number counted
+            from 0, a letter (or the label), or the text of a choice; `null` reads all three, and refuses what they
+            read differently
         split: part of a saved folder or hub dataset that has several
         subset: configuration of a hub dataset that has several
     """
@@ -27,6 +30,7 @@ class DataSource:
     weight: float | None = None
     format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "multiple_choice", "text"] = "auto"
     fields: dict[str, str] = field(default_factory=dict)
+    answer_is: Literal["index", "letter", "text"] | None = None
     split: str | None = None
     subset: str | None = None
 
@@ -62,6 +66,7 @@ class DataConfig:
         require(ok, "data.num_proc", self.num_proc, "1 or more, or null", "null chooses by cores and rows.")
         self._check_streaming()
         self._check_weights()
+        self._check_answers()
 
     @property
     def block_size(self) -> int:
@@ -91,3 +96,10 @@ class DataConfig:
         for place, source in enumerate(self.eval):
             key = f"data.eval[{place}].weight"
             require(source.weight is None, key, source.weight, "left out: every held-out row counts once", "Drop it.")
+
+    def _check_answers(self) -> None:
+        for key, sources in (("train", self.train), ("eval", self.eval)):
+            for place, source in enumerate(sources):
+                ok = source.answer_is is None or source.format in ("auto", "multiple_choice")
+                allowed = f"null with format {source.format}: nothing reads it"
+                require(ok, f"data.{key}[{place}].answer_is", source.answer_is, allowed, "Drop it.")

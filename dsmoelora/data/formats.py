@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from dsmoelora.config import DataSource
 from dsmoelora.data import rows
+from dsmoelora.data.columns import format_of
+from dsmoelora.data.keys import check_row_keys
+from dsmoelora.data.layouts import is_conversation, nested_cause, table_cause
 from dsmoelora.data.problems import FormatProblem, RowProblem, kind
 from dsmoelora.data.readers import RowSource, open_source
-from dsmoelora.data.rows import Message
+from dsmoelora.data.rows import Chat
+from dsmoelora.data.turns import Message
 from dsmoelora.errors import DataError, listing
 
 
@@ -19,12 +24,12 @@ class Conversation:
     """One row of a source.
 
     Args:
-        messages: `{"role": ..., "content": ...}` in order; the last one is the assistant's
+        messages: role, content and other keys that chat templates read, in order; the last one is the assistant's
         path: the source it came from
         row: its number there, from 1 (in JSON lines and CSV: the line)
         text: what is learned of a row that is no conversation; then there are no messages
         problem: why the row is skipped; then there is nothing else
-        learned: indices of the messages that are learned; None for every answer of the assistant
+        learned: indices of the messages that are learned; None for all of the assistant's
         tools: handed to the chat template
     """
 
@@ -41,35 +46,16 @@ class Conversation:
         return f"{self.path}, row {self.row}"
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """A way to write a conversation in columns.
-
-    Args:
-        columns: a file whose first row has all of these is of this format ...
-        unless: ... but not if it has one of these
-        parse: row -> messages, or text; raises RowProblem
-    """
-
-    columns: frozenset[str]
-    unless: frozenset[str]
-    parse: Callable[[dict[str, Any]], list[Message] | str]
-
-
-def _format(columns: str, parse: Callable[[dict[str, Any]], list[Message] | str], unless: str = "") -> RowFormat:
-    return RowFormat(frozenset(columns.split()), frozenset(unless.split()), parse)
-
-
-# Where a column holds the written answer, choices are but a remark; where anything else fits, text is the whole of it.
-_ANSWERS = "output completion"
-FORMATS: dict[str, RowFormat] = {
-    "messages": _format("messages", rows.messages),
-    "sharegpt": _format("conversations", rows.sharegpt),
-    "alpaca": _format("instruction output", rows.alpaca),
-    "prompt_completion": _format("prompt completion", rows.prompt_completion),
-    "multiple_choice": _format("choices answer", rows.multiple_choice, _ANSWERS),
-    "text": _format("text", rows.plain_text),
+Parse = Callable[[dict[str, Any]], Chat | str]
+PARSERS: dict[str, Parse] = {
+    "messages": rows.messages,
+    "sharegpt": rows.sharegpt,
+    "alpaca": rows.alpaca,
+    "prompt_completion": rows.prompt_completion,
+    "multiple_choice": rows.multiple_choice,
+    "text": rows.plain_text,
 }
+_WITH_CLASSES = ("multiple_choice", "text")  # where a number under `label` is an answer or a class
 
 
 class RowParser:
@@ -82,8 +68,9 @@ class RowParser:
     """
 
     def __init__(self, source: DataSource, name: str, on_bad_row: Literal["error", "skip"]) -> None:
-        self._fields, self._name, self._on_bad_row = source.fields, name, on_bad_row
-        self._parse = None if source.format == "auto" else FORMATS[source.format].parse
+        self._source, self._name, self._on_bad_row = source, name, on_bad_row
+        self._format = None if source.format == "auto" else source.format
+        self._has_right_row = False
         self._first_problem: DataError | None = None
 
     def __call__(self, number: int, row: Any) -> Conversation:
@@ -93,27 +80,57 @@ class RowParser:
             DataError: the row is wrong
         """
         try:
-            row = _renamed(row, self._fields)
-            rows.refuse_unlearnable(row)
-            self._parse = self._parse or FORMATS[_format_of(row)].parse
-            parsed = self._parse(row)
+            parsed = self._parsed(row)
         except RowProblem as problem:
+            cause = table_cause(row, self._source.path) if isinstance(row, dict) else ""
+            problem = FormatProblem(cause) if cause else problem
             self._first_problem = self._first_problem or problem.at(self._name, number)
             if self._on_bad_row == "error":
                 raise self._first_problem from None
             return Conversation([], self._name, number, problem=str(problem))
+        self._has_right_row = True
         if isinstance(parsed, str):
             return Conversation([], self._name, number, parsed)
-        return Conversation(parsed, self._name, number)
+        return Conversation(parsed.messages, self._name, number, learned=parsed.learned, tools=parsed.tools)
+
+    def _parsed(self, given: Any) -> Chat | str:
+        if isinstance(given, RowProblem):
+            raise given
+        if is_conversation(given):  # a file of conversations alone
+            given = {"conversations" if self._format == "sharegpt" else "messages": given}
+        row = _renamed(given, self._source.fields)
+        self._format = self._format or self._found_format(row)
+        check_row_keys(row, set(self._source.fields.values()), self._format in _WITH_CLASSES)
+        parse = PARSERS[self._format]
+        if self._format == "multiple_choice":
+            parse = partial(rows.multiple_choice, answer_is=self._source.answer_is)
+        return parse(row)
+
+    def _found_format(self, row: dict[str, Any]) -> Any:
+        try:
+            found = format_of(row)
+        except FormatProblem as problem:
+            cause = nested_cause(row)
+            raise FormatProblem(f"{str(problem).partition('. Known are ')[0]}. {cause}") if cause else problem from None
+        if found != "multiple_choice" and self._source.answer_is is not None:
+            raise FormatProblem(
+                f"answer_is is {self._source.answer_is!r}, but these rows are of format {found}, which has no answer "
+                "to be read in several ways. Drop answer_is, or set format: multiple_choice."
+            )
+        return found
 
     def check_found(self) -> None:
-        """After the last row: there was one whose format is known.
+        """After the last row: there was a right one.
 
         Raises:
             DataError: there was none
         """
-        if self._parse is None:
-            raise self._first_problem or DataError(f"{self._name} holds no rows. Give a file with at least one.")
+        if self._first_problem is None and not self._has_right_row:
+            raise DataError(f"{self._name} holds no rows. Give a file with at least one.")
+        if self._format is None:
+            raise self._first_problem or AssertionError
+        if not self._has_right_row:
+            raise DataError(f"every row of {self._name} is wrong, the first of them so: {self._first_problem}")
 
 
 def read_conversations(
@@ -131,7 +148,8 @@ def read_conversations(
         parser: of the source, where the caller wants to go on with it; None for a new one
 
     Raises:
-        DataError: the source is missing, empty, of an unknown type or of unknown columns, or a row is wrong
+        DataError: the source is missing, empty, of an unknown type or of unknown columns, or a row (with `skip`: every
+            row) is wrong
     """
     opened = opened or open_source(source)
     parser = parser or RowParser(source, opened.name, on_bad_row)
@@ -142,44 +160,9 @@ def read_conversations(
 
 def _renamed(row: Any, fields: dict[str, str]) -> dict[str, Any]:
     """The row under the names that the formats know."""
-    if isinstance(row, RowProblem):
-        raise row
     if not isinstance(row, dict):
         raise RowProblem(f"it is {kind(row)}, but it must be an object with named columns.")
     for name, column in fields.items():
         if column not in row:
             raise RowProblem(f"fields says that {name} is in column {column!r}, but its columns are {listing(row)}.")
     return {**row, **{name: row[column] for name, column in fields.items()}}
-
-
-def _format_of(row: dict[str, Any]) -> str:
-    row = {"answer": row["answerKey"], **row} if "answerKey" in row else row
-    fitting = [name for name, known in FORMATS.items() if known.columns <= row.keys() and not known.unless & row.keys()]
-    if len(fitting) > 1 and "text" in fitting:
-        fitting.remove("text")
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise FormatProblem(
-            f"its columns are {listing(row)}, which fit several formats. Say which one is meant beside the path, "
-            f"e.g. format: {' or format: '.join(fitting)}."
-        )
-    raise FormatProblem(_no_format(row))
-
-
-def _no_format(row: dict[str, Any]) -> str:
-    nearest = [
-        f"{name} lacks {listing(sorted(known.columns - row.keys()))}"
-        for name, known in FORMATS.items()
-        if known.columns & row.keys()
-    ]
-    what = f"its columns are {listing(row) or '(none)'}, which fit no known format"
-    what += f" ({'; '.join(nearest)})." if nearest else "."
-    for key, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            return f"{what} The rows seem to be under {key!r}: save that list as a file of its own."
-    known = "; ".join(f"{name}: {' + '.join(sorted(form.columns))}" for name, form in FORMATS.items())
-    return (
-        f"{what} Known are {known}. Rename the columns (in CSV: in the first line), or name them beside the path, e.g. "
-        "fields: {instruction: question, output: reply}."
-    )

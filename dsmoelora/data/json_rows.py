@@ -1,24 +1,37 @@
-"""JSON files to numbered rows: an array of objects, or one object a line."""
+"""JSON files to numbered rows: an array of rows, or one row a line."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from dsmoelora.data.problems import RowProblem
+from dsmoelora.data.layouts import is_conversation, nested_cause, table_cause
+from dsmoelora.data.problems import RowProblem, undecodable
 from dsmoelora.errors import DataError, listing
 
 _BLANKS = " \t\n\r"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (row number, parsed row) of an array of objects or of JSON lines, whichever the file holds.
+def open_text(path: Path, newline: str | None = None) -> IO[str]:
+    """A text file, of which a byte that is no UTF-8 is known again with `undecodable`.
 
-    JSON lines are numbered by line (blank ones are skipped), arrays by element, both from 1. A wrong line comes as a
-    `RowProblem`, for the lines after it can be read all the same. NaN, which pandas and Python write, is null.
+    Raises:
+        DataError: it is UTF-16
+    """
+    with path.open("rb") as file:
+        if file.read(2) in _UTF16:
+            raise DataError(f"{path} is not UTF-8 text (it is UTF-16). Save it as UTF-8.")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (row number, parsed row) of an array of rows or of JSON lines, whichever the file holds.
+
+    JSON lines are numbered by line (blank ones are skipped), arrays by element, both from 1. A wrong row comes as a
+    `RowProblem`, for those after it can be read all the same. NaN, which pandas and Python write, is null.
 
     Raises:
         DataError: the file is no UTF-8 text, or an array is no valid JSON
@@ -27,29 +40,34 @@ def read_json(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def is_array(path: Path) -> bool:
-    """Whether a JSON file holds an array, which is read as a whole, rather than one object a line.
+    """Whether a JSON file holds an array, which is read as a whole, rather than one row a line.
+
+    A list on a line is a row, a conversation, where its items are turns or where the next line is a list too.
 
     Raises:
-        DataError: the file is no UTF-8 text
+        DataError: the file is UTF-16
     """
-    with path.open("rb") as file:
-        first = next((line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
-    if first.startswith(_UTF16):
-        raise DataError(f"{path} is not UTF-8 text (it is UTF-16). Save it as UTF-8.")
-    return first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    with open_text(path) as file:
+        lines = (line for line in file if line.strip(_BLANKS))
+        first = next(lines, "")
+        if not first.lstrip(_BLANKS).startswith("["):
+            return False
+        try:
+            row = json.loads(first)
+        except (ValueError, RecursionError):
+            return True
+        return not (is_conversation(row) or next(lines, "").lstrip(_BLANKS).startswith("["))
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    decode = _decoder().decode
-    with path.open("rb") as file:
+    decoder = _Decoder()
+    with open_text(path) as file:  # any line ends, which JSON allows between rows alone
         for number, line in enumerate(file, start=1):
+            text = line.strip(_BLANKS)
+            if not text:
+                continue
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(_BLANKS)
-                if not text:
-                    continue
-                row = decode(text)
-            except UnicodeDecodeError as error:
-                row = RowProblem(f"it is not UTF-8 text ({error.reason}). Save the file as UTF-8.")
+                row = undecodable(text) or decoder.row(text)
             except (json.JSONDecodeError, RecursionError) as error:
                 _refuse_one_object(path)
                 row = _invalid_json(error, "one JSON object a line")
@@ -65,8 +83,11 @@ def _refuse_one_object(path: Path) -> None:
             whole = json.loads("{" + file.read())
     except (ValueError, RecursionError):
         return
-    lists = [key for key, value in whole.items() if isinstance(value, list)]
-    remedy = f"Save the list under {lists[0]!r} as a file of its own." if lists else "Put it on one line."
+    table = table_cause(whole, str(path))
+    if table:
+        raise DataError(f"{path}: {table}")
+    cause = nested_cause(whole)
+    remedy = cause if cause.startswith("The rows") else "Put it on one line."
     raise DataError(
         f"{path} holds one object over many lines (fields: {listing(whole)}), but it must hold an array of objects or "
         f"one object a line. {remedy}"
@@ -75,11 +96,9 @@ def _refuse_one_object(path: Path) -> None:
 
 def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
     # Element by element, so that an error can name the row.
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
-    decoder = _decoder()
+    with open_text(path) as file:
+        text = file.read()
+    decoder = _Decoder()
     position = text.index("[")
     number = 0
     after = _skip_blanks(text, position + 1)
@@ -87,8 +106,10 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
     position = after if mark == "]" else position
     while mark == ",":
         number += 1
+        begin = _skip_blanks(text, position + 1)
         try:
-            row, position = decoder.raw_decode(text, _skip_blanks(text, position + 1))
+            row, position = decoder.row_at(text, begin)
+            row = undecodable(text[begin:position]) or row
             position = _skip_blanks(text, position)
             mark = text[position : position + 1]
             if mark not in (",", "]"):
@@ -101,8 +122,35 @@ def _read_array(path: Path) -> Iterator[tuple[int, Any]]:
         raise _broken_array(path, number, json.JSONDecodeError("Extra data after the array", text, position))
 
 
-def _decoder() -> json.JSONDecoder:
-    return json.JSONDecoder(parse_constant=lambda name: None)
+class _Decoder:
+    """Reads rows of JSON; one with a number that Python does not read is a `RowProblem`, and the next can be read."""
+
+    def __init__(self) -> None:
+        self._too_long = 0
+        self._json = json.JSONDecoder(parse_constant=lambda name: None, parse_int=self._integer)
+
+    def row(self, text: str) -> Any:
+        """The row that a text is."""
+        self._too_long = 0
+        return self._checked(self._json.decode(text))
+
+    def row_at(self, text: str, begin: int) -> tuple[Any, int]:
+        """The row that begins there, and where it ends."""
+        self._too_long = 0
+        row, end = self._json.raw_decode(text, begin)
+        return self._checked(row), end
+
+    def _integer(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:  # Python's limit on digits
+            self._too_long = max(self._too_long, len(digits))
+            return 0
+
+    def _checked(self, row: Any) -> Any:
+        if not self._too_long:
+            return row
+        return RowProblem(f"it has a whole number of {self._too_long:,} digits, which is too long to be read.")
 
 
 def _skip_blanks(text: str, position: int) -> int:

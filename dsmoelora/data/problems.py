@@ -33,6 +33,33 @@ def found(row: dict[str, Any], key: str) -> str:
     return kind(value)
 
 
+def shown(value: Any) -> str:
+    """A value as its file writes it, where it is short; otherwise what kind of value it is."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, int | float) else found({"": value}, "")
+
+
+def words(name: str, value: Any) -> str:
+    """A string that must have some text, of whole characters.
+
+    Raises:
+        RowProblem: it is something else
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise RowProblem(f"{name} is {found({name: value}, name)}, but it must be a string with some text.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise half_a_pair(name) from None
+    return value
+
+
+def half_a_pair(name: str) -> RowProblem:
+    """A text that UTF-8 cannot write."""
+    return RowProblem(f"{name} holds half of a surrogate pair, but it must be of whole Unicode characters.")
+
+
 def kind(value: Any) -> str:
     """A value's type in plain words."""
     if value is None:
@@ -43,3 +70,12 @@ def kind(value: Any) -> str:
 
 def _shortened(text: str, limit: int = 60) -> str:
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
+
+
+def undecodable(text: str) -> RowProblem | None:
+    """What is wrong with text that was read with `surrogateescape`, where it holds bytes that are no UTF-8."""
+    try:
+        text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        return RowProblem(f"it is not UTF-8 text ({error.reason}). Save the file as UTF-8.")
+    return None

@@ -7,7 +7,8 @@ on as a `RowProblem` in the row's place, so that the caller can decide between s
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,16 @@ import pyarrow
 import pyarrow.parquet
 
 from dsmoelora.config import DataSource
-from dsmoelora.data.json_rows import is_array, read_json
-from dsmoelora.data.problems import RowProblem
+from dsmoelora.data.columns import needed
+from dsmoelora.data.json_rows import is_array, open_text, read_json
+from dsmoelora.data.problems import RowProblem, undecodable
 from dsmoelora.errors import DataError, listing
 
 NumberedRows = Iterator[tuple[int, Any]]
 HUB_TIMEOUT_S = 10.0
-_BATCH = 1000  # rows of a Parquet file in memory at once
+_BATCH = 1000  # rows of a table in memory at once
 _DELIMITERS = ",;\t|"
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # with which Excel is told the delimiter
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ def open_source(source: DataSource, streaming: bool = False) -> RowSource:
             f"{path} holds a JSON array, which is read as a whole, but data.streaming is true. Save it with one object "
             "a line (.jsonl), or set data.streaming to false."
         )
+    if path.suffix.lower() == ".parquet":
+        return RowSource(str(path), (path,), partial(read_parquet, path, partial(needed, source=source)))
     return RowSource(str(path), (path,), partial(READERS[path.suffix.lower()], path))
 
 
@@ -89,26 +94,26 @@ def open_source(source: DataSource, streaming: bool = False) -> RowSource:
 def read_csv(path: Path) -> NumberedRows:
     """Yield (line, row) of a CSV file with a header; the line is where the row begins, so the first has number 2.
 
-    The delimiter is whichever of comma, semicolon, tab and bar the header has most of.
+    The delimiter is whichever of comma, semicolon, tab and bar the header has most of, or what a first line `sep=;`
+    says.
 
     Raises:
-        DataError: the file is no UTF-8 text, its header repeats a name, or its quotes do not match
+        DataError: the file is UTF-16, its header repeats a name or is no UTF-8, or its quotes do not match
     """
     csv.field_size_limit(2**31 - 1)  # a row may be a whole document
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
+    with open_text(path, newline="") as file:
+        first = file.readline()
+        told = _SEPARATOR_LINE.fullmatch(first)
+        if not told:
             file.seek(0)
-            lines = csv.reader(file, delimiter=max(_DELIMITERS, key=first.count), strict=True)
-            yield from _csv_rows(path, lines)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+        delimiter = told[1] if told else max(_DELIMITERS, key=first.count)
+        yield from _csv_rows(path, csv.reader(file, delimiter=delimiter, strict=True), int(bool(told)))
 
 
-def _csv_rows(path: Path, lines: Any) -> NumberedRows:
+def _csv_rows(path: Path, lines: Any, num_before: int) -> NumberedRows:
     header: list[str] = []
     while True:
-        number = lines.line_num + 1
+        number = num_before + lines.line_num + 1
         try:
             fields = next(lines, None)
         except csv.Error as error:
@@ -119,10 +124,13 @@ def _csv_rows(path: Path, lines: Any) -> NumberedRows:
             continue
         if not header:
             header = [name.strip() for name in fields]
+            problem = undecodable("".join(header))
+            if problem:
+                raise DataError(f"{path}, row {number}: {problem}")
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: its header is {listing(header)}, but no name may come twice. Rename one.")
         elif len(fields) == len(header):
-            yield number, dict(zip(header, fields, strict=True))
+            yield number, undecodable("".join(fields)) or dict(zip(header, fields, strict=True))
         else:
             counts = f"it has {len(fields)} fields, but the header names {len(header)} ({listing(header)})"
             if len(fields) < len(header):
@@ -132,21 +140,54 @@ def _csv_rows(path: Path, lines: Any) -> NumberedRows:
             yield number, RowProblem(f"{counts}; {remedy}")
 
 
-def read_parquet(path: Path) -> NumberedRows:
+def read_parquet(path: Path, choose: Callable[[list[str]], list[str]] = list) -> NumberedRows:
     """Yield (row number, row) of a Parquet file.
 
+    Args:
+        path: of the file
+        choose: of its columns those that are read; the others are null
+
     Raises:
-        DataError: it is none, or is damaged
+        DataError: it is none, or is damaged, or two columns have one name
     """
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: its columns are {listing(names)}, but no name may come twice. Rename one.")
+            batches = file.iter_batches(_BATCH, columns=choose(names))
+            yield from enumerate(_table_rows(batches, names), start=1)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({_first_line(error)}). Write it anew.") from None
+
+
+def _table_rows(tables: Iterable[pyarrow.Table | pyarrow.RecordBatch], names: list[str]) -> Iterator[Any]:
+    """The rows of tables, each with all of these columns; one that Python cannot hold is a `RowProblem`."""
+    unread = dict.fromkeys(names)
+    for table in tables:
+        try:
+            rows: list[Any] = table.to_pylist()
+        except Exception:  # some cell of the table: find out which
+            rows = [_table_row(table.slice(i, 1)) for i in range(table.num_rows)]
+        for row in rows:
+            yield row if isinstance(row, RowProblem) else unread | {key: _as_given(row[key]) for key in row}
+
+
+def _table_row(table: pyarrow.Table | pyarrow.RecordBatch) -> Any:
+    row = {}
+    for name in table.schema.names:
+        try:
+            row[name] = table.column(name).to_pylist()[0]
+        except Exception as error:  # of Python or of Arrow: no UTF-8, a date beyond the year 9999, ...
+            return RowProblem(f"{name} cannot be read ({_first_line(error)}).")
+    return row
+
+
+def _as_given(value: Any) -> Any:
+    """Without the keys of objects that tables fill with null, for other rows have them."""
+    if isinstance(value, dict):
+        return {key: _as_given(each) for key, each in value.items() if each is not None}
+    return [_as_given(each) for each in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], NumberedRows]] = {
@@ -175,10 +216,17 @@ def _of_dataset(source: DataSource, found: Any) -> RowSource:
                 f"{source.path} has the splits {listing(splits)}, but its split is {source.split!r}. "
                 f"Choose one: {{path: {source.path}, split: {splits[0]}}}."
             )
-    dataset = found.with_format(None)
-    files = [] if isinstance(dataset, datasets.IterableDataset) else dataset.cache_files
-    paths = tuple(Path(file["filename"]) for file in files)
-    return RowSource(name, paths, lambda: enumerate(dataset, start=1), dataset)
+    names = found.column_names  # None of a streamed set that says nothing about itself
+    chosen = found.select_columns(needed(names, source)) if names else found
+    if isinstance(chosen, datasets.IterableDataset):
+        dataset = chosen.with_format(None)
+        return RowSource(name, (), lambda: enumerate(dataset, start=1), dataset)
+    # as tables, for the library itself would end at a cell that Python cannot hold
+    dataset = chosen.with_format("arrow")
+    paths = tuple(Path(file["filename"]) for file in dataset.cache_files)
+    return RowSource(
+        name, paths, lambda: enumerate(_table_rows(dataset.iter(_BATCH), names or []), start=1), dataset
+    )
 
 
 def _load_folder(path: Path) -> Any:

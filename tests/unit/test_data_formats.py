@@ -98,8 +98,8 @@ WRONG_MESSAGES: list[tuple[Any, str]] = [
     ([USER, {"role": "assistant", "content": None}], "messages[1].content is null"),
     ([USER, {"role": "assistant", "content": "  "}], "messages[1].content is empty"),
     ([{"role": "user", "content": ""}, ASSISTANT], "messages[0].content is empty"),
-    ([USER, {**ASSISTANT, "tool_calls": [{}]}], "messages[1] has tool_calls"),
-    ([USER, {**ASSISTANT, "weight": 0}], "messages[1].weight is 0"),
+    ([USER, {**ASSISTANT, "tool_calls": [{}]}], "messages[1].tool_calls[0].name is missing"),
+    ([USER, {**ASSISTANT, "weight": 0}], "no turn of messages is to be learned"),
 ]
 
 
