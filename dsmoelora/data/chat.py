@@ -14,14 +14,16 @@ import re
 from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dsmoelora.data.dropped import check_nothing_dropped
 from dsmoelora.data.formats import Conversation
 from dsmoelora.data.problems import RowProblem
-from dsmoelora.data.rows import Message
+from dsmoelora.data.turns import Message
 from dsmoelora.errors import ModelError
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -158,7 +160,7 @@ class _Renderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation, has_blocks: bool) -> None:
-        self._tokenizer, self._has_blocks = tokenizer, has_blocks
+        self._tokenizer, self._conversation, self._has_blocks = tokenizer, conversation, has_blocks
         self._messages, self._origin = conversation.messages, conversation.origin
         self._tools: list[Any] | None = conversation.tools
         every = [i for i, message in enumerate(self._messages) if message["role"] == "assistant"]
@@ -173,6 +175,7 @@ class _Renderer:
 
     def rows(self) -> list[TokenisedChat]:
         """One row, or one for each learned answer."""
+        check_nothing_dropped(self._conversation, partial(_render, self._tokenizer))
         text = _render(self._tokenizer, self._messages, self._tools)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]

@@ -119,5 +119,3 @@ def _ambiguous(
     if len(ways) == 1:
         remedy = "Give the choices different texts, or the answer as a letter."
     return RowProblem(f"{key} is {shown(answer)}, which has several readings: {listing(meant)}. {remedy}")
-
-

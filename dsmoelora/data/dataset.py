@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dsmoelora.config import DataSource
 from dsmoelora.data.mixing import Mixture
 from dsmoelora.data.report import SetReport, report_of
-from dsmoelora.data.rows import Message
+from dsmoelora.data.turns import Message
 from dsmoelora.data.tokenised import TokenisedSet, TokeniseOptions, tokenised_set
 from dsmoelora.errors import DataError
 

@@ -224,9 +224,7 @@ def _of_dataset(source: DataSource, found: Any) -> RowSource:
     # as tables, for the library itself would end at a cell that Python cannot hold
     dataset = chosen.with_format("arrow")
     paths = tuple(Path(file["filename"]) for file in dataset.cache_files)
-    return RowSource(
-        name, paths, lambda: enumerate(_table_rows(dataset.iter(_BATCH), names or []), start=1), dataset
-    )
+    return RowSource(name, paths, lambda: enumerate(_table_rows(dataset.iter(_BATCH), names or []), start=1), dataset)
 
 
 def _load_folder(path: Path) -> Any:

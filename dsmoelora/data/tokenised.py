@@ -24,11 +24,12 @@ from dsmoelora.config import DataSource
 from dsmoelora.data.cache import cache_file
 from dsmoelora.data.chat import TokenisedChat, tokenise_chats
 from dsmoelora.data.formats import Conversation, read_conversations
+from dsmoelora.data.plain_text import text_ids
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import RowSource, open_source
 from dsmoelora.errors import DataError
 
-CACHE_VERSION = 5  # raise it when the same files would be tokenised in another way
+CACHE_VERSION = 6  # raise it when the same files would be tokenised in another way
 _BATCH = 256
 _ROWS_A_PROCESS = 5000  # with less, starting a second process takes what it saves (benchmarks/tokenising.py)
 ROWS_SCHEMA = pyarrow.schema(
@@ -107,7 +108,7 @@ def settings_digest(source: DataSource, tokenizer: PreTrainedTokenizerBase, opti
     for state in ("truncation", "padding"):  # left over from the last call, without influence on ours
         backend.pop(state, None)
     tokenisation = [tokenizer.chat_template, tokenizer.special_tokens_map, backend, options.max_length]
-    reading = [source.format, source.fields, source.split, source.subset, options.on_bad_row]
+    reading = [source.format, source.fields, source.answer_is, source.split, source.subset, options.on_bad_row]
     return hashlib.sha256(json.dumps([tokenisation, reading], sort_keys=True, default=str).encode())
 
 
@@ -250,8 +251,5 @@ def _uncut(
 
 def _tokenise_text(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenisedChat:
     """All of it is learned, and to end after it."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    end = tokenizer.eos_token_id
-    if end is not None and ids[-1:] != [end]:
-        ids.append(end)
+    ids = text_ids(tokenizer, text)
     return TokenisedChat(ids, [True] * len(ids))

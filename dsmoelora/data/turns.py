@@ -144,7 +144,9 @@ def _for_template(name: str, turn: dict[str, Any], role: str) -> dict[str, Any]:
         extra["tool_calls"] = calls_of(f"{name}.{key}", turn[key])
     if is_given(turn.get("tool_call_id")) and role != "tool":
         raise RowProblem(f"{name} has tool_call_id, which belongs to a tool's answer, but its role is {role}.")
-    return extra | {key: words(f"{name}.{key}", turn[key]) for key in ("tool_call_id", "name") if is_given(turn.get(key))}
+    return extra | {
+        key: words(f"{name}.{key}", turn[key]) for key in ("tool_call_id", "name") if is_given(turn.get(key))
+    }
 
 
 def _content(name: str, turn: dict[str, Any], key: str, role: str, has_calls: bool) -> str:

@@ -17,7 +17,7 @@ from dsmoelora.data.chat import MERGED, REWRITTEN, prompt_ids, tokenise_chats
 from dsmoelora.data.fallback_template import ensure_chat_template
 from dsmoelora.data.formats import Conversation
 from dsmoelora.data.problems import RowProblem
-from dsmoelora.data.rows import Message
+from dsmoelora.data.turns import Message
 from tests.helpers import CHATML_TEMPLATE, tiny_tokenizer
 
 

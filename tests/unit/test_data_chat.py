@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from dsmoelora.data.chat import stop_ids, tokenise_chats
 from dsmoelora.data.formats import Conversation
 from dsmoelora.data.problems import RowProblem
-from dsmoelora.data.rows import Message
+from dsmoelora.data.turns import Message
 from dsmoelora.errors import ModelError
 from tests.helpers import CHATML_TEMPLATE, tiny_tokenizer
 

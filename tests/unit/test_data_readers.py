@@ -79,12 +79,20 @@ def test_nan_is_null(tmp_path: Path) -> None:
         ("wide.csv", "instruction,output\nHi,yo, man\n", ["row 2: it has 3 fields", "names 2", "double quotes"]),
         ("open.csv", 'instruction,output\nHi,"yo\nHo,ya\n', ["row 2: no valid CSV", "Mend the quotes"]),
         ("nohead.csv", "What?,That\nWhy?,So\n", ["columns are What?, That", "in CSV: in the first line"]),
-        ("latin.csv", "instruction,output\nHi,gr\u00fcn".encode("latin-1"), ["row 2: it is not UTF-8", "Save the file as UTF-8"]),
+        (
+            "latin.csv",
+            "instruction,output\nHi,gr\u00fcn".encode("latin-1"),
+            ["row 2: it is not UTF-8", "Save the file as UTF-8"],
+        ),
         ("latin.jsonl", b'{"instruction": "Hi", "output": "gr\xfcn"}', ["row 1: it is not UTF-8", "Save the file"]),
         ("wide.jsonl", json.dumps(ROW).encode("utf-16"), ["it is UTF-16", "Save it as UTF-8"]),
         ("fake.parquet", "PAR1", ["cannot be read as Parquet", "Write it anew"]),
         ("wrapped.json", json.dumps({"data": [ROW], "v": 1}), ["columns are data, v", "rows seem to be under 'data'"]),
-        ("wrapped2.json", json.dumps({"data": [ROW]}, indent=1), ["one object over many lines", "save that list as a file of its own"]),
+        (
+            "wrapped2.json",
+            json.dumps({"data": [ROW]}, indent=1),
+            ["one object over many lines", "save that list as a file of its own"],
+        ),
         ("dolly.jsonl", '{"instruction": "a", "response": "b"}', ["alpaca lacks output", "fields: {instruction:"]),
         (
             "both.jsonl",
@@ -175,7 +183,10 @@ def labelled(labels: Any, answer: Any) -> dict[str, Any]:
         ({"prompt": [{"role": "user"}], "completion": "x"}, "prompt is a list"),
         ({"text": ""}, "text is empty"),
         ({"conversations": []}, "conversations has no assistant turn"),
-        ({"conversations": [{"from": "robot", "value": "x"}]}, "conversations[0].from is 'robot', but it must be one of"),
+        (
+            {"conversations": [{"from": "robot", "value": "x"}]},
+            "conversations[0].from is 'robot', but it must be one of",
+        ),
         (
             {"system": "a", "messages": [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]},
             "system is given, but the conversation has a system message of its own",
