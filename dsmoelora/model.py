@@ -205,6 +205,11 @@ def load_model_config(config: ModelConfig) -> Any:
         raise _cannot_load("configuration", config, error) from error
 
 
+def num_embeddings(config: ModelConfig) -> int:
+    """Rows of the model's embedding of tokens, by its configuration."""
+    return int(load_model_config(config).get_text_config().vocab_size)
+
+
 def model_without_weights(config: ModelConfig) -> PreTrainedModel:
     """The model on the meta device: shapes and names, no memory.
 

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import shutil
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,25 @@ from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.fallback_template import is_fallback
 from dsmoelora.data.formats import read_conversations
+from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import HUB_TIMEOUT_S, may_be_hub_name, open_source
-from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value
+from dsmoelora.data.vocabulary import check_conversation, tokens_beyond
+from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value, listing
 from dsmoelora.inputs import check_takes_positions
-from dsmoelora.model import check_weights, load_model_config, load_tokenizer, model_without_weights, without_dropout
+from dsmoelora.model import (
+    check_weights,
+    load_model_config,
+    load_tokenizer,
+    model_without_weights,
+    num_embeddings,
+    without_dropout,
+)
 from dsmoelora.optim import trainables
 from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_all
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _FP32_BYTES = 4
+_STREAMED_ROWS = 1000  # of each streamed set, whose tokens are looked at
 
 
 @dataclass
@@ -74,6 +85,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _check_data(plan, recipe)
     merge_config(recipe, deepspeed, world_size)
     _check_model_folder(plan, recipe.model)
+    _check_tokens(plan, recipe)
     model = model_without_weights(recipe.model)
     check_weights(recipe.model, model)
     if recipe.data.packing:
@@ -203,6 +215,29 @@ def _check_model_folder(plan: Plan, config: ModelConfig) -> None:
             f"the tokenizer of {config.path} has no chat template: turns are written as ### User: and ### Assistant: "
             "(docs/data.md). --preview 3 shows what comes of it."
         )
+
+
+def _check_tokens(plan: Plan, recipe: Recipe) -> None:
+    """The embedding has a row for every token that is certain to come; streamed sets are looked at in part."""
+    data, size = recipe.data, num_embeddings(recipe.model)
+    beyond = tokens_beyond(load_tokenizer(recipe.model), size)
+    if not beyond:
+        return
+    plan.notes.append(
+        f"the embedding of the model has {size} rows, and none for {listing(beyond)}: rows that hold such a token are "
+        "wrong (data.on_bad_row)."
+    )
+    if data.on_bad_row == "skip":
+        return
+    for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        streamed = data.streaming and key == "data.train"
+        for source in sources:
+            rows = read_conversations(source, data.on_bad_row, open_source(source, streamed))
+            for row in islice(rows, _STREAMED_ROWS if streamed else None):
+                try:
+                    check_conversation(row, beyond, size)
+                except RowProblem as problem:
+                    raise DataError(f"{key}: {problem.at(row.path, row.row)}") from None
 
 
 def has_weights(config: ModelConfig) -> bool:

@@ -81,19 +81,24 @@ def show_samples(command: Command, console: Console) -> None:
     from dsmoelora.data import load_instructions, preview
     from dsmoelora.data.streaming import first_samples
     from dsmoelora.data.tokenised import TokeniseOptions
-    from dsmoelora.model import load_tokenizer
+    from dsmoelora.model import load_tokenizer, num_embeddings
 
     if env_rank() > 0:
         return
     data = command.recipe.data
-    tokenizer = load_tokenizer(command.recipe.model)
+    tokenizer, size = load_tokenizer(command.recipe.model), num_embeddings(command.recipe.model)
     if data.streaming:
-        samples = first_samples(
-            data.train, tokenizer, TokeniseOptions(data.max_length, data.on_bad_row), command.preview
-        )
+        options = TokeniseOptions(data.max_length, data.on_bad_row, num_embeddings=size)
+        samples = first_samples(data.train, tokenizer, options, command.preview)
     else:
         samples = load_instructions(
-            data.train, "data.train", tokenizer, data.max_length, on_bad_row=data.on_bad_row, num_proc=data.num_proc
+            data.train,
+            "data.train",
+            tokenizer,
+            data.max_length,
+            on_bad_row=data.on_bad_row,
+            num_proc=data.num_proc,
+            num_embeddings=size,
         )
     colour = console.is_terminal
     text = preview(samples, tokenizer, command.preview, markup=colour)
@@ -177,9 +182,9 @@ def load_data(recipe: Recipe) -> tuple[InstructionDataset | StreamedSets, Instru
     from dsmoelora.data import load_instructions
     from dsmoelora.data.streaming import StreamedSets
     from dsmoelora.data.tokenised import TokeniseOptions
-    from dsmoelora.model import load_tokenizer
+    from dsmoelora.model import load_tokenizer, num_embeddings
 
-    tokenizer, data = load_tokenizer(recipe.model), recipe.data
+    tokenizer, size, data = load_tokenizer(recipe.model), num_embeddings(recipe.model), recipe.data
     load = partial(
         load_instructions,
         tokenizer=tokenizer,
@@ -187,10 +192,11 @@ def load_data(recipe: Recipe) -> tuple[InstructionDataset | StreamedSets, Instru
         on_bad_row=data.on_bad_row,
         num_proc=data.num_proc,
         progress=on_first_node(),
+        num_embeddings=size,
     )
     train_data: InstructionDataset | StreamedSets
     if data.streaming:
-        options = TokeniseOptions(data.max_length, data.on_bad_row)
+        options = TokeniseOptions(data.max_length, data.on_bad_row, num_embeddings=size)
         train_data = StreamedSets(data.train, "data.train", tokenizer, options, recipe.run.seed, data.block_size)
     else:
         train_data = load(data.train, "data.train")

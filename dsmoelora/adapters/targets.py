@@ -12,6 +12,7 @@ from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ConfigError, bad_value, listing
 
 TARGETS, LORA = "adapter.target_modules", "adapter.lora_modules"
+ALL_LINEAR = "all-linear"
 
 
 def adapted_names(model: nn.Module, config: AdapterConfig) -> tuple[list[str], list[str]]:
@@ -56,6 +57,9 @@ def match_targets(model: nn.Module, target_modules: list[str] | str, key: str = 
             raise bad_value(key, target_modules, "met by some layer", _no_linears(model))
         return everything
     for target in target_modules:
+        if target == ALL_LINEAR:
+            remedy = f"Name the layers themselves, or set adapter.target_modules: {ALL_LINEAR}."
+            raise bad_value(key, target_modules, f"{ALL_LINEAR} alone, or names of layers alone", remedy)
         if not any(_matches(name, [target]) for name in linears):
             raise _no_such_layer(model, key, target, linears, everything)
         routed = [name for name in own.linears if _matches(name, [target])]

@@ -88,6 +88,8 @@ class AdapterConfig:
             f"kaiming or gaussian with adapter.expert = {self.expert}",
             "Only experts of two factors and nothing else (lora) can start as a part of the base weight.",
         )
+        if self.target_modules == ["all-linear"]:
+            self.target_modules = "all-linear"
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             self.target_modules = [self.target_modules]
         ok = self.target_modules == "all-linear" or (self.target_modules and all(self.target_modules))

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from dsmoelora.config import DataSource
 from dsmoelora.data.mixing import Mixture
 from dsmoelora.data.report import SetReport, report_of
-from dsmoelora.data.turns import Message
 from dsmoelora.data.tokenised import TokenisedSet, TokeniseOptions, tokenised_set
+from dsmoelora.data.turns import Message
 from dsmoelora.errors import DataError
 
 IGNORED = -100  # the label of what is not supervised, as in torch's cross entropy
@@ -97,6 +97,7 @@ def load_instructions(
     on_bad_row: Literal["error", "skip"] = "error",
     num_proc: int | None = None,
     progress: bool = False,
+    num_embeddings: int | None = None,
 ) -> InstructionDataset:
     """Read, check and tokenise data, or take the result of an earlier time from the cache of `datasets`.
 
@@ -107,7 +108,7 @@ def load_instructions(
         sources: joined in this order, or mixed by their weights
         key: recipe key that names the sources, for messages
         tokenizer: a fast tokenizer with a chat template
-        max_length, on_bad_row, num_proc, progress: see `TokeniseOptions`
+        max_length, on_bad_row, num_proc, progress, num_embeddings: see `TokeniseOptions`
 
     Raises:
         DataError: no source, a wrong source or row, or nothing left to learn within max_length
@@ -118,7 +119,7 @@ def load_instructions(
     paths = [source.path for source in sources]
     if "" in paths:
         raise DataError(f"{key}[{paths.index('')}].path is empty, but it must name a file, e.g. data/train.jsonl.")
-    options = TokeniseOptions(max_length, on_bad_row, num_proc, progress)
+    options = TokeniseOptions(max_length, on_bad_row, num_proc, progress, num_embeddings)
     sets = [tokenised_set(source, tokenizer, options) for source in sources]
     weights = [weight for source in sources if (weight := source.weight) is not None] or None
     dataset = InstructionDataset(sets, weights)

@@ -42,6 +42,6 @@ def check_nothing_dropped(conversation: Conversation, render: Render) -> None:
 
 def _dropped(what: str, where: str) -> RowProblem:
     return RowProblem(
-        f"the model's chat template leaves out {what}{where}, so that the model would not see what the row says. Take a "
-        "model whose template writes them, or take them out of the row."
+        f"the model's chat template leaves out {what}{where}, so that the model would not see what the row says. Take "
+        "a model whose template writes them, or take them out of the row."
     )

@@ -41,12 +41,14 @@ class RowSource:
         files: what its content lies in
         read: starts a new pass over (row number, row), numbers from 1
         dataset: of the datasets library, where the source is one
+        columns: of the dataset, where it gives tables
     """
 
     name: str
     files: tuple[Path, ...]
     read: Callable[[], NumberedRows]
     dataset: datasets.Dataset | datasets.IterableDataset | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -156,12 +158,12 @@ def read_parquet(path: Path, choose: Callable[[list[str]], list[str]] = list) ->
             if len(set(names)) < len(names):
                 raise DataError(f"{path}: its columns are {listing(names)}, but no name may come twice. Rename one.")
             batches = file.iter_batches(_BATCH, columns=choose(names))
-            yield from enumerate(_table_rows(batches, names), start=1)
+            yield from enumerate(table_rows(batches, names), start=1)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({_first_line(error)}). Write it anew.") from None
 
 
-def _table_rows(tables: Iterable[pyarrow.Table | pyarrow.RecordBatch], names: list[str]) -> Iterator[Any]:
+def table_rows(tables: Iterable[pyarrow.Table | pyarrow.RecordBatch], names: Iterable[str]) -> Iterator[Any]:
     """The rows of tables, each with all of these columns; one that Python cannot hold is a `RowProblem`."""
     unread = dict.fromkeys(names)
     for table in tables:
@@ -224,7 +226,8 @@ def _of_dataset(source: DataSource, found: Any) -> RowSource:
     # as tables, for the library itself would end at a cell that Python cannot hold
     dataset = chosen.with_format("arrow")
     paths = tuple(Path(file["filename"]) for file in dataset.cache_files)
-    return RowSource(name, paths, lambda: enumerate(_table_rows(dataset.iter(_BATCH), names or []), start=1), dataset)
+    columns = tuple(names)
+    return RowSource(name, paths, lambda: enumerate(table_rows(dataset.iter(_BATCH), columns), 1), dataset, columns)
 
 
 def _load_folder(path: Path) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.config import DataSource
 from dsmoelora.data.dataset import IGNORED, InstructionDataset, labels_of
-from dsmoelora.data.formats import RowParser, read_conversations
+from dsmoelora.data.formats import Conversation, RowParser, read_conversations
 from dsmoelora.data.loader import MicroBatch, Row, by_length, collate
 from dsmoelora.data.readers import open_source
 from dsmoelora.data.report import SetReport
@@ -127,8 +127,7 @@ class StreamedSets:
         self._parsers = []
         for source, opened in zip(sources, self._opened, strict=True):
             parser = RowParser(source, opened.name, options.on_bad_row)
-            rows = read_conversations(source, options.on_bad_row, opened, parser)
-            next((row for row in rows if not row.problem), None)
+            self._check_teaches(read_conversations(source, options.on_bad_row, opened, parser), opened.name)
             self._parsers.append(parser)
         weights = [weight for source in sources if (weight := source.weight) is not None] or None
         sets = [SetStream(opened) for opened in self._opened]
@@ -137,6 +136,20 @@ class StreamedSets:
         self._counts = np.zeros((len(sets), len(_COUNTS)), dtype=np.int64)
         self._num_told = 0
         self.fingerprint = self._fingerprint(sources, weights, block_size)
+
+    def _check_teaches(self, rows: Iterable[Conversation], name: str) -> None:
+        """Some row of a set has something to learn: otherwise it would leave its places in all batches empty."""
+        problem = ""
+        for row in rows:
+            tokens = tokenise([row], self._tokenizer, self._options)
+            if any(tokens["num_supervised"]):
+                return
+            problem = problem or f"{row.origin}: {tokens['problem'][0]}" * bool(tokens["problem"][0])
+        first = f" (the first of them: {problem})" if problem else ""
+        raise DataError(
+            f"{self._key}: no row of {name} has a token to learn within data.max_length = {self._options.max_length}"
+            f"{first}. Correct the rows, raise data.max_length, or take {name} out."
+        )
 
     def _fingerprint(self, sources: Sequence[DataSource], weights: list[float] | None, block_size: int) -> str:
         sizes = [[opened.name, opened.num_bytes] for opened in self._opened]

@@ -14,8 +14,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 
-from dsmoelora.data.readers import RowSource
+from dsmoelora.data.readers import RowSource, table_rows
 from dsmoelora.errors import DataError, UserError
 from dsmoelora.seeds import derive_seed
 
@@ -93,7 +94,11 @@ class SetStream:
             return None
         self._begun_at = None
         self.num_read += 1
-        return (row["number"], row["content"]) if self.source.dataset is None else (self.num_read, row)
+        if self.source.dataset is None:
+            return row["number"], row["content"]
+        if isinstance(row, pyarrow.Table):
+            (row,) = table_rows([row], self.source.columns)
+        return self.num_read, row
 
     def _begin(self, state: State) -> None:
         self._begun_at, self.num_read = state, int(state["num_read"])

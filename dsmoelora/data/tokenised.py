@@ -27,6 +27,7 @@ from dsmoelora.data.formats import Conversation, read_conversations
 from dsmoelora.data.plain_text import text_ids
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import RowSource, open_source
+from dsmoelora.data.vocabulary import check_ids
 from dsmoelora.errors import DataError
 
 CACHE_VERSION = 6  # raise it when the same files would be tokenised in another way
@@ -53,12 +54,14 @@ class TokeniseOptions:
         on_bad_row: `error` stops at the first wrong row, `skip` leaves it out
         num_proc: processes that tokenise; None for as many as there are cores and rows for
         progress: show a bar while this process is at work
+        num_embeddings: of the model, which has none for tokens from this number on; None if it is not known
     """
 
     max_length: int
     on_bad_row: Literal["error", "skip"] = "error"
     num_proc: int | None = None
     progress: bool = False
+    num_embeddings: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def settings_digest(source: DataSource, tokenizer: PreTrainedTokenizerBase, opti
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     for state in ("truncation", "padding"):  # left over from the last call, without influence on ours
         backend.pop(state, None)
-    tokenisation = [tokenizer.chat_template, tokenizer.special_tokens_map, backend, options.max_length]
+    tokenisation = [tokenizer.chat_template, tokenizer.special_tokens_map, backend]
+    tokenisation += [options.max_length, options.num_embeddings]
     reading = [source.format, source.fields, source.answer_is, source.split, source.subset, options.on_bad_row]
     return hashlib.sha256(json.dumps([tokenisation, reading], sort_keys=True, default=str).encode())
 
@@ -209,7 +213,7 @@ def tokenise(
         DataError: a conversation cannot be learned as it is, and `on_bad_row` is `error`
         ModelError: the tokenizer or its chat template cannot be used
     """
-    chats, problems = _uncut(conversations, tokenizer, options.on_bad_row)
+    chats, problems = _uncut(conversations, tokenizer, options)
     places = [place for place, row in enumerate(chats) for _ in row]
     samples = [chat for row in chats for chat in row]
     ids = [chat.input_ids[: options.max_length] for chat in samples]
@@ -229,22 +233,24 @@ def tokenise(
 
 
 def _uncut(
-    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, on_bad_row: str
+    conversations: list[Conversation], tokenizer: PreTrainedTokenizerBase, options: TokeniseOptions
 ) -> tuple[list[list[TokenisedChat]], list[str]]:
     """Samples of each row (an empty one of a row that is skipped or teaches nothing), and why it is skipped."""
     problems = [conversation.problem for conversation in conversations]
     chats = []
     for i, conversation in enumerate(conversations):
         found: list[TokenisedChat] = []
-        if conversation.messages:
-            try:
+        try:
+            if conversation.messages:
                 (found,) = tokenise_chats(tokenizer, [conversation])
-            except RowProblem as problem:
-                if on_bad_row == "error":
-                    raise problem.at(conversation.path, conversation.row) from None
-                problems[i] = str(problem)
-        elif conversation.text:
-            found = [_tokenise_text(tokenizer, conversation.text)]
+            elif conversation.text:
+                found = [_tokenise_text(tokenizer, conversation.text)]
+            for chat in found:
+                check_ids(tokenizer, chat.input_ids, options.num_embeddings)
+        except RowProblem as problem:
+            if options.on_bad_row == "error":
+                raise problem.at(conversation.path, conversation.row) from None
+            problems[i], found = str(problem), []
         chats.append(found or [TokenisedChat([], [])])
     return chats, problems
 

@@ -127,7 +127,7 @@ def _is_learned(name: str, turn: dict[str, Any], role: str) -> bool:
     key, learned = switch
     if learned and role != "assistant":
         raise RowProblem(
-            f"{name}.{key} is {shown(turn[key])}, but only the assistant's turns can be learned, and its role is {role}."
+            f"{name}.{key} is {shown(turn[key])}, but its role is {role}, and only the assistant is learned."
         )
     return learned
 
