@@ -102,11 +102,13 @@ def check_row_keys(row: dict[str, Any], renamed: set[str], has_classes: bool) ->
     for key, value in row.items():
         use = KEYS[key].row if key in KEYS and key not in renamed else Use.IGNORED
         if use is Use.REFUSED and is_given(value):
-            remedy = "Take the column out where it means something else"
-            raise RowProblem(f"it has {key}, {_reason(key, 'which nothing here reads')}. {remedy}.")
+            remedy = "Leave the row out, or rename the column where it means something else"
+            raise RowProblem(f"{key} is given, {_reason(key, 'which nothing here reads')}. {remedy}.")
         if use is Use.NEGATIVE and _says_no(key, value, has_classes):
             what = "so its answer is not to be learned" if key != "weight" else "but a row is learned with weight 1"
-            raise RowProblem(f"{key} is {shown(value)}, {what}. Rename the column where it means something else.")
+            raise RowProblem(
+                f"{key} is {shown(value)}, {what}. Leave the row out, or rename the column where it means something else."
+            )
 
 
 def switch_of(name: str, turn: dict[str, Any]) -> tuple[str, bool] | None:
@@ -138,8 +140,7 @@ def _reason(key: str, otherwise: str) -> str:
 def _says_no(key: str, value: Any, has_classes: bool) -> bool:
     if key == "weight" and isinstance(value, int | float) and not isinstance(value, bool):
         return value != 1
-    if key == "label" and has_classes and not isinstance(value, bool):
-        return False
-    text = str(value).strip().casefold() if isinstance(value, str | bool | int | float) else ""
-    no = {"true", "1", "1.0"} if key == "masked" else {"false", "0", "0.0"}
-    return text in no
+    text = str(value).strip().casefold() if isinstance(value, str | bool | int | float) else ""  # CSV has words alone
+    if key == "label" and has_classes:
+        return text == "false"
+    return text in ({"true", "1", "1.0"} if key == "masked" else {"false", "0", "0.0"})
