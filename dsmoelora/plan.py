@@ -85,8 +85,8 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _check_data(plan, recipe)
     merge_config(recipe, deepspeed, world_size)
     _check_model_folder(plan, recipe.model)
-    _check_tokens(plan, recipe)
     model = model_without_weights(recipe.model)
+    _check_tokens(plan, recipe)
     check_weights(recipe.model, model)
     if recipe.data.packing:
         check_takes_positions(model)

@@ -144,7 +144,7 @@ class _Decoder:
         try:
             return int(digits)
         except ValueError:  # Python's limit on digits
-            self._too_long = max(self._too_long, len(digits))
+            self._too_long = max(self._too_long, len(digits.lstrip("-")))
             return 0
 
     def _checked(self, row: Any) -> Any:

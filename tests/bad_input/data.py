@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from tests.bad_input.bench import ROW, Bench, Case, override
 
@@ -33,6 +34,11 @@ def labelled(labels: list[str], answer: int) -> Case:
     return lambda bench: bench.rows({"question": "Sky?", "choices": choices, "answer": answer})
 
 
+def turns(last: dict[str, Any]) -> dict[str, Any]:
+    """A question, and an answer with these keys."""
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **last}]}
+
+
 EARLY: dict[str, Case] = {
     "no training data": override("--data.train", "[]"),
     "a data file does not exist": override("--data.train", "[{path: ./nowhere.jsonl}]"),
@@ -46,6 +52,32 @@ EARLY: dict[str, Case] = {
     "a role that does not exist": lambda bench: bench.rows({"messages": [{"role": "robot", "content": "x"}]}),
     "a chat that ends with the user": lambda bench: bench.rows(
         {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]}
+    ),
+    "a key of a turn that nobody knows": lambda bench: bench.rows(turns({"mask": True})),
+    "a turn that is learned and is not": lambda bench: bench.rows(turns({"loss": True, "weight": 0})),
+    "a conversation without a learned turn": lambda bench: bench.rows(turns({"train": False})),
+    "an answer that is marked as bad": lambda bench: bench.rows({"prompt": "a", "completion": "b", "label": False}),
+    "an answer beside a rejected one": lambda bench: bench.rows({"prompt": "a", "completion": "b", "rejected": "c"}),
+    "a row with pictures": lambda bench: bench.rows(turns({}) | {"images": ["a.png"]}),
+    "a turn with a picture": lambda bench: bench.rows(turns({"content": [{"type": "image_url"}]})),
+    "arguments of a call that are no JSON": lambda bench: bench.rows(
+        turns({"tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]})
+    ),
+    "turns in place of rows": lambda bench: bench.rows({"role": "user", "content": "a"}),
+    "a conversation under another name": lambda bench: bench.rows({"exchange": turns({})["messages"]}),
+    "a table of pandas": lambda bench: bench.rows({"instruction": {"0": "a"}, "output": {"0": "b"}}),
+    "a number of too many digits": lambda bench: bench.rows(
+        '{"instruction": "a", "output": "b", "id": ' + "9" * 5000 + "}"
+    ),
+    "rows of which none is right": lambda bench: [
+        *bench.rows(ROW | {"output": ""}, ROW | {"output": None}),
+        *("--data.on_bad_row", "skip"),
+    ],
+    "an answer that means two choices": lambda bench: bench.rows(
+        {"question": "Half of 4?", "choices": ["1", "2", "3"], "answer": "2"}
+    ),
+    "a reading of answers for rows without any": lambda bench: bench.train(
+        "--data.train", f"[{{path: {bench.folder}/train.jsonl, answer_is: text}}]"
     ),
     "an answer that is none of the labels": labelled(["1", "2"], 0),
     "labels that do not fit the choices": labelled(["1"], 1),

@@ -86,6 +86,11 @@ def weights_of_another_shape(bench: Bench) -> list[str]:
     return bench.train()
 
 
+def small_embedding(bench: Bench) -> list[str]:
+    bench.spoiled_json("model/config.json", vocab_size=200)
+    return bench.train()
+
+
 EARLY: dict[str, Case] = {
     "no model is named": override("--model.path", ""),
     "the model folder does not exist": override("--model.path", "./nowhere"),
@@ -109,6 +114,8 @@ EARLY: dict[str, Case] = {
     "the tokenizer is missing": no_tokenizer,
     "tokenizer.json is damaged": broken_tokenizer,
     "neither chat template nor end-of-sequence token": no_template_and_no_end,
+    "tokens that the embedding has no row for": small_embedding,
+    "a target beside all-linear": override("--adapter.target_modules", "[all-linear, lm_head]"),
     "the model has no weights": no_weights,
     "a weight file is cut short": cut_weights,
     "a weight file is a git-lfs pointer": pointer_for_weights,

@@ -88,6 +88,15 @@ def test_a_target_is_a_whole_name_or_its_end(targets: str | list[str]) -> None:
         match_targets(model, targets)
 
 
+def test_all_linear_in_a_list() -> None:
+    """As a recipe may write it: the value itself where it stands alone, else an error whose remedies work."""
+    model = make_model()
+    assert AdapterConfig(target_modules=["all-linear"]) == AdapterConfig(target_modules="all-linear")
+    with pytest.raises(ConfigError, match=r"must be all-linear alone, or names.*target_modules: all-linear\."):
+        match_targets(model, ["all-linear", "lm_head"])
+    assert match_targets(model, "all-linear") and match_targets(model, ["q_proj", "lm_head"])
+
+
 @pytest.mark.parametrize("wrong", ["proj", "Q_PROJ", "embed_tokens", "input_layernorm", "mlp"])
 def test_a_target_that_is_no_linear_layer_is_an_error_and_the_model_stays_as_it_was(wrong: str) -> None:
     model = make_model()

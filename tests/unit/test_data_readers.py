@@ -8,11 +8,15 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dsmoelora.config import DataSource
 from dsmoelora.data.formats import Conversation, read_conversations
+from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import open_source
+from dsmoelora.data.streams import SetStream
 from dsmoelora.errors import DataError
 
 ROW = {"instruction": "Hi", "output": "yo"}
@@ -214,6 +218,85 @@ def test_an_unknown_format_is_an_error_even_then(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", '{"a": 1}\n{"b": 1}')
     with pytest.raises(DataError, match="row 1: its columns are a, which fit no known format"):
         skipped(path)
+
+
+# Values that Python cannot hold
+
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{0}\n{"instruction": "a", "output": "b", "id": HUGE}\n{0}'),
+        ("a.json", '[{0}, {"instruction": "a", "output": "b", "meta": [{"n": -HUGE}]}, {0}]'),
+        ("b.json", '[{0},\n{"instruction": "gr\xfcn", "output": "b"},\n{0}]'),
+        ("b.jsonl", '{0}\n{"instruction": "gr\xfcn", "output": "b"}\n{0}'),
+        ("b.csv", "instruction,output\nHi,yo\ngr\xfcn,b\nHi,yo"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_a_wrong_row(tmp_path: Path, name: str, text: str) -> None:
+    content = text.replace("{0}", json.dumps(ROW)).replace("HUGE", HUGE)
+    path = file(tmp_path, name, content.encode("latin-1"))
+    assert [bool(row.problem) for row in skipped(path)] == [False, True, False]
+    message = message_of(path)
+    assert ("row 3: " if name.endswith("csv") else "row 2: ") in message
+    assert "5,000 digits" in message or "it is not UTF-8 text" in message
+
+
+def tables(folder: Path, table: pyarrow.Table) -> list[Path]:
+    """The same as Parquet file and as saved folder."""
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    datasets.Dataset(table).save_to_disk(folder / "saved")
+    return [folder / "a.parquet", folder / "saved"]
+
+
+def broken_text(*texts: bytes) -> pyarrow.Array:
+    """A column of text with bytes that are none."""
+    return pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+
+
+FAR = pyarrow.array([0, 2**60, 0], pyarrow.timestamp("ms"))  # beyond the year 9999
+
+
+def test_a_cell_that_cannot_be_read_is_a_wrong_row(tmp_path: Path) -> None:
+    columns = {"instruction": broken_text(b"Hi", b"gr\xfcn", b"Ho"), "output": pyarrow.array(["a", "b", "c"])}
+    for path in tables(tmp_path, pyarrow.table(columns)):
+        rows = skipped(path)
+        assert [row.row for row in rows if not row.problem] == [1, 3]
+        assert rows[1].problem.startswith("instruction cannot be read (") and "row 2: instruction" in message_of(path)
+        stream = SetStream(open_source(DataSource(str(path)), streaming=True))
+        contents_of = [stream.next() for _ in range(3)]
+        assert [isinstance(row[1], RowProblem) for row in contents_of if row] == [False, True, False]
+
+
+@pytest.mark.parametrize("bad", [broken_text(b"x", b"\xff", b"y"), FAR])
+def test_columns_that_nobody_reads_are_not_read(tmp_path: Path, bad: pyarrow.Array) -> None:
+    texts = pyarrow.array(["Hi", "Hi", "Hi"])
+    columns = {"instruction": texts, "output": texts, "text": bad, "note": bad, "reply": bad}
+    for path in tables(tmp_path, pyarrow.table(columns)):
+        assert len(contents(path)) == 3
+        if bad is not FAR:
+            renamed = skipped(path, fields={"output": "note"})
+            assert [bool(row.problem) for row in renamed] == [False, True, False]  # now it is read
+
+
+def test_a_read_column_of_dates_beyond_python(tmp_path: Path) -> None:
+    texts = pyarrow.array(["Hi", "Hi", "Hi"])
+    for path in tables(tmp_path, pyarrow.table({"instruction": texts, "output": texts, "label": FAR})):
+        assert [bool(row.problem) for row in skipped(path)] == [False, True, False]
+
+
+def test_an_unknown_format_names_the_columns_that_were_not_read(tmp_path: Path) -> None:
+    table = pyarrow.table({"left": ["a"], "right": [[{"x": 1}]]})
+    for path in tables(tmp_path, table):
+        assert "its columns are left, right, which fit no known format" in message_of(path)
+
+
+def test_a_table_with_a_name_twice(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "its columns are text, text, but no name may come twice" in message_of(tmp_path / "a.parquet")
 
 
 # Folders and the hub

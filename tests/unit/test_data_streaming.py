@@ -34,7 +34,7 @@ def write(path: Path, rows: list[Any]) -> DataSource:
     return DataSource(str(path))
 
 
-def task(question: str, answer: str = "yes") -> dict[str, str]:
+def task(question: str, answer: str = "yes") -> dict[str, Any]:
     return {"instruction": question, "output": answer}
 
 
@@ -321,10 +321,34 @@ def test_a_wrong_row_stops_all_ranks(tmp_path: Path, tokenizer: PreTrainedTokeni
     assert isinstance(first, UserError) and str(first).startswith("rank 1: ") and str(second) in str(first)
 
 
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([task("q" * 90)] * 5, r"no row of .*b\.jsonl has a token to learn within data\.max_length = 60"),
+        (
+            [{**task("a"), "tools": [{"name": "f"}]}] * 3,
+            r"no row of .*\(the first of them: .*b\.jsonl, row 1: the model's chat template leaves out tools",
+        ),
+        ([task("a", "")] * 3, r"every row of .*b\.jsonl is wrong, the first of them so: .*row 1: output is empty"),
+    ],
+)
+def test_a_set_without_one_right_row_is_an_error(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Any], why: str
+) -> None:
+    """Also beside a good one, whose batches would be half empty."""
+    good = write(tmp_path / "a.jsonl", [task("a")] * 5)
+    with pytest.raises(DataError, match=why):
+        streamed([good, write(tmp_path / "b.jsonl", rows)], tokenizer, on_bad_row="skip")
+    late = write(tmp_path / "b.jsonl", [*rows, task("a")])
+    streamed([good, late], tokenizer, on_bad_row="skip")
+
+
 def test_an_epoch_without_anything_to_learn_ends_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    source = write(tmp_path / "a.jsonl", [task("q" * 90)] * 5)
+    source = write(tmp_path / "a.jsonl", [task("a")])
+    data = streamed([source], tokenizer)
+    write(tmp_path / "a.jsonl", [task("q" * 90)] * 5)  # written anew by somebody else
     with pytest.raises(DataError, match=r"data\.train: a whole epoch .* data\.max_length = 60 .* left out"):
-        steps([source], tokenizer, 1, world_size=2)
+        next(data.steps(batch_size=2, micro_batch_size=2, peers=Peers(), pad_token_id=0))
 
 
 def test_a_file_that_vanishes_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,13 +6,17 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from dsmoelora.config import DataSource, Recipe
+from dsmoelora.data import load_instructions
 from dsmoelora.errors import UserError
 from dsmoelora.plan import make_plan, print_plan
 from tests.helpers import tiny_llama
@@ -224,3 +228,70 @@ def test_a_router_for_a_block_is_counted_once_and_plain_lora_has_none(recipe: Re
 def test_a_world_has_at_least_one_rank(recipe: Recipe, world_size: int) -> None:
     with pytest.raises(UserError, match="--world-size"):
         make_plan(recipe, ZERO_3, world_size=world_size, resume="none")
+
+
+def with_token(recipe: Recipe, folder: Path, token: str, **template: str) -> None:
+    """The model with one token more in its tokenizer than its embedding has rows."""
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(recipe.model.path, folder / "larger"))
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+    for key, value in template.items():
+        setattr(tokenizer, key, value)
+    tokenizer.save_pretrained(folder / "larger")
+    recipe.model.path = str(folder / "larger")
+
+
+def say(recipe: Recipe, *rows: dict[str, Any]) -> None:
+    Path(recipe.data.train[0].path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "a <new> b", "output": "c"},
+        {"instruction": "a", "output": "c<new>"},
+        {"text": "a<new>"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": "<new>"}]},
+        {"instruction": "a", "output": "c", "tools": [{"name": "f", "description": "<new>"}]},
+    ],
+)
+def test_a_row_with_a_token_beyond_the_embedding(
+    recipe: Recipe, tmp_path: Path, row: dict[str, Any], streaming: bool
+) -> None:
+    with_token(recipe, tmp_path, "<new>")
+    recipe.data.streaming = streaming
+    plan = make_plan(recipe, ZERO_3, world_size=1, resume="none")
+    assert any("none for <new>: rows that hold such a token are wrong" in note for note in plan.notes)
+    recipe.data.train[0].format = "messages" if "messages" in row else "text" if "text" in row else "alpaca"
+    say(recipe, {"messages": ROW_OF_TURNS} if "messages" in row else {"text": "x"} if "text" in row else ROW, row)
+    with pytest.raises(UserError, match=r"row 2: it holds '<new>', which is token 260, but .* has 260 rows, 0 to 259"):
+        make_plan(recipe, ZERO_3, world_size=1, resume="none")
+    recipe.data.on_bad_row = "skip"
+    make_plan(recipe, ZERO_3, world_size=1, resume="none")
+
+
+ROW_OF_TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("template", [{"eos_token": "<new>"}, {"bos_token": "<new>"}, {"chat_template": "<new>: "}])
+def test_a_token_of_the_template_beyond_the_embedding(recipe: Recipe, tmp_path: Path, template: dict[str, str]) -> None:
+    with_token(recipe, tmp_path, "<new>", **template)
+    with pytest.raises(UserError, match=r"has '<new>' as number 260, but the embedding of the model has 260 rows"):
+        make_plan(recipe, ZERO_3, world_size=1, resume="none")
+
+
+def test_an_embedding_that_is_too_small_for_ordinary_tokens(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.model.path = str(tiny_llama(tmp_path / "small", vocab_size=200))
+    with pytest.raises(UserError, match=r"as number 200, but the embedding of the model has 200 rows, 0 to 199"):
+        make_plan(recipe, ZERO_3, world_size=1, resume="none")
+
+
+def test_a_wrong_row_that_is_skipped_leaves_no_token_beyond_the_embedding(recipe: Recipe, tmp_path: Path) -> None:
+    with_token(recipe, tmp_path, "<new>")
+    say(recipe, ROW, {"instruction": "a <new> b", "output": "c"})
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+    load = partial(load_instructions, recipe.data.train, "data.train", tokenizer, 64, num_embeddings=260)
+    with pytest.raises(UserError, match=r"row 2: it holds '<new>'"):
+        load()
+    dataset = load(on_bad_row="skip")
+    assert len(dataset) == 1 and "1 of 2 rows skipped (row 2: it holds '<new>'" in dataset.reports[0].losses()
