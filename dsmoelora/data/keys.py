@@ -107,7 +107,7 @@ def check_row_keys(row: dict[str, Any], renamed: set[str], has_classes: bool) ->
         if use is Use.NEGATIVE and _says_no(key, value, has_classes):
             what = "so its answer is not to be learned" if key != "weight" else "but a row is learned with weight 1"
             raise RowProblem(
-                f"{key} is {shown(value)}, {what}. Leave the row out, or rename the column where it means something else."
+                f"{key} is {shown(value)}, {what}. Leave the row out, or rename the column if it means something else."
             )
 
 
