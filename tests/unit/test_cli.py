@@ -13,7 +13,7 @@ import pytest
 from dsmoelora import cli
 from dsmoelora.cli import DEFAULT_DEEPSPEED, parse_command, run_guarded
 from dsmoelora.config import DataSource, Recipe
-from dsmoelora.data.formats import FORMATS
+from dsmoelora.data.formats import PARSERS
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel.stopping import Stopped
 from dsmoelora.recipe_file import recipe_yaml
@@ -102,7 +102,7 @@ def test_numbers_in_a_list_may_be_written_in_any_way(tmp_path: Path) -> None:
 
 
 def test_the_formats_of_a_recipe_are_those_that_are_read() -> None:
-    assert set(typing.get_args(typing.get_type_hints(DataSource)["format"])) == {"auto", *FORMATS}
+    assert set(typing.get_args(typing.get_type_hints(DataSource)["format"])) == {"auto", *PARSERS}
 
 
 def test_held_out_sets_have_no_weight(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.config import DataSource
 from dsmoelora.data import InstructionDataset, load_instructions
-from dsmoelora.data.formats import FORMATS
+from dsmoelora.data.formats import PARSERS
 from tests.helpers import tiny_tokenizer
 
 SAMPLES = Path(__file__).parent.parent / "samples"
@@ -123,7 +123,7 @@ def check(dataset: InstructionDataset, tokenizer: PreTrainedTokenizerBase, name:
 
 
 def test_there_is_a_sample_file_for_every_format() -> None:
-    assert set(EXPECTED) == set(FORMATS) == {file.stem for file in SAMPLES.glob("*.jsonl")}
+    assert set(EXPECTED) == set(PARSERS) == {file.stem for file in SAMPLES.glob("*.jsonl")}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
