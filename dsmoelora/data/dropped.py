@@ -17,7 +17,8 @@ def check_nothing_dropped(conversation: Conversation, render: Render) -> None:
     """Refuse a conversation with tools, calls or thoughts that leave no trace in what its template renders.
 
     Thoughts are looked for in what ends with their turn, for templates leave out those of earlier turns; of turns that
-    are not learned they may be left out. The same thoughts under two keys may be written once.
+    are not learned they may be left out. The same thoughts under two keys may be written once. Ids and names need not
+    be written. What came before the last question is left out here, so that the work grows with the turns.
 
     Args:
         conversation: of one row
@@ -35,8 +36,9 @@ def check_nothing_dropped(conversation: Conversation, render: Render) -> None:
         for keys in (thoughts, ["tool_calls"] if "tool_calls" in message else []):
             if not keys:
                 continue
+            first = max((k for k in range(i) if messages[k]["role"] == "user"), default=0)
             without = {key: value for key, value in message.items() if key not in keys}
-            if render(messages[: i + 1], tools) == render([*messages[:i], without], tools):
+            if render(messages[first : i + 1], tools) == render([*messages[first:i], without], tools):
                 raise _dropped(" and ".join(keys), f" of messages[{i}]")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dsmoelora.config import DataSource
 from dsmoelora.data import rows
 from dsmoelora.data.columns import format_of
-from dsmoelora.data.keys import check_row_keys
+from dsmoelora.data.keys import check_row_is_learned, check_row_is_text
 from dsmoelora.data.layouts import is_conversation, nested_cause, table_cause
 from dsmoelora.data.problems import FormatProblem, RowProblem, kind
 from dsmoelora.data.readers import RowSource, open_source
@@ -98,9 +98,10 @@ class RowParser:
             raise given
         if is_conversation(given):  # a file of conversations alone
             given = {"conversations" if self._format == "sharegpt" else "messages": given}
-        row = _renamed(given, self._source.fields)
+        row, renamed = _renamed(given, self._source.fields), self._source.fields.values()
+        check_row_is_text(row, renamed)
         self._format = self._format or self._found_format(row)
-        check_row_keys(row, set(self._source.fields.values()), self._format in _WITH_CLASSES)
+        check_row_is_learned(row, renamed, self._format in _WITH_CLASSES)
         parse = PARSERS[self._format]
         if self._format == "multiple_choice":
             parse = partial(rows.multiple_choice, answer_is=self._source.answer_is)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -88,8 +89,24 @@ def check_turn_keys(name: str, turn: dict[str, Any]) -> None:
         raise RowProblem(f"{name} has {key}, {_reason(key, 'which belongs beside the conversation')}.")
 
 
-def check_row_keys(row: dict[str, Any], renamed: set[str], has_classes: bool) -> None:
-    """Refuse a row with a column that says that its answer is not to be learned, or that it is more than text.
+def check_row_is_text(row: dict[str, Any], renamed: Collection[str]) -> None:
+    """Refuse a row with a column that says that it is more than text and an answer.
+
+    Args:
+        row: with the names of the source
+        renamed: columns which stand for another one
+
+    Raises:
+        RowProblem: there is such a column
+    """
+    for key in _columns(row, renamed, Use.REFUSED):
+        if is_given(row[key]):
+            remedy = "Leave the row out, or rename the column where it means something else"
+            raise RowProblem(f"{key} is given, {_reason(key, 'which nothing here reads')}. {remedy}.")
+
+
+def check_row_is_learned(row: dict[str, Any], renamed: Collection[str], has_classes: bool) -> None:
+    """Refuse a row with a column that says that its answer is not to be learned.
 
     Args:
         row: with the names of the source
@@ -99,12 +116,9 @@ def check_row_keys(row: dict[str, Any], renamed: set[str], has_classes: bool) ->
     Raises:
         RowProblem: there is such a column
     """
-    for key, value in row.items():
-        use = KEYS[key].row if key in KEYS and key not in renamed else Use.IGNORED
-        if use is Use.REFUSED and is_given(value):
-            remedy = "Leave the row out, or rename the column where it means something else"
-            raise RowProblem(f"{key} is given, {_reason(key, 'which nothing here reads')}. {remedy}.")
-        if use is Use.NEGATIVE and _says_no(key, value, has_classes):
+    for key in _columns(row, renamed, Use.NEGATIVE):
+        value = row[key]
+        if _says_no(key, value, has_classes):
             what = "so its answer is not to be learned" if key != "weight" else "but a row is learned with weight 1"
             raise RowProblem(
                 f"{key} is {shown(value)}, {what}. Leave the row out, or rename the column if it means something else."
@@ -131,6 +145,10 @@ def switch_of(name: str, turn: dict[str, Any]) -> tuple[str, bool] | None:
         both = " and ".join(f"{key} is {shown(turn[key])}" for key in said)
         raise RowProblem(f"{name} says both that it is learned and that it is not: {both}. Keep one of them.")
     return next(iter(said.items()), None)
+
+
+def _columns(row: dict[str, Any], renamed: Collection[str], use: Use) -> list[str]:
+    return [key for key in row if key in KEYS and KEYS[key].row is use and key not in renamed]
 
 
 def _reason(key: str, otherwise: str) -> str:

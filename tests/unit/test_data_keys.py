@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsmoelora.config import DataSource
+from dsmoelora.data.columns import COLUMNS
 from dsmoelora.data.formats import Conversation, RowParser
 from dsmoelora.data.keys import KEYS, Use
 
@@ -162,3 +165,36 @@ def test_parts_of_text_are_joined() -> None:
 def test_keys_of_turns_that_are_written_as_text(tmp_path: Path) -> None:
     turns = json.dumps([USER, {**ASSISTANT, "loss": False}, USER, ASSISTANT])
     assert parsed({"messages": turns}).learned == (3,)
+
+
+NAMES = st.sampled_from([*KEYS, *(name for each in COLUMNS.values() for name in each.required | each.optional), "x"])
+ATOMS = (
+    st.sampled_from([None, True, False, 0, 1, 0.5, "", " ", "user", "assistant", "tool", "function_call", "text", "[]"])
+    | st.text(max_size=3)
+    | st.integers()
+    | st.floats()
+)
+VALUES = st.recursive(
+    ATOMS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=20
+)
+TURNS = st.dictionaries(NAMES, VALUES, max_size=3).map(lambda extra: {**ASSISTANT, **extra})
+CHATS = st.lists(TURNS, max_size=3).map(lambda turns: {"messages": [USER, *turns, ASSISTANT]})
+FITTING = [ALPACA, {"text": "Once"}, {"question": "q", "choices": ["a", "b"], "answer": "a"}]
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    VALUES | CHATS | st.tuples(st.sampled_from(FITTING), st.dictionaries(NAMES, VALUES)).map(lambda p: {**p[0], **p[1]})
+)
+def test_any_row_is_read_or_refused(row: Any) -> None:
+    """No value gives anything but a conversation that a template can be handed, or a sentence."""
+    found = parsed(row)
+    if found.problem:
+        assert not found.messages and not found.text
+        return
+    json.dumps([found.messages, found.tools], allow_nan=True).encode("utf-8")
+    learned = range(len(found.messages)) if found.learned is None else found.learned
+    assert found.text or any(found.messages[i]["role"] == "assistant" for i in learned)
+    for message in found.messages:
+        assert {"role", "content"} <= message.keys() and isinstance(message["content"], str)
+        assert all(KEYS[key].turn in (Use.READ, Use.TEMPLATE) for key in message)

@@ -171,3 +171,10 @@ def test_one_conversation_over_many_lines(tmp_path: Path) -> None:
 def test_a_row_with_a_mistake_is_no_table(tmp_path: Path) -> None:
     row = {"instruction": "Hi", "output": "", "sources": [{"url": "x"}]}
     assert "row 1: output is empty" in message_of(file(tmp_path, "a.jsonl", json.dumps(row)))
+
+
+@pytest.mark.parametrize("row", [{"chosen": TURNS, "rejected": TURNS}, {"prompt": "a", "chosen": "b", "rejected": "c"}])
+def test_preferences_are_called_what_they_are(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert "row 1: rejected is given, which would have to be unlearned" in message_of(
+        file(tmp_path, "a.jsonl", json.dumps(row))
+    )
