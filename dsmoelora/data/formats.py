@@ -71,7 +71,7 @@ class RowParser:
         self._source, self._name, self._on_bad_row = source, name, on_bad_row
         self._format = None if source.format == "auto" else source.format
         self._has_right_row = False
-        self._first_problem: DataError | None = None
+        self._first_problem: tuple[int, RowProblem] | None = None
 
     def __call__(self, number: int, row: Any) -> Conversation:
         """The conversation of a row.
@@ -84,9 +84,9 @@ class RowParser:
         except RowProblem as problem:
             cause = table_cause(row, self._source.path) if isinstance(row, dict) else ""
             problem = FormatProblem(cause) if cause else problem
-            self._first_problem = self._first_problem or problem.at(self._name, number)
+            self._first_problem = self._first_problem or (number, problem)
             if self._on_bad_row == "error":
-                raise self._first_problem from None
+                raise problem.at(self._name, number) from None
             return Conversation([], self._name, number, problem=str(problem))
         self._has_right_row = True
         if isinstance(parsed, str):
@@ -126,12 +126,14 @@ class RowParser:
         Raises:
             DataError: there was none
         """
-        if self._first_problem is None and not self._has_right_row:
+        if self._has_right_row:
+            return
+        if self._first_problem is None:
             raise DataError(f"{self._name} holds no rows. Give a file with at least one.")
-        if self._format is None:
-            raise self._first_problem or AssertionError
-        if not self._has_right_row:
-            raise DataError(f"every row of {self._name} is wrong, the first of them so: {self._first_problem}")
+        number, problem = self._first_problem
+        if isinstance(problem, FormatProblem):
+            raise problem.at(self._name, number)
+        raise DataError(f"every row of {self._name} is wrong: row {number}: {problem} Correct the rows.")
 
 
 def read_conversations(

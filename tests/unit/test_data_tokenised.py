@@ -78,7 +78,7 @@ def test_rows_that_the_template_refuses_are_wrong_rows(tmp_path: Path, tokenizer
 
 def test_every_row_is_wrong(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     source = write(tmp_path / "a.jsonl", {**ROW, "output": ""}, {**ROW, "output": None})
-    with pytest.raises(DataError, match=r"every row of .*a\.jsonl is wrong, .*row 1: output is empty"):
+    with pytest.raises(DataError, match=r"every row of .*a\.jsonl is wrong: row 1: output is empty"):
         load(tokenizer, source, on_bad_row="skip")
 
 
