@@ -9,8 +9,9 @@ import torch
 DtypeName = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Time of torch's matrix products in bf16 against fp32 on a CPU without bf16 instructions: `benchmarks/dtypes.py`.
-SLOWER_WITHOUT_BF16 = "6 to 80 times"
+# Time of torch's matrix products in bf16 against fp32 on a CPU without bf16 instructions (AMD Zen 3, AVX2), by size:
+# `python benchmarks/dtypes.py --tokens 128`.
+SLOWER_WITHOUT_BF16 = "3 to 250 times"
 
 
 def has_bf16(device: torch.device) -> bool:
