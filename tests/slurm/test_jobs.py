@@ -191,9 +191,9 @@ def test_the_demo_trains_and_stops_in_time_wherever_its_experts_lie(demo: list[s
         job = Job("train.sbatch", ROOT / "launch/recipes/demo.yaml", folder, *demo, "--parallel.ep_size", str(ep_size))
         try:
             if ep_size == 2:
-                job.wait_for_step(1)
+                job.wait_for_step(1, timeout_s=600)
                 slurm("scancel", "--signal=USR1", "--batch", job.id)
-            said = job.finish().said()
+            said = job.finish(timeout_s=900).said()
         finally:
             job.cancel()
         rows = read_metrics(folder / "metrics.jsonl")
