@@ -56,12 +56,15 @@ class WorkerPool:
         world_size: number of processes
         env: variables of the workers beside those that the pool sets
         join_group: whether the workers initialise DeepSpeed's process group themselves
+        forked: see `forks`; a worker whose `env` is read while importing (DS_ACCELERATOR) must be spawned
     """
 
-    def __init__(self, world_size: int, env: dict[str, str] | None = None, join_group: bool = True) -> None:
+    def __init__(
+        self, world_size: int, env: dict[str, str] | None = None, join_group: bool = True, forked: bool = True
+    ) -> None:
         self.world_size = world_size
         self._env = env or {}
-        self._join_group = join_group
+        self._join_group, self._forked = join_group, forked
         self._workers: list[_Worker] = []
         self._folder = tempfile.TemporaryDirectory(prefix="workers-")
 
@@ -95,7 +98,7 @@ class WorkerPool:
         for rank in range(self.world_size):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.world_size)}
             log = Path(self._folder.name) / f"rank{rank}.log"
-            self._workers.append(_Worker.start(log, address | ranks | self._env, self._join_group))
+            self._workers.append(_Worker.start(log, address | ranks | self._env, self._join_group, self._forked))
         self._collect(START_TIMEOUT_S, "starting the workers")
 
     def _call(self, message: bytes, timeout_s: float) -> list[Any]:
@@ -210,8 +213,8 @@ class _Worker:
     log: Path
 
     @classmethod
-    def start(cls, log: Path, env: dict[str, str], join_group: bool) -> _Worker:
-        context = forks()
+    def start(cls, log: Path, env: dict[str, str], join_group: bool, forked: bool) -> _Worker:
+        context = forks() if forked else multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         args = (theirs, base_environment() | env, str(log), join_group)
         process = context.Process(target=_worker_main, args=args, daemon=True)
