@@ -20,7 +20,7 @@ from tests.plain_training import METHODS, make_base, make_recipe
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
-    two = WorkerPool(2, env={"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0"}, join_group=False)
+    two = WorkerPool(2, env={"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0"}, join_group=False, forked=False)
     assert two.run(join_over_gloo) == ["cuda:0"] * 2, "each believes that its device is number 0"
     yield two
     two.close()
