@@ -18,12 +18,11 @@ NEEDS := setup.py $(CONSTRAINTS)
 
 .PHONY: demo test test-all test-versions test-gpu check format install clean
 
-# The programs below start others by name (deepspeed, ninja), so the environment comes first in PATH.
+# The programs below start others by name (deepspeed), so the environment comes first in PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
 
 demo: $(VENV)/.installed-demo
 	@python launch/prepare_demo.py --model-dir models/smollm2-135m --data-dir data/demo
-	@python launch/prebuild_cpu_op.py
 	@name=demo; n=2; while [ -e "runs/$$name" ]; do name=demo-$$n; n=$$((n + 1)); done; \
 	set -- deepspeed --num_accelerators $(NUM_RANKS) launch/train.py --config launch/recipes/demo.yaml \
 	    --deepspeed ds_configs/zero3_small.json; \
@@ -44,12 +43,11 @@ test-all: $(VENV)/.installed-dev
 test-gpu: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 python -m pytest tests/gpu $(PYTEST_ARGS)
 
-# The ends of the version ranges in setup.py: an environment each, and operators compiled against its torch.
+# The ends of the version ranges in setup.py: an environment each.
 test-versions:
 	@for set in oldest middle; do \
 	    echo "== $$set"; \
-	    TORCH_EXTENSIONS_DIR=$(abspath .cache/versions)/$$set/torch_extensions $(MAKE) --no-print-directory \
-	        VENV=.cache/versions/$$set CONSTRAINTS=tests/versions/$$set.txt \
+	    $(MAKE) --no-print-directory VENV=.cache/versions/$$set CONSTRAINTS=tests/versions/$$set.txt \
 	        PYTEST_ARGS="tests/unit tests/distributed/test_engine_parity.py $(PYTEST_ARGS)" test || failed=1; \
 	done; [ -z "$$failed" ]
 

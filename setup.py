@@ -21,9 +21,8 @@ def read_version() -> str:
 # `make test-versions` runs the lower bounds of torch, deepspeed and transformers (tests/versions/, docs/versions.md).
 # constraints.txt holds the exact versions of the ones whose behaviour our numbers depend on.
 REQUIRES = [
-    "torch>=2.9.1,<2.14",  # tensors and autograd; DeepSpeed's C++ ops are compiled against it
+    "torch>=2.9.1,<2.14",  # tensors and autograd
     "deepspeed>=0.19.4,<0.20",  # ZeRO-3; parallel/zero.py reads its internals, and says what each version lacks
-    "ninja>=1.11",  # DeepSpeed compiles its operators with it at first use
     "transformers>=5.17,<6",  # models, tokenizers, chat templates, learning-rate schedules
     "accelerate>=1.13,<2",  # transformers loads weights into ZeRO-3 partitions with its help
     "datasets>=5,<6",  # hub names and saved folders; tokenises in parallel, keeps samples on disk

@@ -24,7 +24,7 @@ from dsmoelora.adapters.svd_start import uniform_gates
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
-from dsmoelora.data.chat import stop_ids
+from dsmoelora.data.chat import Prompt, stop_ids
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.heartbeat import Heartbeat, Phase
 from dsmoelora.inputs import can_keep_logits, check_probe, fill_context, model_inputs, probe, prompt_inputs, sent
@@ -283,10 +283,10 @@ class Engine:
         self._context.clear()
         comm.together(lambda: check_probe(self.model, logits_BSV))
 
-    def generate(self, conversations: list[list[dict[str, Any]]], max_new_tokens: int) -> list[str]:
-        """Greedy answers of the assistant to conversations that end in a user's turn; the same on all ranks."""
+    def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
+        """Greedy answers of the assistant; the same on all ranks."""
         self._heartbeat.enter(Phase.GENERATE, self.step)
-        batch = prompt_inputs(self.tokenizer, conversations, self.device)
+        batch = prompt_inputs(self.tokenizer, prompts, self.device)
         with self._inference():
             output = self.model.generate(  # type: ignore[operator]  # transformers types it as a tensor
                 **batch,

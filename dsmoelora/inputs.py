@@ -20,7 +20,7 @@ from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.data import MicroBatch
-from dsmoelora.data.chat import prompt_ids
+from dsmoelora.data.chat import Prompt, prompt_ids
 from dsmoelora.errors import ModelError
 
 _PROBE_LENGTH = 4
@@ -105,13 +105,15 @@ def _forward(module: nn.Module, stand_in: Any) -> Iterator[None]:
             module.forward = own
 
 
-def prompt_inputs(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]], device: torch.device
-) -> dict[str, Tensor]:
-    """Token ids and mask (B, S) of conversations that end in a user's turn, padded on the left, for `generate`."""
-    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+def prompt_inputs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], device: torch.device) -> dict[str, Tensor]:
+    """Token ids and mask (B, S) of what comes before an answer, padded on the left, for `generate`.
+
+    Raises:
+        RowProblem: the chat template refuses one
+    """
+    ids = [prompt_ids(tokenizer, prompt.messages, prompt.tools) for prompt in prompts]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     tokenizer.padding_side = side
     return {name: sent(tensor, device) for name, tensor in batch.items()}
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dsmoelora import load_adapter
 from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
-from dsmoelora.data.chat import stop_ids
+from dsmoelora.data.chat import Prompt, stop_ids
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.errors import CheckpointError, ModelError, bad_value
 from dsmoelora.inputs import prompt_inputs
@@ -91,7 +91,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, system: 
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     try:
-        batch = prompt_inputs(tokenizer, [messages], model.device)
+        batch = prompt_inputs(tokenizer, [Prompt(messages)], model.device)
     except RowProblem as problem:
         if not system:
             raise ModelError(f"The prompt cannot be asked: {problem}") from None

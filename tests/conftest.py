@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from launch.prebuild_cpu_op import prebuild
 from tests.helpers_distributed import WorkerPool, base_environment
 
 CACHE = Path(__file__).parent.parent / ".cache"
@@ -20,7 +19,6 @@ def pytest_configure() -> None:
     """Set the environment before anything imports torch or transformers; the programs that tests start inherit it."""
     os.environ.update(base_environment())
     # Folders of our own: nothing of the user's caches decides about a test, and no test writes there.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(CACHE / "torch_extensions"))
     os.environ["HF_HOME"] = str(CACHE / "huggingface")
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONHASHSEED": "0"}
 
@@ -31,12 +29,6 @@ release = pytest.mark.release  # guards a release, not every commit: `make test-
 def thorough(*values: Any) -> Any:
     """One case of a `parametrize` that guards a release."""
     return pytest.param(*values, marks=release)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cpu_op() -> None:
-    """DeepSpeed's operator for CPU ranks, compiled once per checkout instead of in silence inside some test."""
-    prebuild(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
 
 
 @pytest.fixture(scope="session")

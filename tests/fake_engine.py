@@ -12,6 +12,7 @@ import numpy as np
 
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
+from dsmoelora.data.chat import Prompt
 from dsmoelora.data.mixing import Mixture
 from dsmoelora.engine import StepResult
 from dsmoelora.parallel.stopping import StopRequest
@@ -78,10 +79,10 @@ class FakeEngine:
         self.calls.append(f"evaluate at {self.step}" if routed else f"evaluate base at {self.step}")
         return 4.0 - self.step / 10 if routed else 3.5
 
-    def generate(self, conversations: list[list[Message]], max_new_tokens: int) -> list[str]:
+    def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
         self.stop.check()
         self.calls.append(f"generate at {self.step}")
-        return [f"step {self.step}: {conversation[-1]['content']}" for conversation in conversations]
+        return [f"step {self.step}: {prompt.messages[-1]['content']}" for prompt in prompts]
 
     def save(self, root: Path, state: dict[str, Any], keep: int) -> Path:
         self.calls.append(f"save at {self.step}")
@@ -117,6 +118,9 @@ class FakeDataset:
 
     def sample(self, index: int) -> tuple[list[int], list[int]]:
         return [1, 2, 3], [-100, 2, 3]
+
+    def tools(self, index: int) -> None:
+        return None
 
     def messages(self, index: int) -> list[Message]:
         return [

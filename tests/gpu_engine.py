@@ -13,6 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from dsmoelora.config import Recipe
+from dsmoelora.data.chat import Prompt
 from tests.engine_ranks import Job, batches_of, build_engine
 
 NUM_STEPS = 3
@@ -62,7 +63,7 @@ def assert_healthy(found: list[Learned], device: str) -> None:
 def answers(recipe: Recipe) -> list[str]:
     """What an engine says to two conversations of uneven lengths; the same if asked again."""
     engine = build_engine(Job(recipe))
-    asked = [[{"role": "user", "content": text}] for text in ("a", "What is this?")]
+    asked = [Prompt([{"role": "user", "content": text}]) for text in ("a", "What is this?")]
     said = engine.generate(asked, max_new_tokens=4)
     assert said == engine.generate(asked, max_new_tokens=4)
     return said

@@ -129,7 +129,6 @@ class WorkerPool:
         timed_out = all(outcome.error is None for outcome in outcomes.values())
         report = self._report(outcomes)
         self.close()
-        _remove_dead_lock()
         headline = f"{what} took more than {timeout_s:g} s" if timed_out else f"{what} failed"
         raise DistributedFailure(f"{headline}, world size {self.world_size}\n{report}")
 
@@ -282,7 +281,10 @@ def _nothing() -> None:
 def _join_group() -> None:
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    from dsmoelora.parallel import comm
+
+    with comm.without_cpu_operator():
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def _die_with_parent() -> None:
@@ -290,10 +292,3 @@ def _die_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
-
-
-def _remove_dead_lock() -> None:
-    """A worker that is killed while it loads DeepSpeed's operator leaves a lock that the next one would wait for."""
-    from launch.prebuild_cpu_op import extensions_dir, remove_dead_lock
-
-    remove_dead_lock(extensions_dir())

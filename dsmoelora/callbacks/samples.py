@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from typing import Any
 
@@ -11,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
+from dsmoelora.data.chat import Prompt
+from dsmoelora.data.turns import Message
 from dsmoelora.parallel import comm
-
-Message = dict[str, Any]
 
 
 class Samples(Callback):
@@ -52,28 +53,30 @@ class Samples(Callback):
             table.add_column(header, ratio=1, overflow="fold")
         # A checkpoint may come from a run with fewer samples.
         before = self._before + ["(not asked)"] * (len(after) - len(self._before))
-        for (prompt, reference), old, new in zip(_prompts(run), before, after, strict=False):
+        for (prompt, reference), old, new in zip(_questions(run), before, after, strict=False):
             # Text of data and models may hold what rich takes for markup.
-            table.add_row(*(Text(text) for text in (prompt[-1]["content"], old, new, reference)))
+            table.add_row(*(Text(text) for text in (prompt.messages[-1]["content"], old, new, reference)))
         return table
 
 
 def _answers(run: TrainingRun) -> list[str]:
-    prompts = [prompt for prompt, _ in _prompts(run)]
+    prompts = [prompt for prompt, _ in _questions(run)]
     if not prompts:
         return []
     return run.engine.generate(prompts, run.recipe.train.sample_max_new_tokens)
 
 
-def _prompts(run: TrainingRun) -> list[tuple[list[Message], str]]:
-    if run.eval_data is None:
+def _questions(run: TrainingRun) -> list[tuple[Prompt, str]]:
+    data = run.eval_data
+    if data is None:
         return []
     # Rows of plain text have no messages, and no question to ask.
-    talks = (messages for i in range(len(run.eval_data)) if (messages := run.eval_data.messages(i)))
-    return [split_prompt(messages) for messages in islice(talks, run.recipe.train.num_samples)]
+    talks = ((messages, i) for i in range(len(data)) if (messages := data.messages(i)))
+    return [split_prompt(messages, data.tools(i)) for messages, i in islice(talks, run.recipe.train.num_samples)]
 
 
-def split_prompt(messages: list[Message]) -> tuple[list[Message], str]:
-    """A conversation as prompt (everything before the last assistant turn) and reference answer."""
+def split_prompt(messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[Prompt, str]:
+    """A conversation as prompt (everything before the last assistant turn) and reference answer, calls included."""
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:last], messages[last]["content"]
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in messages[last].get("tool_calls", [])]
+    return Prompt(messages[:last], tools), "\n".join([messages[last]["content"], *calls]).strip()

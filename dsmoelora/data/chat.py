@@ -51,6 +51,19 @@ class TokenisedChat:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Args:
+        messages: up to the answer
+        tools: that it may call
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
 class _Answer:
     """One learned answer and all that comes before it.
 

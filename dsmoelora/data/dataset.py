@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -81,6 +81,11 @@ class InstructionDataset:
         """The conversation as far as the sample holds it, uncut; empty where the row is plain text."""
         messages: list[Message] = json.loads(self._rows[int(index)]["messages"])
         return messages[: self._tokens[int(index)]["num_messages"]]
+
+    def tools(self, index: int) -> list[dict[str, Any]] | None:
+        """Those of the conversation."""
+        tools: list[dict[str, Any]] | None = json.loads(self._rows[int(index)]["tools"])
+        return tools
 
     def origin(self, index: int) -> str:
         """Source and row that a sample came from."""

@@ -9,20 +9,17 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
-import io
+import importlib
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
-import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
@@ -33,9 +30,6 @@ from dsmoelora.parallel.ranks import call_device_0, env_rank, env_world_size
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-# DeepSpeed compiles this operator at its first start on a CPU; a build takes about a minute.
-_CPU_OPERATOR = "deepspeed_shm_comm"
-_STALE_LOCK_S = 300.0
 _TIMEOUT_MARGIN_S = _SHUTDOWN_TIMEOUT_S = 60.0
 _LOST_CONTACT = (
     "connection closed by peer",
@@ -59,14 +53,11 @@ def init() -> None:
     if dist.is_initialized():
         return
     _use_own_device()
-    _announce_build()
     try:
-        # DeepSpeed prints about its operators.
-        with contextlib.redirect_stdout(io.StringIO()) as said, _without_shared_buffers():
+        with without_cpu_operator():
             meet(_device())
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         _use_new_names()
-        logger.info("%s", said.getvalue().strip())
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(
@@ -298,32 +289,15 @@ def _use_own_device() -> None:
 
 
 @contextlib.contextmanager
-def _without_shared_buffers() -> Iterator[None]:
-    """Keep DeepSpeed's CPU operator from making its buffers in /dev/shm.
+def without_cpu_operator() -> Iterator[None]:
+    """Keep DeepSpeed from compiling an operator for CPU ranks when it initialises, a minute's work.
 
-    They serve all-reduces of inference alone, take 66 MiB a rank (more than all that a container has by default), and
-    stay behind after the process. The operator makes them when LOCAL_SIZE says that all ranks are on this machine.
+    Only its inference sums with it, and every rank with it takes 66 MiB of /dev/shm, more than all that a container has
+    by default, and leaves them behind.
     """
-    local_size = os.environ.pop("LOCAL_SIZE", None)
+    backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` is torch
+    build, backend.build_shm_op = backend.build_shm_op, lambda: None  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        if local_size is not None:
-            os.environ["LOCAL_SIZE"] = local_size
-
-
-def _announce_build() -> None:
-    """Explain the silences of a first start on a CPU: an operator is compiled, or a dead build's lock is in the way."""
-    if get_accelerator().device_name() != "cpu" or env_rank() > 0:
-        return
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or torch.utils.cpp_extension.get_default_build_root())
-    for lock in root.glob(f"**/{_CPU_OPERATOR}/lock"):
-        age_s = time.time() - lock.stat().st_mtime
-        if age_s > _STALE_LOCK_S:
-            logger.warning(
-                "%s is %.0f minutes old: a build was probably killed, and DeepSpeed waits for its end. "
-                "If nothing comes, stop this run and remove that file.",
-                *(lock, age_s / 60),
-            )
-    if not any(root.glob(f"**/{_CPU_OPERATOR}/{_CPU_OPERATOR}.so")):
-        logger.warning("DeepSpeed compiles its CPU operator now, once: about a minute.")
+        backend.build_shm_op = build  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dsmoelora import load_adapter
 from dsmoelora.config import Recipe
+from dsmoelora.data.chat import Prompt
 from tests.architectures import ARCHITECTURES, save_model
 from tests.conftest import PoolFactory
 from tests.engine_ranks import Job, Share, assert_parity, batches_of, build_engine, numbers_of
@@ -58,7 +59,7 @@ def train_and_save(job: Job, folder: Path) -> Outcome:
         engine.optimizer.num_steps,
         numbers_of(engine),
     )
-    return Outcome(share, logits_BSV, engine.generate([CHAT], max_new_tokens=3)[0])
+    return Outcome(share, logits_BSV, engine.generate([Prompt(CHAT)], max_new_tokens=3)[0])
 
 
 def recipe_for(name: str, base: Path, optim: dict[str, Any]) -> Recipe:

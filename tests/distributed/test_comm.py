@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import warnings
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -194,6 +195,17 @@ def wait_for_a_late_rank() -> tuple[bool, float]:
 def test_every_group_gets_the_timeout_of_the_watchdog() -> None:
     (is_lost, seconds), _ = run_distributed(wait_for_a_late_rank, 2)
     assert is_lost and 1 < seconds < 5
+
+
+def init_and_sum() -> tuple[float, bool]:
+    comm.init()
+    return comm.all_reduce_sum([1.0])[0], hasattr(torch.ops.deepspeed, "inference_all_reduce_")
+
+
+def test_nothing_is_compiled_for_cpu_ranks(tmp_path: Path) -> None:
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    assert run_distributed(init_and_sum, 2, join_group=False, env=env) == [(2.0, False)] * 2
+    assert not list(tmp_path.iterdir())
 
 
 def init_and_list_listeners() -> list[str]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsmoelora import load_adapter
 from dsmoelora.config import Recipe
+from dsmoelora.data.chat import Prompt
 from tests.conftest import PoolFactory
 from tests.engine_ranks import (
     Job,
@@ -28,7 +29,7 @@ from tests.engine_ranks import (
 from tests.plain_training import METHODS, global_batch, make_base, make_recipe, train_plainly
 
 HALF, WHOLE = 4, 8
-QUESTIONS = [[{"role": "user", "content": "ab"}], [{"role": "user", "content": "What is it, then?"}]]
+QUESTIONS = [Prompt([{"role": "user", "content": text}]) for text in ("ab", "What is it, then?")]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_an_adapter_from_three_ranks_says_the_same_without_deepspeed(
         assert (of_rank - logits).norm() <= tolerance * logits.norm()
 
     tokenizer = AutoTokenizer.from_pretrained(folder)  # the folder brings the tokenizer along
-    answers = [answer_alone(model, tokenizer, question) for question in QUESTIONS]
+    answers = [answer_alone(model, tokenizer, question.messages) for question in QUESTIONS]
     for _, of_rank in ranks:
         assert of_rank == ranks[0][1], "all ranks say the same"
         assert dtype == "bf16" or of_rank == answers, "and the same without padding and without DeepSpeed"

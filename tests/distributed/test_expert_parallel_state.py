@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from dsmoelora.adapters.similarity import ExpertCosines, cosine_matrix, largest_and_mean
 from dsmoelora.config import Recipe
+from dsmoelora.data.chat import Prompt
 from tests.conftest import PoolFactory
 from tests.engine_ranks import Job, Pieces, Share, batches_of, build_engine, numbers_of, put_together, train_on_rank
 from tests.expert_parallel import on_one_device, partitioned, recipe_of
 from tests.plain_training import Training, make_base
 
 HALF = 4
-QUESTIONS = [[{"role": "user", "content": "ab"}], [{"role": "user", "content": "What is it, then?"}]]
+QUESTIONS = [Prompt([{"role": "user", "content": text}]) for text in ("ab", "What is it, then?")]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dsmoelora import load_adapter
 from dsmoelora.config import Recipe
+from dsmoelora.data.chat import Prompt
 from tests.conftest import PoolFactory, thorough
 from tests.engine_ranks import Job, assert_parity, batches_of, build_engine, train_on_rank
 from tests.expert_parallel import DAMPED, on_one_device, partitioned
@@ -123,7 +124,7 @@ def speak_and_save(job: Job, folder: Path) -> tuple[Tensor, list[float], list[st
     engine = build_engine(job)
     losses = [engine.train_step(batches_of(job, step)).loss for step in range(NUM_STEPS)]
     engine.save_adapter(folder)
-    answers = engine.generate([[{"role": "user", "content": "ab"}]], max_new_tokens=8)
+    answers = engine.generate([Prompt([{"role": "user", "content": "ab"}])], max_new_tokens=8)
     engine.model.eval()
     with torch.no_grad():
         return engine.model(global_batch(0)[0]).logits.float(), losses, answers

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsmoelora.config import Recipe
+from dsmoelora.data.chat import Prompt
 from tests.conftest import PoolFactory
 from tests.engine_ranks import Job, batches_of, build_engine, train_on_rank
 from tests.plain_training import METHODS, make_base, make_recipe
@@ -108,7 +109,7 @@ def evaluate_and_generate(job: Job) -> list[int]:
     engine, counts = build_engine(job), []
     for work in (
         lambda: engine.evaluate(batches_of(job, 0) * 5),
-        lambda: engine.generate([[{"role": "user", "content": "ab"}]], 30),
+        lambda: engine.generate([Prompt([{"role": "user", "content": "ab"}])], 30),
     ):
         engine.stop = StopRequest()
         forwards: list[int] = []

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from dsmoelora import load_adapter
 from dsmoelora.adapters import batch_context
 from dsmoelora.config import LossesConfig, ParallelConfig, Recipe
+from dsmoelora.data.chat import Prompt
 from tests.conftest import PoolFactory, thorough
 from tests.engine_ranks import Job, Share, assert_parity, batches_of, build_engine, put_together, train_on_rank
 from tests.plain_training import ADAMW, SGD, Training, make_base, make_recipe, preconditioned, train_plainly
@@ -161,7 +162,7 @@ def finish_on_rank(job: Job, folder: Path) -> Finished:
     engine.load(job.load_from)
     engine.save_adapter(folder)
     loss = engine.evaluate(batches_of(job, 0))
-    answers = engine.generate([[{"role": "user", "content": "ab"}]], max_new_tokens=8)
+    answers = engine.generate([Prompt([{"role": "user", "content": "ab"}])], max_new_tokens=8)
     return Finished(train_on_rank(job), loss, answers)
 
 

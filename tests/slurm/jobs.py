@@ -40,7 +40,7 @@ def wait_for_end(job_id: str, timeout_s: float = 400.0) -> None:
 
 
 class Job:
-    """A run with two ranks on each node, submitted as a user would.
+    """A run on some nodes, submitted as a user would.
 
     Args:
         script: in `slurm/`
@@ -48,30 +48,33 @@ class Job:
         folder: `runs/<name>`
         argv: more for `launch/train.py`
         num_nodes: how many
+        ranks_per_node: on each
         variables: more for the environment of sbatch
     """
 
     def __init__(
-        self, script: str, recipe: Path, folder: Path, *argv: str, num_nodes: int = 2, **variables: str
+        self,
+        script: str,
+        recipe: Path,
+        folder: Path,
+        *argv: str,
+        num_nodes: int = 2,
+        ranks_per_node: int = 1,
+        **variables: str,
     ) -> None:
         self.folder = folder
         (ROOT / "logs").mkdir(exist_ok=True)
-        tasks = "2" if script in ("train.sbatch", "sweep.sbatch") else "1"
-        gpus = "2" if "gpu:2" in slurm("sinfo", "-h", "-o", "%G") else "0"
-        options = [
-            "--nodes",
-            str(num_nodes),
-            "--ntasks-per-node",
-            tasks,
-            "--gpus-per-node",
-            gpus,
-            "--cpus-per-task",
-            "1",
-        ]
-        options += ["--time", "15", f"slurm/{script}", str(recipe), "--run.dir", str(folder.parent)]
-        printed = slurm(
-            "sbatch", "--parsable", *options, "--run.name", folder.name, *argv, RANKS_PER_NODE="2", **variables
-        )
+        ranks = str(ranks_per_node)
+        options = {
+            "--nodes": str(num_nodes),
+            "--ntasks-per-node": ranks if script in ("train.sbatch", "sweep.sbatch") else "1",
+            "--gpus-per-node": ranks if "gpu:2" in slurm("sinfo", "-h", "-o", "%G") else "0",
+            "--cpus-per-task": "1",
+            "--time": "15",
+        }
+        command = ["sbatch", "--parsable", *(word for option in options.items() for word in option)]
+        command += [f"slurm/{script}", str(recipe), "--run.dir", str(folder.parent), "--run.name", folder.name, *argv]
+        printed = slurm(*command, RANKS_PER_NODE=ranks, **variables)
         self.id = printed.split(";")[0]
 
     def field(self, name: str) -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -52,12 +53,12 @@ def workshop() -> Path:
 
 @pytest.fixture(scope="module")
 def submit(workshop: Path) -> Iterator[Submit]:
-    """`submit(script, name, *argv, **variables)` starts a run; what is left at the end is cancelled."""
+    """`submit(script, name, *argv, **more)` starts a run; what is left at the end is cancelled."""
     jobs: list[Job] = []
 
-    def start(script: str, name: str, *argv: str, num_nodes: int = 2, **variables: str) -> Job:
+    def start(script: str, name: str, *argv: str, **more: Any) -> Job:
         run = (script, workshop / "recipe.yaml", workshop / "runs" / name)
-        jobs.append(Job(*run, *SETTINGS, *argv, num_nodes=num_nodes, **variables))
+        jobs.append(Job(*run, *SETTINGS, *argv, **more))
         return jobs[-1]
 
     yield start
@@ -67,8 +68,14 @@ def submit(workshop: Path) -> Iterator[Submit]:
 
 @pytest.fixture(scope="module")
 def undisturbed(submit: Submit) -> Path:
-    """The run folder of a run that nothing happened to, on four ranks of two nodes."""
+    """The run folder of a run that nothing happened to, on a rank of each of two nodes."""
     return submit("train.sbatch", "undisturbed").finish().folder
+
+
+@pytest.fixture(scope="module")
+def two_on_a_node(submit: Submit) -> Path:
+    """The run folder of the same with two ranks on each node."""
+    return submit("train.sbatch", "two-on-a-node", ranks_per_node=2).finish().folder
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
@@ -87,14 +94,17 @@ def assert_same_losses(folder: Path, expected: Path) -> None:
     assert [row["loss"] for row in rows[1:]] == pytest.approx([row["loss"] for row in wanted[1:]], rel=1e-4)
 
 
-def test_srun_trains_on_two_nodes(undisturbed: Path) -> None:
-    assert [row["step"] for row in read_metrics(undisturbed / "metrics.jsonl")] == list(range(41))
-    assert len(list((undisturbed / "heartbeat").glob("rank-*"))) == 4
+def test_srun_trains_on_two_nodes(undisturbed: Path, two_on_a_node: Path) -> None:
+    for folder, num_ranks in ((undisturbed, 2), (two_on_a_node, 4)):
+        assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(41))
+        assert len(list((folder / "heartbeat").glob("rank-*"))) == num_ranks
+    assert_same_losses(two_on_a_node, undisturbed)
 
 
 @pytest.mark.parametrize("script", ["train_torchrun.sbatch", "train_deepspeed.sbatch"])
-def test_other_launchers_train_the_same(script: str, submit: Submit, undisturbed: Path) -> None:
-    assert_same_run(submit(script, script.partition(".")[0]).finish().folder, undisturbed)
+def test_other_launchers_train_the_same(script: str, submit: Submit, two_on_a_node: Path) -> None:
+    job = submit(script, script.partition(".")[0], ranks_per_node=2)
+    assert_same_run(job.finish().folder, two_on_a_node)
 
 
 def test_a_preempted_job_is_requeued_and_ends_the_same(submit: Submit, undisturbed: Path) -> None:
@@ -129,11 +139,11 @@ def test_mpirun_in_a_job_trains_the_same(workshop: Path, undisturbed: Path) -> N
     if shutil.which("mpirun") is None or find_spec("mpi4py") is None:
         pytest.skip("mpirun (Open MPI) or mpi4py is not installed")
     train = ["--config", str(workshop / "recipe.yaml"), "--run.name", "mpirun", *SETTINGS]
-    mpirun = shlex.join(["mpirun", "-n", "4", sys.executable, "launch/train.py", *train])
+    mpirun = shlex.join(["mpirun", "-n", "2", sys.executable, "launch/train.py", *train])
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     log = ROOT / "logs" / "mpirun.out"
     log.parent.mkdir(exist_ok=True)
-    options = ["--parsable", "--nodes", "2", "--ntasks-per-node", "2", "--time", "10", "--output", str(log)]
+    options = ["--parsable", "--nodes", "2", "--ntasks-per-node", "1", "--time", "10", "--output", str(log)]
     wait_for_end(slurm("sbatch", *options, "--wrap", mpirun, **as_root).split(";")[0])
     folder = workshop / "runs" / "mpirun"
     assert (folder / "DONE").exists(), log.read_text()
@@ -143,9 +153,13 @@ def test_mpirun_in_a_job_trains_the_same(workshop: Path, undisturbed: Path) -> N
 def test_a_killed_rank_ends_the_job_and_it_is_requeued_when_asked(submit: Submit, undisturbed: Path) -> None:
     job = submit("train.sbatch", "killed", REQUEUE_ON_FAILURE="1")
     job.wait_for_step(7)
-    kill_rank(job, 3)
+    kill_rank(job, 1)
     job.finish()
-    assert job.field("Restarts") == "1" and "Going on from" in job.said(), job.said()
+    said = job.said()
+    # A loaded controller sends the signal that ended the first attempt once more, a minute later, and asks the next one
+    # to stop by it: that one leaves with 0, and is brought back too.
+    killed, *stopped = re.findall(r"ended with exit code (\d+)", said)
+    assert int(killed) and set(stopped) == {"0"} and "Going on from" in said, said
     assert_same_run(job.folder, undisturbed)
 
 
@@ -175,6 +189,7 @@ def demo(workshop: Path) -> list[str]:
         "model.path": workshop / "demo-model",
         "data.train": f"[{{path: {workshop}/demo-data/train.jsonl}}]",
         "data.eval": f"[{{path: {held_out}}}]",
+        "data.packing": "false",
         "train.batch_size": 4,
         "train.micro_batch_size": 1,
         "train.max_steps": 3,
@@ -188,21 +203,20 @@ def test_the_demo_trains_and_stops_in_time_wherever_its_experts_lie(demo: list[s
     losses, held_out = {}, {}
     for ep_size in (1, 2):
         folder = workshop / "runs" / f"demo-ep{ep_size}"
-        job = Job("train.sbatch", ROOT / "launch/recipes/demo.yaml", folder, *demo, "--parallel.ep_size", str(ep_size))
+        argv = [*demo, "--parallel.ep_size", str(ep_size), "--deepspeed", str(ROOT / "ds_configs" / "zero3_small.json")]
+        job = Job("train.sbatch", ROOT / "launch/recipes/demo.yaml", folder, *argv)
         try:
             if ep_size == 2:
-                job.wait_for_step(1, timeout_s=600)
+                job.wait_for_step(1, timeout_s=300)
                 slurm("scancel", "--signal=USR1", "--batch", job.id)
-            said = job.finish(timeout_s=900).said()
+            said = job.finish().said()
         finally:
             job.cancel()
         rows = read_metrics(folder / "metrics.jsonl")
         if ep_size == 2:
             (seconds,) = re.findall(r"Stopped ([\d.]+) s after the request", said)
-            # 20 s on two cores of its own (50 to 90 tokens/s); a busy machine takes longer for the step under way
-            slowest = min(row["throughput(tokens/s)"] for row in rows[1:])
-            assert float(seconds) < 20 * max(1.0, 40 / slowest)
+            assert float(seconds) < 20
         losses[ep_size], held_out[ep_size] = [row["loss"] for row in rows[1:]], rows[-1]["eval/loss"]
     assert losses[2][0] == pytest.approx(losses[1][0], rel=2e-3)  # no weight has moved yet
-    assert losses[2] == pytest.approx(losses[1], rel=3e-2)  # bf16, in which other experts may be chosen
+    assert losses[2] == pytest.approx(losses[1], rel=3e-2)  # where a score rounds otherwise, another expert is chosen
     assert held_out[2] == pytest.approx(held_out[1], rel=1e-2)

@@ -16,6 +16,7 @@ from dsmoelora.callbacks.memory import resident_bytes
 from dsmoelora.callbacks.samples import split_prompt
 from dsmoelora.callbacks.tensorboard import TensorBoard
 from dsmoelora.config import Recipe, TrainConfig
+from dsmoelora.data.chat import Prompt
 from dsmoelora.engine import StepResult
 from dsmoelora.run_files import read_metrics
 from tests.fake_engine import FakeDataset, FakeEngine
@@ -111,7 +112,15 @@ def test_no_samples_no_table(tmp_path: Path) -> None:
 def test_a_prompt_ends_before_the_last_answer() -> None:
     turns = [("system", "s"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    assert split_prompt(messages) == (messages[:4], "a2")
+    assert split_prompt(messages, None) == (Prompt(messages[:4]), "a2")
+
+
+def test_calls_of_tools_are_part_of_the_reference_and_tools_of_the_prompt() -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "é"}}}
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    reference = '{"name": "look", "arguments": {"at": "é"}}'
+    assert split_prompt(messages, tools) == (Prompt(messages[:1], tools), reference)
 
 
 def test_the_summary_says_what_was_reached_and_where_it_lies(tmp_path: Path) -> None:

@@ -3,71 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
-from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.data.chat import MERGED, REWRITTEN, prompt_ids, tokenise_chats
-from dsmoelora.data.fallback_template import ensure_chat_template
 from dsmoelora.data.formats import Conversation
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.turns import Message
-from tests.helpers import CHATML_TEMPLATE, tiny_tokenizer
-
-
-def style(turn: str, prompt: str, head: str = "") -> str:
-    """A template of one expression a turn."""
-    ask = "{% if add_generation_prompt %}" + prompt + "{% endif %}"
-    return head + "{% for m in messages %}" + turn + "{% endfor %}" + ask
-
-
-IF_USER = "{% if m.role == 'user' %}"
-THINKING = (
-    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}OPEN{% endif %}{{ m.content }}<|im_end|>\n"
-)
-STYLES: dict[str, str | None] = {
-    "chatml": CHATML_TEMPLATE,
-    "header and date": style(
-        "<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>",
-        "<|im_start|>assistant\n\n",
-        "{{ bos_token }}On {{ strftime_now('%d %b %Y') }}.\n\n",
-    ),
-    "system in the last turn": style(
-        IF_USER + "[Q]{% if loop.index0 >= messages | length - 2 and messages[0].role == 'system' %}"
-        "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/Q]"
-        "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% endif %}",
-        "",
-        "{{ bos_token }}",
-    ),
-    "other roles": style(
-        "<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n",
-        "<|im_start|>model\n",
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
-    ),
-    "thinking": style(THINKING.replace("OPEN", "<think>\n\n</think>\n\n"), "<|im_start|>assistant\n"),
-    "special thinking": style(THINKING.replace("OPEN", "<bos>"), "<|im_start|>assistant\n"),
-    "names": style(
-        IF_USER + "USER: {{ m.content }}\n{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}{{ eos_token }}\n"
-        "{% else %}{{ m.content }}\n\n{% endif %}",
-        "ASSISTANT:",
-    ),
-    "fallback": None,
-}
-
-
-@cache
-def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
-    """Bytes, and tokens of two characters that melt with what is beside them."""
-    tokenizer = tiny_tokenizer(mkdtemp(), STYLES[name])
-    tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken(" b", normalized=False)])
-    ensure_chat_template(tokenizer)
-    return tokenizer
+from tests.chat_styles import STYLES, tokenizer_of, tokenizer_with_blocks
 
 
 def talk(*turns: str) -> list[Message]:
@@ -148,21 +94,21 @@ def test_long_conversations_are_rendered_a_fixed_number_of_times(monkeypatch: py
     assert counts[5] == counts[50]
 
 
-BLOCK = "{% if m.role == 'assistant' %}{% generation %}BODY{% endgeneration %}{% else %}BODY{% endif %}"
-
-
-@pytest.mark.parametrize("name", ["chatml", "header and date", "other roles"])
-@pytest.mark.parametrize("words", ["xy", "say <|im_end|> now", "é 😀"])
+@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize("words", ["xy", "say <|im_end|> now", "é 😀", "\nb"])
 def test_masks_of_transformers_agree(name: str, words: str) -> None:
-    bodies = {
-        "chatml": "{{ m.content }}<|im_end|>",
-        "header and date": "{{ m.content | trim }}<|im_end|>",
-        "other roles": "{{ m.content | trim }}<|im_end|>",
-    }
-    plain = STYLES[name] if name != "chatml" else style("<|im_start|>{{ m.role }}\n" + bodies[name] + "\n", "")
-    assert plain is not None and bodies[name] in plain
-    tokenizer = tiny_tokenizer(mkdtemp(), plain.replace(bodies[name], BLOCK.replace("BODY", bodies[name])))
-    messages = talk("a", words, "c", "d")
-    ((chat,),) = tokenise_chats(tokenizer, [Conversation(messages, "a", 1)])
-    theirs: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    assert chat.input_ids == theirs["input_ids"] and chat.supervised == [bool(m) for m in theirs["assistant_masks"]]
+    tokenizer, with_blocks = tokenizer_of(name), tokenizer_with_blocks(name)
+    conversation = Conversation(talk("a", words, "c", "d"), "a", 1)
+    (chats,), (same,) = (tokenise_chats(each, [conversation]) for each in (tokenizer, with_blocks))
+    assert chats == same
+    for chat in chats:
+        messages = conversation.messages[: chat.num_messages]
+        theirs: Any = with_blocks.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        if theirs["input_ids"][: len(chat.input_ids)] != chat.input_ids:
+            assert chat.split == MERGED  # tokens that generation never shows: no mask can be compared
+            continue
+        mask = [bool(flag) for flag in theirs["assistant_masks"][: len(chat.input_ids)]]
+        if chat.split:  # the answers before have rows of their own
+            first = len(prompt_ids(tokenizer, messages[:-1]))
+            mask[:first] = [False] * first
+        assert chat.supervised == mask
