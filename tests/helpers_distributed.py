@@ -94,9 +94,10 @@ class WorkerPool:
         self._workers = []
 
     def _start(self) -> None:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.world_size)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        address |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), str(self.world_size))
         for rank in range(self.world_size):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.world_size)}
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             log = Path(self._folder.name) / f"rank{rank}.log"
             self._workers.append(_Worker.start(log, address | ranks | self._env, self._join_group, self._forked))
         self._collect(START_TIMEOUT_S, "starting the workers")
@@ -174,7 +175,7 @@ def forks() -> ForkServerContext:
     session, whatever a worker is given.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PRELOADED, __name__])
+    context.set_forkserver_preload([*_PRELOADED, __name__, "tests.frozen"])
     return context
 
 
