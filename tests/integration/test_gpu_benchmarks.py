@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"layer": [], "step": ["--kind", "ours", "--rounds", "2"], "peft-step": ["--kind", "peft", "--rounds", "2"]}
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"benchmarks.gpu.{name.rpartition('-')[2]}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    argv = [str(ROOT / "benchmarks" / "gpu" / f"{name.rpartition('-')[2]}.py"), *arguments]
+    program = Program(argv, env=os.environ)
+    said, errors = program.communicate(timeout=120)
+    return subprocess.CompletedProcess(argv, program.returncode or 0, said, errors)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

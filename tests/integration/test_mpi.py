@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import release
 from tests.helpers_distributed import free_port
 from tests.launched import ROOT, last_step, make_workshop
 
@@ -43,6 +44,7 @@ def test_mpirun(workshop: Path) -> None:
     assert_trained_by_two(workshop / "runs" / "mpirun")
 
 
+@release
 def test_deepspeed_with_the_launcher_openmpi(workshop: Path) -> None:
     hosts = workshop / "hosts"
     hosts.write_text("localhost slots=2\n")

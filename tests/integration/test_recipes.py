@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dsmoelora.cli import parse_command
 from dsmoelora.parallel.dtype import settle_dtype
 from dsmoelora.plan import make_plan, print_plan
 from tests.architectures import save_model
+from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").rglob("*.yaml"))
@@ -120,10 +120,11 @@ def test_every_recipe_can_be_planned(recipe: Path, deepspeed: Path, tmp_path: Pa
 
 def test_dry_run(tmp_path: Path) -> None:
     recipe = ROOT / "launch" / "recipes" / "demo.yaml"
-    command = [sys.executable, "launch/train.py", *arguments(recipe, ROOT / "ds_configs" / "zero3.json", tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert STAND_INS[recipe.name].layers in done.stdout, done.stdout
+    argv = [str(ROOT / "launch" / "train.py"), *arguments(recipe, ROOT / "ds_configs" / "zero3.json", tmp_path)]
+    program = Program(argv, env=os.environ)
+    said, errors = program.communicate(timeout=120)
+    assert program.returncode == 0, errors
+    assert STAND_INS[recipe.name].layers in said, said
     assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
 
 

@@ -137,8 +137,8 @@ def test_an_error_on_one_rank_ends_all(workshop: Path) -> None:
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_to_the_same_end(
     workshop: Path, worker_pool: PoolFactory
 ) -> None:
-    argv = ["--config", str(workshop / "recipe.yaml"), "--resume", "auto", "--train.max_steps", "40"]
-    argv += ["--train.eval_every", "25", "--train.save_every", "0", "--train.num_samples", "0"]
+    argv = ["--config", str(workshop / "recipe.yaml"), "--resume", "auto", "--train.max_steps", "20"]
+    argv += ["--train.eval_every", "12", "--train.save_every", "0", "--train.num_samples", "0"]
     straight, broken = workshop / "straight" / "tiny", workshop / "stopped" / "tiny"
     worker_pool(2).run(run_command, *argv, "--run.dir", str(straight.parent))
     argv += ["--run.dir", str(broken.parent)]
@@ -151,8 +151,8 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_to_the_same_end(
     assert [one.returncode for one in ended] == [0, 0], ended[0].stderr
     (checkpoint,) = broken.glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])
-    assert 3 <= step < 40
-    assert f" s after the request: step {step} of 40 lies in {checkpoint}. Go on" in ended[0].stderr
+    assert 3 <= step < 20
+    assert f" s after the request: step {step} of 20 lies in {checkpoint}. Go on" in ended[0].stderr
     assert not (broken / "DONE").exists() and not (broken / "STOP").exists()
     worker_pool(2).run(run_command, *argv)
     assert (broken / "DONE").exists()
