@@ -41,7 +41,7 @@ def own_device() -> torch.device:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model folder; a missing pad token becomes the end-of-text token.
+    """The tokenizer of the model folder; the end-of-text token pads where there is no other with an embedding.
 
     A bare sentencepiece file is converted. A base model's tokenizer without a chat template is given one.
 
@@ -55,7 +55,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         except (OSError, ValueError) as error:
             raise _cannot_load("tokenizer", config, error) from error
-    if tokenizer.pad_token_id is None:
+    folder, pad = Path(config.path), tokenizer.pad_token_id
+    is_model = not folder.is_dir() or (folder / "config.json").exists()  # and not the folder of an adapter
+    if pad is None or (is_model and pad >= num_embeddings(config)):
         tokenizer.pad_token = tokenizer.eos_token
     ensure_chat_template(tokenizer)
     return tokenizer

@@ -21,6 +21,7 @@ from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
 from dsmoelora.data.chat import Prompt, stop_ids
 from dsmoelora.data.problems import RowProblem
+from dsmoelora.data.tools import tools_of
 from dsmoelora.errors import CheckpointError, ModelError, bad_value
 from dsmoelora.inputs import prompt_inputs
 from dsmoelora.model import model_for_inference
@@ -35,26 +36,43 @@ def main() -> None:
     for prompt in options.prompt:
         if len(options.prompt) > 1:
             print(f"> {prompt}")
-        print(answer(model, tokenizer, prompt, options.system, options.max_new_tokens))
+        print(answer(model, tokenizer, prompt, options.system, options.max_new_tokens, options.tools))
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        ConfigError: no room for an answer
+        ConfigError: no room for an answer, or a file of tools that holds none
     """
     parser = argparse.ArgumentParser(description="Talk to a trained adapter.", allow_abbrev=False)
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
     parser.add_argument("--prompt", action="append", required=True, help="what the user says; may be repeated")
     parser.add_argument("--system", help="system message, where the chat template knows one")
+    parser.add_argument("--tools", type=Path, help="JSON file with functions it may call, as in rows of data")
     parser.add_argument("--base", help="folder of the base model; default: the one named in adapter_config.json")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer at most")
     options = parser.parse_args(argv)
     if options.max_new_tokens < 1:
         raise bad_value("--max-new-tokens", options.max_new_tokens, "1 or more", "The default is 128.")
+    options.tools = None if options.tools is None else read_tools(options.tools)
     return options
+
+
+def read_tools(file: Path) -> list[dict[str, Any]]:
+    """The tools in a JSON file, in any form that rows of data may have.
+
+    Raises:
+        ConfigError: there are none
+    """
+    try:
+        tools = tools_of({"tools": file.read_text(encoding="utf-8")})
+    except (OSError, UnicodeDecodeError, RowProblem) as problem:
+        raise bad_value("--tools", str(file), "a JSON file with a list of functions", str(problem)) from None
+    if tools is None:
+        raise bad_value("--tools", str(file), "a JSON file with a list of functions", "It names none.")
+    return tools
 
 
 def load(adapter: Path, base: str | None, trust_remote_code: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -82,7 +100,14 @@ def load(adapter: Path, base: str | None, trust_remote_code: bool = False) -> tu
     return model, tokenizer
 
 
-def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, max_new_tokens: int) -> str:
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system: str | None,
+    max_new_tokens: int,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
     """The assistant's greedy answer to one prompt.
 
     Raises:
@@ -91,7 +116,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, system: 
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     try:
-        batch = prompt_inputs(tokenizer, [Prompt(messages)], model.device)
+        batch = prompt_inputs(tokenizer, [Prompt(messages, tools)], model.device)
     except RowProblem as problem:
         if not system:
             raise ModelError(f"The prompt cannot be asked: {problem}") from None

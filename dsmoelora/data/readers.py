@@ -222,12 +222,24 @@ def _of_dataset(source: DataSource, found: Any) -> RowSource:
     chosen = found.select_columns(needed(names, source)) if names else found
     if isinstance(chosen, datasets.IterableDataset):
         dataset = chosen.with_format(None)
-        return RowSource(name, (), lambda: enumerate(dataset, start=1), dataset)
+        return RowSource(name, (), lambda: _streamed(name, dataset), dataset)
     # as tables, for the library itself would end at a cell that Python cannot hold
     dataset = chosen.with_format("arrow")
     paths = tuple(Path(file["filename"]) for file in dataset.cache_files)
     columns = tuple(names)
     return RowSource(name, paths, lambda: enumerate(table_rows(dataset.iter(_BATCH), columns), 1), dataset, columns)
+
+
+def _streamed(name: str, rows: Iterable[Any]) -> NumberedRows:
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield number, row
+    except Exception as error:  # of several libraries; whatever it is, they yield no row after it
+        raise DataError(
+            f"{name}, row {number + 1} cannot be streamed ({_first_line(error)}). Read the whole set at its beginning "
+            "(data.streaming: false), where data.on_bad_row: skip leaves such rows out."
+        ) from None
 
 
 def _load_folder(path: Path) -> Any:

@@ -23,6 +23,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.config import DataSource
+from dsmoelora.data.chat import MERGED, REWRITTEN
 from dsmoelora.data.dataset import IGNORED, InstructionDataset, labels_of
 from dsmoelora.data.formats import Conversation, RowParser, read_conversations
 from dsmoelora.data.loader import MicroBatch, Row, by_length, collate
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _TOLD = 3  # batches of which a wrong row is spelled out
 _COUNTS = ("rows", "skipped", "truncated", "dropped")
+_APART = (REWRITTEN, MERGED)  # of each the conversations that have a row for each answer, and these rows
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class _Share:
     Args:
         rows: those with something to learn, with their places in the stream
         samples: of the rows, by number: token ids and labels
-        counts: (sets, 4) of `_COUNTS`
+        counts: (sets, 8) of `_COUNTS` and `_APART`
         problems: of rows that are skipped, each with its set and number
     """
 
@@ -133,7 +135,7 @@ class StreamedSets:
         sets = [SetStream(opened) for opened in self._opened]
         self._stream = ShuffledStream(MixedStream(sets, weights), seed, block_size)
         self._num_places = 0
-        self._counts = np.zeros((len(sets), len(_COUNTS)), dtype=np.int64)
+        self._counts = np.zeros((len(sets), len(_COUNTS) + 2 * len(_APART)), dtype=np.int64)
         self._num_told = 0
         self.fingerprint = self._fingerprint(sources, weights, block_size)
 
@@ -176,15 +178,16 @@ class StreamedSets:
         """What was lost of each set since the run began, of all ranks; a row counts each time that it comes."""
         everything = zip(self._opened, self._counts.tolist(), strict=True)
         return [
-            SetReport(opened.name, rows, skipped, (), truncated, dropped)
-            for opened, (rows, skipped, truncated, dropped) in everything
+            SetReport(opened.name, rows, skipped, (), truncated, dropped, _splits(apart))
+            for opened, (rows, skipped, truncated, dropped, *apart) in everything
         ]
 
     def metrics(self) -> dict[str, float | None]:
         """How far the sets were read, and what was lost of them."""
-        totals = dict(zip(_COUNTS, self._counts.sum(axis=0).tolist(), strict=True))
-        lost = {f"data/{what}_rows": float(totals[what]) for what in _COUNTS[1:]}
-        return {"data/epoch": float(self._stream.epoch), **lost}
+        totals = self._counts.sum(axis=0).tolist()
+        lost = dict(zip(_COUNTS, totals, strict=False)) | {"split": sum(totals[len(_COUNTS) :: 2])}
+        of_rows = {f"data/{what}_rows": float(lost[what]) for what in (*_COUNTS[1:], "split")}
+        return {"data/epoch": float(self._stream.epoch), **of_rows}
 
     def steps(
         self, *, batch_size: int, micro_batch_size: int, peers: Peers, pad_token_id: int
@@ -229,10 +232,14 @@ class StreamedSets:
         num_supervised = np.array(tokens["num_supervised"])
         skipped = np.array([bool(problem) for problem in tokens["problem"]])
         learned = num_supervised > 0
-        flags = np.stack([np.ones_like(skipped), skipped, np.array(tokens["truncated"]) & learned, ~learned & ~skipped])
-        counts = np.zeros_like(self._counts)
         of_row = tokens["place"]
-        np.add.at(counts, [rows[i].set_number for i in of_row], flags.T)
+        first = np.diff(np.array(of_row), prepend=-1) > 0  # of a row
+        flags = [first, skipped, np.array(tokens["truncated"]) & learned, ~learned & ~skipped]
+        for why in _APART:
+            apart = np.array([split == why for split in tokens["split"]], dtype=bool)
+            flags += [apart & first, apart]
+        counts = np.zeros_like(self._counts)
+        np.add.at(counts, [rows[i].set_number for i in of_row], np.stack(flags, axis=1))
         kept = np.flatnonzero(learned).tolist()
         return _Share(
             [Row(np.array([i]), places[of_row[k]], tokens["num_tokens"][k]) for i, k in enumerate(kept)],
@@ -260,6 +267,12 @@ class StreamedSets:
             f"{self._key}: a whole epoch has nothing to learn within data.max_length = {self._options.max_length} "
             f"({lost}). Correct the rows, raise data.max_length or shorten the prompts."
         )
+
+
+def _splits(apart: list[int]) -> tuple[tuple[str, int, int], ...]:
+    """As in `SetReport`."""
+    numbers = zip(_APART, apart[::2], apart[1::2], strict=True)
+    return tuple((why, num_conversations, num_rows) for why, num_conversations, num_rows in numbers if num_rows)
 
 
 def first_samples(

@@ -46,6 +46,12 @@ def adapter_without_tokenizer(bench: Bench) -> list[str]:
     return bench.generate()
 
 
+def file_without_tools(bench: Bench) -> list[str]:
+    file = bench.folder / "tools.json"
+    file.write_text("[]")
+    return bench.generate("--tools", file)
+
+
 def another_base(bench: Bench) -> list[str]:
     other = tiny_llama(bench.folder / "other", hidden_size=32, intermediate_size=64, seed=1)
     return bench.generate("--base", other)
@@ -113,6 +119,7 @@ AFTER_A_RUN: dict[str, Case] = {
     "the base model is gone": base_is_gone,
     "a base model that brings its own code": base_with_own_code,
     "an export for a base model that brings its own code": export_base_with_own_code,
+    "a file without tools": file_without_tools,
     "no room for an answer": lambda bench: bench.generate("--max-new-tokens", 0),
     "the export's folder exists": export_over_something,
     "an export for a base of another shape": export_other_base,

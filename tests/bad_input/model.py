@@ -122,6 +122,29 @@ EARLY: dict[str, Case] = {
     "a shard of the weights is missing": missing_shard,
     "the weights have another shape than config.json says": weights_of_another_shape,
 }
+
+
+_WORDS = "message['content']"
+
+
+def template(old: str, new: str) -> Case:
+    """The model's chat template with one place changed."""
+
+    def case(bench: Bench) -> list[str]:
+        file = bench.model / "chat_template.jinja"
+        before = file.read_text()
+        assert old in before
+        file.write_text(before.replace(old, new))
+        return bench.train()
+
+    return case
+
+
 LATE: dict[str, Case] = {
+    "a chat template that ends no turn": template("'<|im_end|>' + '\\n'", "'\\n'"),
+    "a chat template that asks in another way than it answers": template("assistant\\n", "assistant:"),
+    "a chat template that leaves answers out": template(_WORDS, "(message['content'] if loop.first else '')"),
+    "a chat template that changes answers": template(_WORDS, "(message['content'] | replace('It', 'A'))"),
+    "a chat template that refuses a conversation": template("{% for", "{{ raise_exception('no talks') }}{% for"),
     "the weights lack a tensor": missing_tensor,
 }

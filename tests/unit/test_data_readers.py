@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,19 @@ def test_a_streamed_hub_name_is_not_downloaded(hub: object) -> None:
     opened = open_source(DataSource("owner/set", subset="main"), streaming=True)
     assert isinstance(opened.dataset, datasets.IterableDataset) and opened.num_bytes == 0
     assert [number for number, _ in opened.read()] == [1, 2]
+
+
+def test_a_streamed_row_that_python_cannot_hold_is_named(hub: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield ROW
+        raise OverflowError("date value out of range")
+
+    streamed = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streamed)
+    found = open_source(DataSource("owner/set"), streaming=True).read()
+    assert next(iter(found))[0] == 1
+    with pytest.raises(DataError, match=r"owner/set, row 2 cannot be streamed \(date value .*streaming: false"):
+        list(open_source(DataSource("owner/set"), streaming=True).read())
 
 
 def test_hub_names_that_are_wrong(hub: object) -> None:

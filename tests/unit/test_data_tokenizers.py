@@ -16,7 +16,7 @@ from dsmoelora.data.fallback_template import ensure_chat_template, is_fallback
 from dsmoelora.data.formats import Conversation
 from dsmoelora.errors import ModelError
 from dsmoelora.model import load_tokenizer
-from tests.helpers import tiny_tokenizer
+from tests.helpers import tiny_llama, tiny_tokenizer
 
 TALK = [
     {"role": "system", "content": "S"},
@@ -33,6 +33,13 @@ def learned(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     ((chat,),) = tokenise_chats(tokenizer, [Conversation(TALK, "a", 1)])
     kept = [token for token, flag in zip(chat.input_ids, chat.supervised, strict=True) if flag]
     return str(tokenizer.decode(chat.input_ids)), str(tokenizer.decode(kept))
+
+
+def test_a_pad_token_without_an_embedding_is_replaced(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tiny_llama(tmp_path))
+    tokenizer.add_special_tokens({"pad_token": "<more>"})
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(ModelConfig(path=str(tmp_path))).pad_token == "<|im_end|>"
 
 
 def test_fallback_template(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dsmoelora.errors import ModelError
+from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.model import own_device
 from launch import generate
 from launch.generate import answer
@@ -55,6 +56,35 @@ def test_any_make_of_accelerator_is_taken(monkeypatch: pytest.MonkeyPatch, there
     found = None if there is None else torch.device(there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
     assert own_device() == torch.device(taken)
+
+
+def test_tools_are_what_the_template_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model"))
+    monkeypatch.setattr(model, "generate", Mock(side_effect=lambda input_ids, **_: input_ids))
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer", "{{ tools | tojson }}" + CHATML_TEMPLATE)
+    file = tmp_path / "tools.json"
+    file.write_text('[{"name": "look", "parameters": {}}]')
+    options = generate.parse_options(["--adapter", "a", "--prompt", "b", "--tools", str(file)])
+    assert answer(model, tokenizer, "Hi", None, 1, options.tools) == ""
+    asked = tokenizer.decode(model.generate.call_args.kwargs["input_ids"][0])
+    assert asked.startswith('[{"type": "function", "function": {"name": "look", "parameters": {}}}]<|im_start|>user')
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "No such file"),
+        ("{", "must be JSON"),
+        ("[]", "It names none"),
+        ('[{"a": 1}]', "name"),
+    ],
+)
+def test_files_without_tools_are_refused(tmp_path: Path, text: str | None, why: str) -> None:
+    file = tmp_path / "tools.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=why):
+        generate.parse_options(["--adapter", "a", "--prompt", "b", "--tools", str(file)])
 
 
 def test_a_system_message_for_a_template_that_knows_none(tmp_path: Path) -> None:
