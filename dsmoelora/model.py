@@ -55,12 +55,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         except (OSError, ValueError) as error:
             raise _cannot_load("tokenizer", config, error) from error
-    folder, pad = Path(config.path), tokenizer.pad_token_id
-    is_model = not folder.is_dir() or (folder / "config.json").exists()  # and not the folder of an adapter
-    if pad is None or (is_model and pad >= num_embeddings(config)):
+    if tokenizer.pad_token_id is None or not _has_embedding(config, tokenizer.pad_token_id):
         tokenizer.pad_token = tokenizer.eos_token
     ensure_chat_template(tokenizer)
     return tokenizer
+
+
+def _has_embedding(config: ModelConfig, token: int) -> bool:
+    """Whether the model has one for this token; where it cannot be told, yes."""
+    folder = Path(config.path)
+    if folder.is_dir() and not (folder / "config.json").exists():  # of an adapter
+        return True
+    return token < getattr(load_model_config(config).get_text_config(), "vocab_size", token + 1)
 
 
 def load_model(config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrainedModel:

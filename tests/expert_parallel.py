@@ -12,7 +12,7 @@ from tests.plain_training import Training, make_recipe, preconditioned, train_pl
 
 NUM_EXPERTS, RANK = 12, 3  # divides by every number of ranks from 1 to 4
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]  # the first three read one input
-MAX_STEPS = 8
+MAX_STEPS = 5
 ADAMW = {"name": "adamw", "lr": 3e-3, "lr_router": 1e-3, "lr_b_ratio": 2.0, "weight_decay": 0.1, "max_grad_norm": 0.5}
 SGD = {"name": "sgd", "lr": 0.1, "lr_router": 0.03, "momentum": 0.9, "max_grad_norm": 0.0}
 DAMPED = {"damping": 0.1, "damping_abs": 1e-3}

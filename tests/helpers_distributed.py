@@ -280,12 +280,9 @@ def _nothing() -> None:
 
 
 def _join_group() -> None:
-    import deepspeed
-
     from dsmoelora.parallel import comm
 
-    with comm.without_cpu_operator():
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    comm.init("gloo")
 
 
 def _die_with_parent() -> None:

@@ -44,19 +44,23 @@ _LOST_CONTACT = (
 )
 
 
-def init() -> None:
+def init(backend: str | None = None) -> None:
     """Join the process group that the environment describes (see `ranks.adopt_launcher_environment`).
+
+    Args:
+        backend: of torch.distributed; None for the accelerator's own
 
     Raises:
         ConfigError: the address is taken or cannot be reached, or not all ranks came in time
     """
     if dist.is_initialized():
         return
+    backend = backend or get_accelerator().communication_backend_name()
     _use_own_device()
     try:
-        with without_cpu_operator():
-            meet(_device())
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        with _without_cpu_operator():
+            meet(_device(), backend)
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         _use_new_names()
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -278,6 +282,7 @@ def _use_own_device() -> None:
     """Bind this process to its accelerator, before anything allocates on device 0, or to its share of the cores."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
+        deepspeed.utils.nvtx.enable_nvtx = False  # ranges that nothing records take a twelfth of a small step
         # deepspeed's launcher leaves every rank a thread for each core of the machine, and they would all wait for all
         if "OMP_NUM_THREADS" not in os.environ:
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -289,7 +294,7 @@ def _use_own_device() -> None:
 
 
 @contextlib.contextmanager
-def without_cpu_operator() -> Iterator[None]:
+def _without_cpu_operator() -> Iterator[None]:
     """Keep DeepSpeed from compiling an operator for CPU ranks when it initialises, a minute's work.
 
     Only its inference sums with it, and every rank with it takes 66 MiB of /dev/shm, more than all that a container has

@@ -8,26 +8,25 @@ import os
 import socket
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from torch.distributed import DistNetworkError, Store, TCPStore  # type: ignore[attr-defined]
 
 from dsmoelora.parallel.ranks import env_rank, env_world_size
 
 
-def meet(device: torch.device) -> None:
+def meet(device: torch.device, backend: str) -> None:
     """Form torch's group of all ranks, which DeepSpeed then takes as its own.
 
     Not left to DeepSpeed: torch's own store listens on all interfaces of rank 0's node.
 
     Args:
         device: of this rank
+        backend: of the group
 
     Raises:
         DistNetworkError: the address is taken or cannot be reached
         DistStoreError: not all ranks came in time
     """
-    backend = get_accelerator().communication_backend_name()
     store = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else _own_store()  # torchrun serves one
     torch.distributed.init_process_group(
         backend,

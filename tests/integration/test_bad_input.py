@@ -23,6 +23,7 @@ from dsmoelora.cli import parse_command, run_guarded
 from launch import export, generate, train
 from tests.bad_input import AFTER_A_RUN, EARLY, LATE, ROW, TOGETHER, Bench, make_bench
 from tests.conftest import PoolFactory, thorough
+from tests.forked import Program
 from tests.helpers_distributed import free_port
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -213,6 +214,9 @@ def test_the_port_is_taken(wrong: str, finished: Path, tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         env = SINGLE | {"WORLD_SIZE": "2", "MASTER_PORT": port}
         with patch.dict(os.environ, env):
-            done = both_ranks(bench, [sys.executable], TOGETHER[wrong](bench))
-    check(wrong, done.stderr)
-    assert done.returncode == 1
+            program, *argv = TOGETHER[wrong](bench)
+            before, rank = files_in(bench.run), Program([str(ROOT / "launch" / program), *argv], env=os.environ)
+            _, errors = rank.communicate(timeout=PATIENCE_S)
+    assert files_in(bench.run) == before
+    check(wrong, errors)
+    assert rank.returncode == 1

@@ -26,10 +26,10 @@ train: {{max_steps: 100, batch_size: 20, micro_batch_size: 20, save_every: 100, 
 """
 SYSTEM = "Be brief."
 OPENED = {"thinking": "<think>\n\n</think>\n\n"}  # what the template writes at the beginning of an answer
-GUARDS = ("system in the last turn", "none")  # a style which rewrites earlier turns, and the fallback
+GUARD = "system in the last turn"  # which rewrites earlier turns
 
 
-@pytest.mark.parametrize("style", [style if style in GUARDS else thorough(style) for style in STYLES])
+@pytest.mark.parametrize("style", [style if style == GUARD else thorough(style) for style in STYLES])
 def test_first_answers_come_back_word_for_word(style: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(style)
     tiny_llama(tmp_path / "model", vocab_size=len(tokenizer), initializer_range=0.15)
