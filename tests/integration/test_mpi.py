@@ -14,7 +14,10 @@ from tests.conftest import release
 from tests.helpers_distributed import free_port
 from tests.launched import ROOT, last_step, make_workshop
 
-pytestmark = pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun (Open MPI) is not installed")
+pytestmark = [
+    release,  # at each commit the Slurm suite starts ranks by mpirun
+    pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun (Open MPI) is not installed"),
+]
 
 # Open MPI refuses to run as root unless told twice, and to start more processes than there are cores unless allowed.
 ALLOWED = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -44,7 +47,6 @@ def test_mpirun(workshop: Path) -> None:
     assert_trained_by_two(workshop / "runs" / "mpirun")
 
 
-@release
 def test_deepspeed_with_the_launcher_openmpi(workshop: Path) -> None:
     hosts = workshop / "hosts"
     hosts.write_text("localhost slots=2\n")

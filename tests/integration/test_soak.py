@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.soak import soak
+from tests.conftest import release
 
 
+@release  # at each commit test_faults.py kills ranks once, and test_train.py stops them
 def test_a_run_that_is_disturbed_again_and_again_ends_like_one_that_was_not(tmp_path: Path) -> None:
     result = soak(tmp_path, num_steps=20, every=8, num_ranks=2, seed=1)
     assert set(result.disturbances) == {"SIGKILL", "SIGTERM"}
