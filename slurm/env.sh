@@ -14,13 +14,13 @@ container=()
 # The project's environment if there is one (made by `make install`), else the python that is loaded.
 python=python
 [[ -x .venv/bin/python ]] && python=$PWD/.venv/bin/python
-# DeepSpeed looks for ninja in PATH when it compiles an operator.
+# The launchers start its programs by name.
 if command -v "$python" >/dev/null; then PATH="$(dirname "$(command -v "$python")"):$PATH"; fi
 export PATH
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
-# Home folders are often small, and slow for many readers: models, tokenised data and compiled operators go elsewhere.
-#   export HF_HOME=/scratch/$USER/huggingface TORCH_EXTENSIONS_DIR=/scratch/$USER/torch_extensions
+# Home folders are often small, and slow for many readers: models and tokenised data go elsewhere.
+#   export HF_HOME=/scratch/$USER/huggingface
 
 # --- Cores ------------------------------------------------------------------------------------------------------------
 # srun of Slurm 22.05 and later no longer takes this over from the job, and would give each task a single core.

@@ -35,7 +35,7 @@ NUM_DOCUMENTED_WAITS = 2  # the step's own sums, and the norm of the gradient th
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
-    gpu = WorkerPool(1, env={"DS_ACCELERATOR": "cuda", "TORCH_EXTENSIONS_DIR": ""}, forked=False)
+    gpu = WorkerPool(1, env={"DS_ACCELERATOR": "cuda"}, forked=False)
     yield gpu
     gpu.close()
 
