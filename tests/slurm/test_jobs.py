@@ -184,7 +184,7 @@ def demo(workshop: Path) -> list[str]:
     argv = [str(word) for option in folders.items() for word in option]
     subprocess.run([sys.executable, "launch/prepare_demo.py", *argv], cwd=ROOT, check=True, timeout=300)
     held_out = workshop / "demo-data" / "eval.jsonl"
-    held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:16]))
+    held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:4]))
     settings = {
         "model.path": workshop / "demo-model",
         "data.train": f"[{{path: {workshop}/demo-data/train.jsonl}}]",
@@ -192,8 +192,8 @@ def demo(workshop: Path) -> list[str]:
         "data.packing": "false",
         "train.batch_size": 4,
         "train.micro_batch_size": 1,
-        "train.max_steps": 3,
-        "train.eval_every": 3,
+        "train.max_steps": 2,
+        "train.eval_every": 2,
         "train.num_samples": 0,
     }
     return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
