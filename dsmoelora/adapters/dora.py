@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dsmoelora.adapters.function import product_fp32, side_by_side
 from dsmoelora.adapters.linear import Linear
+from dsmoelora.adapters.precision import of_base, typed
 
 # Opens weights for reading: inside the block they are whole.
 Gathered = Callable[[Iterable[Any]], AbstractContextManager[None]]
@@ -132,7 +133,8 @@ class DoraRows(nn.Module):
         norms = self._kept_norms(base)
         ratio_LO = self.magnitude.to(norms.norm_LO.dtype) / norms.norm_LO
         ratio_EO = of_all_experts(ratio_LO)
-        base_TO = RescaledRows.apply(base(x_TD), norms.bias_O, gate_TE, selected_TE, ratio_EO, self._gate_power)
+        base_TO, bias_O = of_base(base, base.weight.dtype, x_TD), typed(norms.bias_O, x_TD)
+        base_TO = RescaledRows.apply(base_TO, bias_O, gate_TE, selected_TE, ratio_EO, self._gate_power)
         return base_TO, ratio_LO
 
     def train(self, mode: bool = True) -> DoraRows:
@@ -159,7 +161,7 @@ class DoraRows(nn.Module):
         Where `b` is 0 it is `base_norm_O` to the last bit, so that the ratios of the start are 1.
         """
         num_experts, _, rank = self.a.shape
-        columns_FD = side_by_side(self.a).t()
+        columns_FD = typed(side_by_side(self.a).t(), base.weight)
         if base.bias is None:
             w_a_FO, bias_O = base(columns_FD), None
         else:  # ZeRO-3 keeps the bias in pieces; the layer says it where its input is 0

@@ -15,8 +15,10 @@ from dsmoelora.adapters.dora import DoraRows
 from dsmoelora.adapters.dropout import keyed_dropout
 from dsmoelora.adapters.function import RoutedExperts
 from dsmoelora.adapters.linear import Linear, features
+from dsmoelora.adapters.precision import compute_dtype, of_base, typed, without_autocast
 from dsmoelora.adapters.routers import RouterPlace, build_router
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
+from dsmoelora.adapters.shared_input import SharedInput
 from dsmoelora.adapters.start import draw_a, draw_m
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError
@@ -94,7 +96,8 @@ class ExpertBank(nn.Module):
         ratio_LO: Tensor | None = None,
     ) -> Tensor:
         """(T, O): `base_TO + s sum_e gate_e (x a_e) m_e b_e^T` over the experts that lie here; see `RoutedExperts`."""
-        factors, power = (self.a, self.b, self.m, ratio_LO), (self.gate_power, self.power_reaches_input)
+        factors = (*(typed(factor, x_TD) for factor in (self.a, self.b, self.m)), ratio_LO)
+        power = (self.gate_power, self.power_reaches_input)
         output: Tensor = RoutedExperts.apply(base_TO, x_TD, gate_TL, selected_TL, *factors, self.scale, *power)
         return output if attachment is None else attachment.attach(output, *factors)
 
@@ -145,6 +148,11 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
         shared = self.context.shared_input(x, self.dropout_key)
+        dtype = compute_dtype(x)
+        with without_autocast(x):
+            return self._forward(x if x.dtype == dtype else x.to(dtype), shared)
+
+    def _forward(self, x: Tensor, shared: SharedInput) -> Tensor:
         x_TD, gate_TE, selected_TE = self.router(x.reshape(-1, x.shape[-1]))
         base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
         drops = self.training and self.dropout > 0.0
@@ -172,7 +180,7 @@ class RoutedLinear(nn.Module):
     def _base(self, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         """(T, O) of the base, as the experts see it, and the experts that go with it."""
         if self.experts.rows is None:
-            return self.base(x_TD), self.experts
+            return of_base(self.base, self.base.weight.dtype, x_TD), self.experts
         exchange = self.context.exchange if self._is_partitioned else None
         of_all = exchange.of_all_experts if exchange else lambda ratio_LO: ratio_LO
         base_TO, ratio_LO = self.experts.rows(self.base, x_TD, gate_TE, selected_TE, of_all)

@@ -112,28 +112,47 @@ class ShardOptimizer(torch.optim.Optimizer):
         return {multiplier: joined_spans(some) for multiplier, some in by_multiplier.items()}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the shards of the param group from their gradients.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the shards of the param group from their gradients; one without a gradient stays as it is.
 
         Under ZeRO this is called once per optimizer step and process group, after unscaling and clipping.
 
         Args:
-            closure: not supported, as under ZeRO
+            closure: computes the gradients first; what it returns is returned
         """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if not self._spans or self.skip:
-            return
+            return loss
         group = self.param_groups[0]
         if group["params"][0] is self.shards[0].tensor:  # the first process group opens the step
             self.num_steps += 1
+        absent = [tensor for tensor in group["params"] if tensor.grad is None]  # in a loop of one's own
+        for tensor in absent:
+            tensor.grad = torch.zeros_like(tensor)
         for tensor in group["params"]:
             if tensor in self._group_steps:
                 self._group_steps[tensor].apply()
+        for tensor in absent:
+            tensor.grad = None
         for tensor in group["params"]:
-            self._update(tensor, group["lr"])
+            if tensor.grad is not None:
+                self._update(tensor, tensor.grad, group["lr"])
+        return loss
 
-    def _update(self, tensor: Tensor, lr: float) -> None:
-        assert tensor.grad is not None, "every trainable tensor takes part in every step"
-        value, grad = tensor.detach().view(-1), tensor.grad.view(-1)
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer of torch, with the number of steps."""
+        return {**super().state_dict(), "num_steps": self.num_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where it stood."""
+        super().load_state_dict(state_dict)
+        self.num_steps = int(state_dict["num_steps"])
+
+    def _update(self, tensor: Tensor, grad: Tensor, lr: float) -> None:
+        value, grad = tensor.detach().view(-1), grad.view(-1)
         for multiplier, spans in self._spans[tensor].items():
             moments = {name: [self.state[tensor][name][span] for span in spans] for name in self.state_names}
             values, grads = [value[span] for span in spans], [grad[span] for span in spans]
@@ -184,11 +203,15 @@ class ShardOptimizer(torch.optim.Optimizer):
 def build_optimizer(model: nn.Module, config: OptimConfig) -> ShardOptimizer:
     """The optimizer of an adapted model on plain tensors (no DeepSpeed): bound, ready to step.
 
+    What is trained becomes fp32, in place, for small updates need it; layers compute in the dtype of the model as ever.
+
     Args:
         model: adapted by `inject`
         config: of the optimizer; its `max_grad_norm` and schedule are the business of the training loop
     """
     found = trainables(model)
+    for _, parameter in found:
+        parameter.data = parameter.data.float()
     optimizer = ShardOptimizer(found, config)
     shards = [whole(trainable, parameter) for trainable, parameter in found]
     optimizer.bind([ShardGroup(optimizer.trainables, shards)])

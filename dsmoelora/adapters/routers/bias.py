@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.function import RouterLogits
+from dsmoelora.adapters.precision import typed
 from dsmoelora.adapters.routers.parts import Report, RouterPlace
 from dsmoelora.adapters.routers.rules import largest, softmax_over
 
@@ -38,7 +39,7 @@ class SigmoidBiasRouter(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
-        x_TD, logits_TE = RouterLogits.apply(x_TD, self.weight)
+        x_TD, logits_TE = RouterLogits.apply(x_TD, typed(self.weight, x_TD))
         return x_TD, *self._report.decide(logits_TE, self._rule, self.training)
 
     def _rule(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:

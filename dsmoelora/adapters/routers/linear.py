@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dsmoelora.adapters.dropout import keyed_normal
 from dsmoelora.adapters.function import RouterLogits
+from dsmoelora.adapters.precision import typed
 from dsmoelora.adapters.routers.parts import Report, RouterPlace
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.seeds import derive_seed
@@ -28,7 +29,7 @@ class LinearRouter(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
-        x_TD, logits_TE = RouterLogits.apply(x_TD, self.weight)
+        x_TD, logits_TE = RouterLogits.apply(x_TD, typed(self.weight, x_TD))
         return x_TD, *self._report.decide(logits_TE, self._rule, self.training)
 
 
@@ -54,9 +55,9 @@ class NoisyRouter(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
         if not self.training:
-            x_TD, logits_TE = RouterLogits.apply(x_TD, self.weight)
+            x_TD, logits_TE = RouterLogits.apply(x_TD, typed(self.weight, x_TD))
         else:
-            x_TD, both_TF = RouterLogits.apply(x_TD, self.weight, self.noise_weight)
+            x_TD, both_TF = RouterLogits.apply(x_TD, typed(self.weight, x_TD), typed(self.noise_weight, x_TD))
             logits_TE, spread_TE = both_TF.chunk(2, dim=-1)
             logits_TE = logits_TE + self._noise_like(logits_TE) * nn.functional.softplus(spread_TE)
         return x_TD, *self._report.decide(logits_TE, self._rule, self.training)
@@ -93,7 +94,7 @@ class ThresholdRouter(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
-        x_TD, both_TF = RouterLogits.apply(x_TD, self.weight, self.threshold_weight)
+        x_TD, both_TF = RouterLogits.apply(x_TD, typed(self.weight, x_TD), typed(self.threshold_weight, x_TD))
         logits_TE, raw_T1 = both_TF.split([self._num_experts, 1], dim=-1)
         threshold_T1 = (raw_T1 + self.threshold_bias.float()).sigmoid() / self._num_experts
 
