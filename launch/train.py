@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from dsmoelora.trainer import Trainer
 
 
+ALONE = {"-h", "--help", "--version", "--print_config", "--print_folder"}  # each rank for itself
+
+
 def main() -> None:
     """One process's part of the run."""
     os.umask(os.umask(0) | 0o002)  # nobody else shall write into a run, whatever the shell would allow
     adopt_launcher_environment()
-    if env_world_size() == 1:
+    if env_world_size() == 1 or ALONE.intersection(sys.argv):
         run(parse_command(sys.argv[1:]))
         return
     # A file may be missing on one node alone. So the ranks meet first, and the error of one is everybody's.
@@ -133,16 +136,19 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     """
     from dsmoelora.callbacks import open_trackers
     from dsmoelora.data import InstructionDataset, packing_report
+    from dsmoelora.data.cache import cache_folder
     from dsmoelora.engine import Engine
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.zero_config import merge_config
     from dsmoelora.run_folder import find_checkpoint, write_description
     from dsmoelora.trainer import Trainer, default_callbacks
+    from dsmoelora.waits import watching_growth
 
     recipe, folder = command.recipe, command.recipe.run.folder
     checkpoint = find_checkpoint(recipe, command.resume)
     console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
-    train_data, eval_data = stop.together(lambda: load_data(recipe))
+    with watching_growth(cache_folder(), heartbeat.beat):  # a part of the rows is done, here or by the one waited for
+        train_data, eval_data = stop.together(lambda: load_data(recipe))
     num_held_out = 0 if eval_data is None else len(eval_data)
     learned = "Training samples are streamed"
     if isinstance(train_data, InstructionDataset):

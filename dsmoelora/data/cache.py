@@ -12,6 +12,12 @@ import datasets
 from filelock import FileLock
 
 from dsmoelora.errors import DataError
+from dsmoelora.waits import waiting_for
+
+
+def cache_folder() -> Path:
+    """Where these files lie."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "dsmoelora"
 
 
 @contextmanager
@@ -28,11 +34,12 @@ def cache_file(identity: Sequence[object], suffix: str) -> Iterator[Path]:
         DataError: the cache folder cannot be written
     """
     name = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dsmoelora"
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")
-        lock.acquire()
+        with waiting_for(lambda: f"another process of this machine, which makes {folder / name}"):
+            lock.acquire()
     except OSError as error:
         remedy = "Set the environment variable HF_DATASETS_CACHE to a folder that can be written."
         raise DataError(f"The cache folder {folder} cannot be written ({error.strerror}). {remedy}") from None

@@ -6,12 +6,18 @@ import errno
 import ipaddress
 import os
 import socket
+import time
 
 import torch
 from deepspeed.constants import default_pg_timeout
-from torch.distributed import DistNetworkError, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistNetworkError, DistStoreError, Store, TCPStore  # type: ignore[attr-defined]
 
-from dsmoelora.parallel.ranks import env_rank, env_world_size
+from dsmoelora.parallel.ranks import env_rank, env_world_size, source_of_world_size
+from dsmoelora.waits import waiting_for
+
+_ARRIVED = "dsmoelora/arrived"
+_LOOK_EVERY_S = 0.02
+_arrived: list[int] = []  # the last count of them
 
 
 def meet(device: torch.device, backend: str) -> None:
@@ -27,6 +33,12 @@ def meet(device: torch.device, backend: str) -> None:
         DistNetworkError: the address is taken or cannot be reached
         DistStoreError: not all ranks came in time
     """
+    # rank 0 counts who has come, rank 1 says that rank 0 has not
+    with waiting_for(_absent, speaks=env_rank() < 2 and env_world_size() > 1):
+        _meet(device, backend)
+
+
+def _meet(device: torch.device, backend: str) -> None:
     store = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else _own_store()  # torchrun serves one
     torch.distributed.init_process_group(
         backend,
@@ -38,18 +50,36 @@ def meet(device: torch.device, backend: str) -> None:
     )
 
 
+def _absent() -> str:
+    num_ranks, where = env_world_size(), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if env_rank() or not _arrived:
+        who = f"the other {num_ranks - 1} of {num_ranks} ranks"
+    else:
+        who = f"{num_ranks - _arrived[-1]} of {num_ranks} ranks"
+    return f"{who} at {where} (their number is from {source_of_world_size()})"
+
+
 def _own_store() -> Store:
-    """The key-value store at MASTER_ADDR:MASTER_PORT; rank 0 serves it."""
+    """The key-value store at MASTER_ADDR:MASTER_PORT, once all ranks are there; rank 0 serves it."""
     where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listener = listen(where, port) if env_rank() == 0 else None
-    return TCPStore(
+    store = TCPStore(
         where,
         port,
         env_world_size(),
         is_master=env_rank() == 0,
         timeout=default_pg_timeout,
+        wait_for_workers=False,
         master_listen_fd=None if listener is None else listener.detach(),
     )
+    deadline = time.monotonic() + default_pg_timeout.total_seconds()
+    _arrived[:] = [store.add(_ARRIVED, 1)]
+    while _arrived[-1] < env_world_size():
+        if time.monotonic() > deadline:
+            raise DistStoreError(f"{_arrived[-1]} of {env_world_size()} ranks came in {default_pg_timeout}")
+        time.sleep(_LOOK_EVERY_S)
+        _arrived[:] = [store.add(_ARRIVED, 0)]
+    return store
 
 
 def listen(where: str, port: int) -> socket.socket | None:

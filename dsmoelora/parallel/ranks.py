@@ -16,6 +16,7 @@ from dsmoelora.errors import ConfigError
 
 # The launcher's word for which process of the node this is, kept where LOCAL_RANK has to name the device.
 _TRUE_LOCAL_RANK = "DSMOELORA_LOCAL_RANK"
+_SOURCE = "DSMOELORA_WORLD_SIZE_FROM"
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Below the ephemeral ports of Linux (32768 and up), so that no outgoing connection sits on the port we derive.
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
@@ -29,6 +30,11 @@ def env_rank() -> int:
 def env_world_size() -> int:
     """Number of ranks by the environment, before torch.distributed is up; 1 for a plain process."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def source_of_world_size() -> str:
+    """The variable that says how many ranks there are: the launcher's own."""
+    return os.environ.get(_SOURCE, "WORLD_SIZE")
 
 
 def env_local_rank() -> int:
@@ -65,9 +71,10 @@ def adopt_launcher_environment() -> None:
     env = os.environ
     if "RANK" not in env:
         if "OMPI_COMM_WORLD_RANK" in env:
-            found = _from_open_mpi(env)
+            found = _from_open_mpi(env) | {_SOURCE: "OMPI_COMM_WORLD_SIZE"}
         elif _is_srun_task(env):
-            found = _from_slurm(env)
+            name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+            found = _from_slurm(env) | {_SOURCE: name}
         else:
             found = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
             found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}

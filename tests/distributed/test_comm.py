@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 import torch
 from torch.distributed import DistNetworkError
 
+from dsmoelora import waits
 from dsmoelora.errors import UserError
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.meeting import listen
+from dsmoelora.parallel.ranks import env_rank
 from tests.conftest import PoolFactory
 from tests.helpers_distributed import run_distributed
 from tests.host_waits import HostWaits
@@ -206,6 +210,27 @@ def test_nothing_is_compiled_for_cpu_ranks(tmp_path: Path) -> None:
     env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
     assert run_distributed(init_and_sum, 2, join_group=False, env=env) == [(2.0, False)] * 2
     assert not list(tmp_path.iterdir())
+
+
+def init_alone(late_rank: int) -> list[str]:
+    """What a rank says while another one is late."""
+    waits.FIRST_WORD_S = 0.5
+    if env_rank() == late_rank:
+        time.sleep(2.0)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dsmoelora").addHandler(handler)
+    comm.init()
+    return said
+
+
+@pytest.mark.parametrize(("late_rank", "speaker", "who"), [(2, 0, "1 of 3 ranks"), (0, 1, "the other 2 of 3 ranks")])
+def test_ranks_that_do_not_come_are_counted(late_rank: int, speaker: int, who: str) -> None:
+    said = run_distributed(init_alone, 3, late_rank, join_group=False)
+    assert said[speaker] and all(f"Waiting for {who} at 127.0.0.1:" in each for each in said[speaker])
+    assert "(their number is from WORLD_SIZE), since " in said[speaker][0]
+    assert not said[2]
 
 
 def init_and_list_listeners() -> list[str]:

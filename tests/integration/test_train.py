@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from dsmoelora.cli import parse_command
 from dsmoelora.run_files import read_metrics
 from launch import generate, train
 from tests.conftest import PoolFactory
-from tests.launched import Ranks, make_workshop
+from tests.forked import Program
+from tests.launched import ROOT, Ranks, make_workshop
 
 COMPARED = ("step", "loss", "grad_norm", "lr", "eval/loss")
 
@@ -124,6 +126,15 @@ def test_all_ranks_end_when_the_run_would_overwrite_another(workshop: Path, trai
     assert len(first.stderr.splitlines()) == 1
     assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
     assert sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_who_asks_for_help_meets_nobody(flag: str) -> None:
+    """As in a shell inside of a Slurm step of four tasks."""
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n1"}
+    program = Program([str(ROOT / "launch" / "train.py"), flag], env=os.environ | slurm)
+    said, errors = program.communicate(timeout=60)
+    assert program.returncode == 0 and ("usage" if flag == "--help" else "dsmoelora 0.") in said, errors
 
 
 def test_an_error_on_one_rank_ends_all(workshop: Path) -> None:

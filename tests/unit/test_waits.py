@@ -1,0 +1,48 @@
+"""What takes long is said."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from dsmoelora import waits
+from dsmoelora.waits import waiting_for, watching_growth
+
+
+def test_a_long_wait_is_said_and_since_when(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(waits, "FIRST_WORD_S", 0.05)
+    names = iter(("Godot", "his boots"))
+    with waiting_for(lambda: next(names)):
+        deadline = time.monotonic() + 10
+        while len(caplog.messages) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert caplog.messages == ["Waiting for Godot, since 0 s.", "Waiting for his boots, since 0 s."]
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_short_wait_is_not(speaks: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with waiting_for(lambda: "nothing", speaks):
+        pass
+    assert not caplog.messages
+
+
+def test_files_that_grow_are_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "LOOK_AT_FILES_S", 0.02)
+    beats: list[int] = []
+
+    def wait_for_beats(count: int) -> None:
+        deadline = time.monotonic() + 10
+        while len(beats) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    with watching_growth(tmp_path, lambda: beats.append(1)):
+        wait_for_beats(1)
+        time.sleep(0.2)
+        assert len(beats) == 1, "nothing grows"
+        for count in (2, 3):
+            with (tmp_path / "rows.arrow").open("a") as file:
+                file.write("a row")
+            wait_for_beats(count)
+    assert len(beats) == 3
