@@ -1,14 +1,17 @@
 """Ending a run early and whole: somebody asks one rank, all ranks agree, save, and leave.
 
-A run is asked by SIGUSR1 or SIGTERM to any of its processes, or by a file `STOP` in its folder. The request is a flag
-of one process until an all-reduce has made it everybody's; then `Stopped` is raised, at the same place on every rank.
+A run is asked by a signal to any of its processes (SIGUSR1, SIGTERM, SIGINT as from Ctrl-C, SIGHUP as from a terminal
+that closes), or by a file `STOP` in its folder. The request is a flag of one process until an all-reduce has made it
+everybody's; then `Stopped` is raised, at the same place on every rank. A second SIGINT or SIGHUP ends its process.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +24,9 @@ from dsmoelora.parallel import comm
 logger = logging.getLogger(__name__)
 
 STOP_FILE = "STOP"
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_FROM_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)
+_ONCE_S = 1.0  # a terminal and the launcher in it may both send what somebody asked for once
 _LOOK_EVERY_S = 0.5
 
 Result = TypeVar("Result")
@@ -48,6 +53,7 @@ class StopRequest:
         self._interrupts = False
         self._pid = os.getpid()
         self._answer: Callable[[], bool] | None = None
+        self._heard: dict[int, float] = {}
 
     @property
     def asked(self) -> bool:
@@ -58,17 +64,26 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Take signals and the file as requests for as long as this lasts (main thread).
 
-        A second signal changes nothing: a save under way goes on, and ends as a save does.
+        A second SIGUSR1 or SIGTERM changes nothing: a save under way goes on, and ends as a save does. Signals that
+        are ignored stay so, as SIGHUP is under nohup.
         """
-        previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._on_signal) for number in heard}
         ended = threading.Event()
-        watcher = threading.Thread(target=self._watch_file, args=(ended,), name="stop-file", daemon=True)
+        ear, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        # Python's handlers wait for a main thread that is in a collective, this does not.
+        before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        watcher = threading.Thread(target=self._watch, args=(ended, ear), name="stop", daemon=True)
         watcher.start()
         try:
             yield
         finally:
             ended.set()
             watcher.join()
+            signal.set_wakeup_fd(before)
+            ear.close()
+            mouth.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -149,23 +164,48 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        if number == signal.SIGHUP:
+            _let_go_of_terminal()
         at = time.time()
         if self._file is not None:
             with suppress(OSError):
                 at = min(at, self._file.stat().st_mtime)
         self._ask(at)
 
-    def _watch_file(self, ended: threading.Event) -> None:
-        """Turn the file into a signal, which reaches the main thread wherever it is."""
+    def _watch(self, ended: threading.Event, ear: socket.socket) -> None:
+        """Turn the file into a signal, which reaches the main thread wherever it is, and count a terminal's signals."""
         main = threading.main_thread().ident
         assert main is not None, "the main thread runs"
-        while self._file is not None and not ended.wait(_LOOK_EVERY_S):
-            if self._file.exists():
+        has_seen_file = False
+        while not ended.is_set():
+            if select.select([ear], [], [], _LOOK_EVERY_S)[0]:
+                for number in ear.recv(64):
+                    self._count(number)
+            if not has_seen_file and self._file is not None and self._file.exists():
+                has_seen_file = True
                 signal.pthread_kill(main, _SIGNALS[0])
-                return
+
+    def _count(self, number: int) -> None:
+        if number not in _FROM_A_TERMINAL:
+            return
+        now = time.monotonic()
+        first = self._heard.setdefault(number, now)
+        if first == now and comm.rank() == 0:
+            logger.warning("%s: the run saves and leaves. Once more ends it at once.", signal.Signals(number).name)
+        elif now - first > _ONCE_S:
+            os._exit(128 + number)
 
     def _tell_others(self) -> None:
         if self._file is not None:
             with suppress(OSError):  # then the others finish their work first
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 self._file.touch()
+
+
+def _let_go_of_terminal() -> None:
+    """Print nowhere what would be printed on a terminal that is gone: there it would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if os.isatty(stream):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)

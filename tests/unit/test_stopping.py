@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsmoelora.parallel.stopping import Stopped, StopRequest
+from tests.helpers_distributed import forks
 
 
 def wait_until_asked(stop: StopRequest) -> None:
@@ -19,7 +21,7 @@ def wait_until_asked(stop: StopRequest) -> None:
     assert stop.asked
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_requests_and_two_are_one(number: int, tmp_path: Path) -> None:
     before = signal.getsignal(number)
     stop = StopRequest(tmp_path)
@@ -32,6 +34,40 @@ def test_signals_are_requests_and_two_are_one(number: int, tmp_path: Path) -> No
         with pytest.raises(Stopped):
             stop.poll()
     assert signal.getsignal(number) is before
+
+
+def wait_for_ever(folder: Path) -> None:
+    with StopRequest(folder).listening():
+        (folder / "listening").touch()
+        while True:
+            ctypes.CDLL(None).pause()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_second_time_ends_the_process_wherever_it_is(number: int, tmp_path: Path) -> None:
+    process = forks().Process(target=wait_for_ever, args=(tmp_path,), daemon=True)
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "listening").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(1.5)
+    assert process.is_alive(), "the first is a request"
+    os.kill(process.pid, number)
+    process.join(10)
+    assert process.exitcode == 128 + number
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        stop = StopRequest(tmp_path)
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_file_is_a_request_and_goes_away_when_it_was_met(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
