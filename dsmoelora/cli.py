@@ -27,7 +27,9 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.text import Text
 
+from dsmoelora import __version__
 from dsmoelora.config import Recipe
+from dsmoelora.config.checks import expanded
 from dsmoelora.errors import ConfigError, LostRankError, UserError, bad_value
 from dsmoelora.parallel.ranks import env_rank
 from dsmoelora.recipe_file import (
@@ -97,10 +99,11 @@ def parse_command(argv: list[str]) -> Command:
             raise SystemExit(0)
     if parsed.world_size is not None and not parsed.dry_run:
         raise ConfigError("--world-size plans a dry run; a real run has the ranks of its launcher. Add --dry-run.")
+    deepspeed = expanded("--deepspeed", parsed.deepspeed or "")
     return Command(
         recipe=recipe,
-        deepspeed=read_deepspeed_file(parsed.deepspeed) if parsed.deepspeed else DEFAULT_DEEPSPEED,
-        resume=parsed.resume,
+        deepspeed=read_deepspeed_file(deepspeed) if deepspeed else DEFAULT_DEEPSPEED,
+        resume=expanded("--resume", parsed.resume),
         dry_run=parsed.dry_run,
         preview=_non_negative("--preview", parsed.preview),
         world_size=parsed.world_size,
@@ -143,7 +146,9 @@ def run_guarded(body: Callable[[], None]) -> int:
         else:
             time.sleep(SILENT_RANKS_STAY_S)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # a run that trains takes it for a request to stop, see parallel/stopping.py
+        if env_rank() == 0:
+            Console(stderr=True).print("Interrupted.")
         return 130
     except SystemExit:
         raise
@@ -195,6 +200,7 @@ def _build_parser() -> ArgumentParser:
     parser.add_argument("--preview", type=int, default=0, metavar="N", help="print N tokenised samples, train nothing")
     parser.add_argument("--print_config", action="store_true", help="print the whole recipe and exit")
     parser.add_argument("--print_folder", action="store_true", help="print the folder of the run and exit")
+    parser.add_argument("--version", action="version", version=f"dsmoelora {__version__}", help="print it and exit")
     parser.add_argument("--verbose", action="store_true", help="show the log messages of all libraries")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     for section in dataclasses.fields(Recipe):
@@ -243,9 +249,9 @@ def _recipe_files(argv: list[str]) -> Iterator[Path]:
     """The values of `--config` in their order."""
     for place, word in enumerate(argv):
         if word == "--config" and place + 1 < len(argv):
-            yield Path(argv[place + 1])
+            yield Path(expanded("--config", argv[place + 1]))
         elif word.startswith("--config="):
-            yield Path(word.removeprefix("--config="))
+            yield Path(expanded("--config", word.removeprefix("--config=")))
 
 
 def _recipe_first(argv: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsmoelora.cli import parse_command, run_guarded
+from dsmoelora.cli import Command, parse_command, run_guarded
+from dsmoelora.config.checks import require
 from dsmoelora.errors import ConfigError
 from dsmoelora.heartbeat import read_sign
-from dsmoelora.run_files import DONE_FILE, METRICS_FILE, RECIPE_FILE, read_metrics
+from dsmoelora.run_files import DONE_FILE, FAILED_FILE, METRICS_FILE, RECIPE_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"srun": "train.sbatch", "torchrun": "train_torchrun.sbatch", "deepspeed": "train_deepspeed.sbatch"}
@@ -77,13 +78,16 @@ def sbatch_command(options: argparse.Namespace, train_argv: list[str]) -> tuple[
     """The words of the command, and the variables that it needs.
 
     Raises:
-        ConfigError: this is not the project's folder, the recipe is wrong, or its batch cannot be dealt out to that
-            many ranks
+        UserError: this is not the project's folder, or the run could not begin on that many ranks
     """
     if Path.cwd() != ROOT:  # the job begins where it is submitted, and so must every path of the command
         raise ConfigError(f"The job's files are named from {ROOT}. Submit there: cd {shlex.quote(str(ROOT))}")
-    recipe = parse_command(train_argv).recipe
-    recipe.train.accumulation_steps(options.nodes * options.gpus_per_node)
+    parsed = parse_command(train_argv)
+    recipe = parsed.recipe
+    for flag in ("--nodes", "--gpus-per-node"):
+        number = getattr(options, flag.removeprefix("--").replace("-", "_"))
+        require(number >= 1, flag, number, "1 or more", "The job needs a rank.")
+    check(parsed, options.nodes * options.gpus_per_node)
     tasks = options.gpus_per_node if options.launcher == "srun" else 1
     command = ["sbatch", "--job-name", recipe.run.name, "--nodes", str(options.nodes)]
     command += ["--ntasks-per-node", str(tasks), "--gpus-per-node", str(options.gpus_per_node)]
@@ -94,6 +98,21 @@ def sbatch_command(options: argparse.Namespace, train_argv: list[str]) -> tuple[
     variables = {"MAX_REQUEUES": str(options.max_requeues)}
     variables |= {"REQUEUE_ON_FAILURE": "1"} if options.requeue_on_failure else {}
     return [*command, f"slurm/{SCRIPTS[options.launcher]}", *train_argv], variables
+
+
+def check(command: Command, world_size: int) -> None:
+    """Refuse what launch/train.py would refuse when the job begins.
+
+    Raises:
+        UserError: something cannot work
+    """
+    from dsmoelora.plan import check_trainable, make_plan  # imports torch, which takes seconds
+
+    recipe = command.recipe
+    if recipe.model.dtype == "auto":  # the accelerator is on another machine
+        recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
+    make_plan(recipe, command.deepspeed, world_size, "auto" if command.resume == "none" else command.resume)
+    check_trainable(recipe)
 
 
 @dataclass(frozen=True)
@@ -144,6 +163,8 @@ def _look(folder: Path, jobs: dict[str, tuple[str, str]]) -> Run:
         state, job_left = "done", "-"
     elif sign is not None and sign.is_fresh():
         state = f"running ({sign.phase})"
+    if (folder / FAILED_FILE).exists():
+        state = "failed"
     left = _estimate(folder, step, all_steps) if state.startswith("running") else "-"
     return Run(folder.name, state, f"{step}/{all_steps}", f"{losses[-1]:.4f}" if losses else "-", left, job_left)
 

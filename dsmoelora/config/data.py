@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dsmoelora.config.checks import require
+from dsmoelora.config.checks import expanded, require
 
 
 @dataclass
@@ -61,6 +61,9 @@ class DataConfig:
     shuffle_buffer: int | None = None
 
     def __post_init__(self) -> None:
+        for key, sources in (("train", self.train), ("eval", self.eval)):
+            for place, source in enumerate(sources):
+                source.path = expanded(f"data.{key}[{place}].path", source.path)
         require(self.max_length >= 2, "data.max_length", self.max_length, "2 or more", "Common values: 512 to 4096.")
         ok = self.num_proc is None or self.num_proc >= 1
         require(ok, "data.num_proc", self.num_proc, "1 or more, or null", "null chooses by cores and rows.")

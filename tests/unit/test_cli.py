@@ -145,6 +145,32 @@ def test_flags_are_read(tmp_path: Path) -> None:
     assert (command.resume, command.dry_run, command.preview, command.world_size) == ("auto", True, 3, 8)
 
 
+def test_homes_and_variables_in_paths_are_put_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SETS", "/scratch/sets")
+    data = "{train: [{path: $SETS/a.jsonl}], eval: [{path: '${SETS}/b.jsonl'}]}"
+    (tmp_path / "recipe.yaml").write_text(f"run: {{dir: ~/runs}}\nmodel: {{path: ~/model}}\ndata: {data}\n")
+    (tmp_path / "ds.json").write_text("{}")
+    command = parse_command(["--config=~/recipe.yaml", "--deepspeed=~/ds.json", "--resume=~/runs/run/checkpoint-1"])
+    recipe = command.recipe
+    assert recipe.run.folder == tmp_path / "runs" / "run" and recipe.model.path == str(tmp_path / "model")
+    sets = [source.path for source in (*recipe.data.train, *recipe.data.eval)]
+    assert sets == ["/scratch/sets/a.jsonl", "/scratch/sets/b.jsonl"]
+    assert command.deepspeed == {} and command.resume == str(tmp_path / "runs" / "run" / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        (["--run.dir", "$NO_SUCH/runs"], r"run\.dir is '\$NO_SUCH/runs', but .* no variable \$NO_SUCH"),
+        (["--model.path", "~nobody9/m"], r"model\.path is '~nobody9/m', but .* Nobody here has the home ~nobody9"),
+    ],
+)
+def test_homes_and_variables_that_nobody_knows_are_named(override: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        parse_command(override)
+
+
 def test_print_folder_says_where_the_run_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_command(["--config", write(tmp_path, RECIPE), "--run.dir", "all", "--run.name", "this", "--print_folder"])

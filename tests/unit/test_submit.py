@@ -10,17 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from dsmoelora.errors import ConfigError
+from dsmoelora.errors import ConfigError, UserError
 from dsmoelora.heartbeat import Phase, Sign, clear_signs, write_sign
 from launch import submit
+from tests.launched import make_workshop
 
 RECIPE = "run: {name: mine}\ntrain: {batch_size: 32, micro_batch_size: 2, max_steps: 100}\n"
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    return str(tmp_path / "recipe.yaml")
+    path = make_workshop(tmp_path) / "recipe.yaml"
+    settings = {"name: tiny": "name: mine", "batch_size: 4, micro_batch_size: 1": "batch_size: 32, micro_batch_size: 2"}
+    text = path.read_text()
+    for old, new in settings.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return str(path)
 
 
 def test_a_dry_run_prints_the_command(
@@ -47,6 +54,22 @@ def test_launchers_get_one_task_a_node(recipe: str, launcher: str) -> None:
 def test_a_batch_that_the_ranks_cannot_share_is_refused_before_it_is_submitted(recipe: str) -> None:
     options, rest = submit.parse_options(["--nodes", "3", "--config", recipe])
     with pytest.raises(ConfigError, match=r"train\.batch_size is 32, but it must be a multiple of .* 2 x 24"):
+        submit.sbatch_command(options, rest)
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--nodes", "0"], r"--nodes is 0, but it must be 1 or more"),
+        (["--gpus-per-node", "0"], r"--gpus-per-node is 0, but it must be 1 or more"),
+        (["--gpus-per-node", "2", "--parallel.ep_size", "4"], r"parallel\.ep_size is 4, but it must "),
+        (["--model.path", "nowhere"], r"model\.path is 'nowhere', but there is no such folder"),
+        (["--adapter.target_modules", "w_proj"], r"adapter\.target_modules is 'w_proj'"),
+    ],
+)
+def test_what_training_would_refuse_is_not_submitted(recipe: str, argv: list[str], why: str) -> None:
+    options, rest = submit.parse_options(["--config", recipe, *argv])
+    with pytest.raises(UserError, match=why):
         submit.sbatch_command(options, rest)
 
 
