@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from dsmoelora.inputs import can_keep_logits, check_probe, fill_context, model_i
 from dsmoelora.model import load_model, load_tokenizer, recompute_activations
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
-from dsmoelora.parallel.adapter_tensors import fingerprints, tensors_on_rank_0
+from dsmoelora.parallel.adapter_tensors import base_fingerprint, tensors_on_rank_0
 from dsmoelora.parallel.dtype import settle_dtype
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
@@ -89,6 +89,7 @@ class Engine:
         skipped_steps: steps dropped because loss or gradient was not finite
         adapted_layers: names of the layers with experts
         num_trainable: trainable numbers, of all experts
+        base_fingerprint: see `adapters.base`
     """
 
     def __init__(
@@ -119,13 +120,13 @@ class Engine:
     def _adapt(self, resumes: bool) -> None:
         """Put experts on the layers that the recipe chooses, before DeepSpeed knows of the model."""
         recipe, model, exchange, group = self.recipe, self.model, None, None
+        self.base_fingerprint = base_fingerprint(model)
         if self.layout.ep_size > 1:
             exchange = TokenExchange(self.layout, recipe.parallel.exchange, recipe.adapter.num_used)
             group = PartitionedExperts(exchange, recipe.losses.contrastive_tokens)
             model.register_forward_pre_hook(exchange.announce_call, with_kwargs=True)
         held = self.layout.local_experts
         self.adapted_layers = inject(model, recipe.adapter, held, exchange, lambda _: None, zero.gathered)
-        self._prints = fingerprints(model)  # of the base as it came
         self._start = StartShards(model, resumes, self._heartbeat.beat) if recipe.adapter.init == "svd" else None
         if recipe.train.activation_checkpointing:
             recompute_activations(model)
@@ -303,6 +304,10 @@ class Engine:
         answers = output[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
+    def first_not_finite(self) -> str | None:
+        """Name of the first tensor, of the base and the adapters, that is not finite; the same on all ranks."""
+        return zero.first_not_finite(self.model.named_parameters())
+
     def save(self, root: Path, state: dict[str, Any], keep: int) -> Path:
         """Write `root/checkpoint-{step}`: adapters, moments, counters and the caller's state.
 
@@ -328,8 +333,12 @@ class Engine:
         """Bytes of the numbers in a checkpoint: adapters and moments in fp32, nothing of the base."""
         return checkpoint_bytes(self._shard_states())
 
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(self, folder: Path, check: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
         """Go on from a checkpoint, whatever the number of ranks it was written with; returns the caller's state.
+
+        Args:
+            folder: of the checkpoint
+            check: gets the caller's state before anything is taken from the checkpoint, and may refuse it
 
         Raises:
             ModelError: `adapter.init` is svd, and the base has been shifted already
@@ -337,7 +346,7 @@ class Engine:
         if self._start is not None:
             self._start.check_untouched(folder)
         self._heartbeat.enter(Phase.LOAD, self.step)
-        state = load_checkpoint(folder, self._shard_states())
+        state = load_checkpoint(folder, self._shard_states(), lambda state: check(state["caller"]))
         own = state["engine"]
         if self._start is not None:
             self._start.shift()
@@ -365,7 +374,7 @@ class Engine:
         base = self.recipe.model.path
         base = str(Path(base).resolve()) if Path(base).exists() else base
         more = (self.tokenizer.save_pretrained, start)
-        write_adapter(folder, self.recipe.adapter, self.adapted_layers, tensors, base, self._prints, *more)
+        write_adapter(folder, self.recipe.adapter, self.adapted_layers, tensors, base, self.base_fingerprint, *more)
 
     def _shard_states(self) -> list[ShardState]:
         states = []

@@ -29,6 +29,10 @@ class CheckpointError(UserError):
     """A checkpoint or adapter folder is missing, damaged, or belongs to something else."""
 
 
+class HopelessError(UserError):
+    """A run cannot succeed as it is: it would only repeat what it did."""
+
+
 class LostRankError(UserError):
     """A rank is gone, so the others cannot go on.
 

@@ -38,7 +38,7 @@ from dsmoelora.model import (
 from dsmoelora.optim import trainables
 from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_all
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _FP32_BYTES = 4
 _STREAMED_ROWS = 1000  # of each streamed set, whose tokens are looked at
 
@@ -207,13 +207,30 @@ def _check_model_folder(plan: Plan, config: ModelConfig) -> None:
         )
     if not folder.exists():
         _find_on_hub(config.path)
-    load_model_config(config)  # the tokenizer reads it too, and would blame itself
+    _check_plain(config)
     if not has_weights(config):
         plan.notes.append(f"{folder} holds no weights ({', '.join(_WEIGHTS)}): it can be planned with, not trained.")
     if is_fallback(load_tokenizer(config)):
         plan.notes.append(
             f"the tokenizer of {config.path} has no chat template: turns are written as ### User: and ### Assistant: "
             "(docs/data.md). --preview 3 shows what comes of it."
+        )
+
+
+def _check_plain(config: ModelConfig) -> None:
+    """What transformers would do unasked with the folder: put an adapter on the model, or load quantised weights."""
+    if (Path(config.path) / "adapter_config.json").exists():
+        raise ModelError(
+            f"model.path is {config.path!r}, and holds an adapter (adapter_config.json), which transformers would put "
+            "on the model. Merge it into the weights, or move its files elsewhere."
+        )
+    described = load_model_config(config)  # the tokenizer reads it too, and would blame itself
+    quantised = getattr(described, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ModelError(
+            f"model.path is {config.path!r}, whose config.json says that its weights are quantised ({method}), but "
+            "experts are trained on plain ones. Take the model in bf16, fp16 or fp32, or dequantise and save it."
         )
 
 

@@ -14,6 +14,7 @@ DEEPSPEED_FILE = "deepspeed.json"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
 DONE_FILE = "DONE"
+FAILED_FILE = "FAILED"  # of a run that cannot succeed as it is, with the reason
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

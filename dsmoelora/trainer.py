@@ -25,10 +25,11 @@ from dsmoelora.callbacks import (
 from dsmoelora.data import InstructionDataset, MicroBatch, Packing, eval_micro_batches, train_steps
 from dsmoelora.data.streaming import Peers, StreamedSets
 from dsmoelora.engine import Engine, StepResult
-from dsmoelora.errors import CheckpointError
+from dsmoelora.errors import HopelessError, bad_value
+from dsmoelora.identity import check_identity, identity_of
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.stopping import Stopped
-from dsmoelora.run_files import ADAPTER_FOLDER, DONE_FILE
+from dsmoelora.run_files import ADAPTER_FOLDER, DONE_FILE, FAILED_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Trainer:
         self._eval_batches = [] if eval_data is None else eval_micro_batches(eval_data, **self._layout())
         self._memory = PeakMemory()
         self._saved_in: Path | None = None
+        self._skipped_in_a_row = 0
         self.run = TrainingRun(engine.recipe, engine, folder, eval_data, metrics={"step": engine.step})
 
     def fit(self, resume_from: Path | None = None) -> None:
@@ -91,13 +93,18 @@ class Trainer:
             resume_from: checkpoint to go on from
 
         Raises:
-            CheckpointError: the checkpoint belongs to other data, another seed or another batch size
+            CheckpointError: the checkpoint was trained with something else, see `identity`
             ModelError: rows are packed, and the model's samples would see each other
+            HopelessError: the model is not finite, or `train.max_skipped_steps` in a row were not
         """
+        self._mark(FAILED_FILE, None)
         try:
             self._train(resume_from)
         except Stopped:
             self._leave()
+        except HopelessError as error:
+            self._mark(FAILED_FILE, str(error))
+            raise
 
     def _train(self, resume_from: Path | None) -> None:
         run, recipe = self.run, self._engine.recipe.train
@@ -105,7 +112,8 @@ class Trainer:
             self._engine.check_packing()
         if resume_from is not None:
             self._resume(resume_from)
-        self._mark_done(False)
+        self._mark(DONE_FILE, None)
+        self._check_finite()
         self._memory.start()
         self._call("on_train_begin")
         steps = self._steps()
@@ -122,7 +130,7 @@ class Trainer:
                 raise Stopped
         self._engine.save_adapter(run.folder / ADAPTER_FOLDER)
         self._memory.stop()
-        self._mark_done(True)  # what follows is talk: a request to stop may cut it short
+        self._mark(DONE_FILE, "")  # what follows is talk: a request to stop may cut it short
         self._call("on_train_end")
 
     def _steps(self) -> Iterator[list[MicroBatch]]:
@@ -155,6 +163,26 @@ class Trainer:
                 "step %d was skipped: loss %s, gradient norm %s", self.run.step, result.loss, result.grad_norm
             )
         self._call("on_step_end", result)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
+        if self._skipped_in_a_row >= self._engine.recipe.train.max_skipped_steps:
+            raise self._hopeless()
+
+    def _check_finite(self) -> None:
+        name = self._engine.first_not_finite()
+        if name is not None:
+            raise HopelessError(
+                f"{name} has numbers that are not finite before step {self.run.step + 1}, so no loss could be. Copy or "
+                "download the model again, or go back to an older checkpoint."
+            )
+
+    def _hopeless(self) -> HopelessError:
+        name = self._engine.first_not_finite()
+        found = "all weights are finite" if name is None else f"{name} is the first tensor that is not finite"
+        return HopelessError(
+            f"The last {self._skipped_in_a_row} steps were skipped, for loss or gradient were not finite "
+            f"(train.max_skipped_steps); {found}. Likely causes: optim.lr is too high for this model, or numbers go "
+            "beyond those of fp16. Lower optim.lr, or set model.dtype to bf16 or fp32."
+        )
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float | None]:
         return {
@@ -218,7 +246,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
-            "data": self._data_identity(),
+            "identity": self._identity(),
             "stream": self._stream_state,
             "evaluations": self.run.evaluations,
             "open_line": None if self._is_evaluated() else {"metrics": self.run.metrics, "tables": self.run.tables},
@@ -244,24 +272,23 @@ class Trainer:
         self._memory.stop()
         self._call("on_stop")
 
-    def _mark_done(self, done: bool) -> None:
-        mark = self.run.folder / DONE_FILE
+    def _mark(self, name: str, text: str | None) -> None:
+        """Write a file into the run folder, or take it away where there is no text (rank 0)."""
+        mark = self.run.folder / name
 
         def write() -> None:
             if comm.rank() == 0:
-                mark.touch() if done else mark.unlink(missing_ok=True)
+                mark.unlink(missing_ok=True) if text is None else mark.write_text(text, encoding="utf-8")
 
         comm.together(write)
 
     def _resume(self, checkpoint: Path) -> None:
-        state = self._engine.load(checkpoint)
-        for what, now in self._data_identity().items():
-            then = state["data"].get(what)
-            if then != now:
-                raise CheckpointError(
-                    f"{checkpoint} was trained with {what} {then!r}, but now it is {now!r}: the run would repeat some "
-                    "samples and leave out others. Set it back, or begin a new run with another run.name."
-                )
+        now = self._identity()
+        state = self._engine.load(checkpoint, lambda state: check_identity(checkpoint, state["identity"], now))
+        max_steps = self._engine.recipe.train.max_steps
+        if self.run.step > max_steps:
+            taken = f"{checkpoint} has taken as many steps already."
+            raise bad_value("train.max_steps", max_steps, f"{self.run.step} or more", taken)
         if self._stream is not None:
             stream, self._stream_state = self._stream, state["stream"]
             comm.together(lambda: stream.load_state(state["stream"]))
@@ -275,15 +302,10 @@ class Trainer:
             if kept is not None:
                 callback.load_state(kept)
 
-    def _data_identity(self) -> dict[str, Any]:
-        """What decides which samples make up batch n."""
-        recipe = self._engine.recipe
-        return {
-            "train.batch_size": recipe.train.batch_size,
-            "data.packing": recipe.data.packing,
-            "run.seed": recipe.run.seed,
-            "data.train (fingerprint)": self.train_data.fingerprint,
-        }
+    def _identity(self) -> dict[str, Any]:
+        eval_data, engine = self.run.eval_data, self._engine
+        held_out = None if eval_data is None else eval_data.fingerprint
+        return identity_of(engine.recipe, engine.base_fingerprint, self.train_data.fingerprint, held_out)
 
     def _layout(self) -> dict[str, int]:
         """How batches are dealt out to ranks."""

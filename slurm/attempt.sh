@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts: one attempt at a run, how it is asked to stop, and whether there is to be another one.
 #
-# A job is over for one of five reasons, and the files in the run folder say which:
+# A job is over for one of six reasons, and the files in the run folder say which:
 #   DONE is there                                    the run is finished
+#   FAILED is there                                  the run cannot succeed as it is: not requeued
 #   no DONE, a newer checkpoint, ranks left with 0   it was asked to stop: requeued, at most MAX_REQUEUES times
 #   no DONE, a newer checkpoint, ranks failed        requeued in the same way if REQUEUE_ON_FAILURE=1
 #   no DONE, a node does not answer                  requeued in the same way, newer checkpoint or not
@@ -70,6 +71,10 @@ end_attempt() {
         sleep 3600
     fi
     local code=$((status ? status : 1))
+    if [[ -e $run_folder/FAILED ]]; then
+        echo "The run cannot succeed as it is: $(<"$run_folder/FAILED")"
+        exit "$code"
+    fi
     if ((status)) && ! nodes_answer; then
         echo "A node does not answer."
     elif ((status)) && ((REQUEUE_ON_FAILURE != 1)); then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,8 @@ class FakeEngine:
         self.recipe = recipe
         self.step = self.skipped_steps = 0
         self.memory = 0.125
+        self.not_finite: str | None = None
+        self.base_fingerprint: dict[str, Any] = {"is_fp16": False, "tensors": {"model.norm.weight": "2 3f803f80"}}
         self.calls: list[str] = []
         self.stop = StopRequest()
         self.watch = FakeWatch(statistics or {"layer.experts.a": {"grad_norm": 1.0, "moved": 1.0}})
@@ -84,6 +87,9 @@ class FakeEngine:
         self.calls.append(f"generate at {self.step}")
         return [f"step {self.step}: {prompt.messages[-1]['content']}" for prompt in prompts]
 
+    def first_not_finite(self) -> str | None:
+        return self.not_finite
+
     def save(self, root: Path, state: dict[str, Any], keep: int) -> Path:
         self.calls.append(f"save at {self.step}")
         folder = root / f"checkpoint-{self.step}"
@@ -92,8 +98,9 @@ class FakeEngine:
         (folder / "state.json").write_text(json.dumps({"own": own, "caller": state}))
         return folder
 
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(self, folder: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text())
+        check(state["caller"])
         self.step, self.memory = state["own"]["step"], state["own"]["memory"]
         self.skipped_steps = state["own"]["skipped_steps"]
         caller: dict[str, Any] = state["caller"]

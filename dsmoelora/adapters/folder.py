@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dsmoelora.adapters.base import difference, fingerprint
 from dsmoelora.adapters.inject import inject
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.linear import is_linear
@@ -27,26 +28,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 START_FILE = "start.safetensors"  # with `init: svd`: what the base was shifted by
 PEFT_TYPE = "DSMOELORA"
-_NUM_FINGERPRINT_VALUES = 16
 _NEEDED_KEYS = ("layers", "base_fingerprint", "base_model_name_or_path")
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def fingerprint(weight: Tensor) -> dict[str, Any]:
-    """What tells one base weight from another: its shape and its first numbers.
-
-    Args:
-        weight: whole weight of an adapted layer's base
-    """
-    values = weight.detach().flatten()[:_NUM_FINGERPRINT_VALUES].float().tolist()
-    return {"shape": list(weight.shape), "values": values}
-
-
-def fingerprinted_layers(model: nn.Module) -> list[str]:
-    """The adapted layers whose base weights are fingerprinted: the first and the last."""
-    names = [name for name, _ in adapted_layers(model)]
-    return [names[0], names[-1]]
 
 
 def router_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -72,7 +56,7 @@ def write_adapter(
         layers: names of the adapted layers
         tensors: whole tensors by qualified name
         base_model: path or name of the base model
-        base_fingerprint: `fingerprint` of each of `fingerprinted_layers`, of the base as it was before `inject`
+        base_fingerprint: of the base as it came, see `adapters.base`
         write_more: writes what else belongs into the folder, such as the tokenizer
         start: with `init: svd`, whole factors `a` and `b` of all layers as they were before the first step, by the
             same names as in `tensors`
@@ -140,9 +124,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def adapter_config(description: Mapping[str, Any]) -> AdapterConfig:
-    """The settings among what `read_adapter_config` gives."""
+    """The settings among what `read_adapter_config` gives.
+
+    Raises:
+        CheckpointError: some cannot be
+    """
     known = {field.name for field in fields(AdapterConfig)}
-    return AdapterConfig(**{key: value for key, value in description.items() if key in known})
+    try:
+        return AdapterConfig(**{key: value for key, value in description.items() if key in known})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{CONFIG_FILE} is damaged: {error}. Copy the adapter folder again.") from error
 
 
 def load_adapter(model: Model, path: str | Path) -> Model:
@@ -233,12 +224,6 @@ def _check_base(model: nn.Module, description: dict[str, Any], folder: Path) -> 
     for name in description["layers"]:
         if not is_linear(modules.get(name)):
             raise CheckpointError(f"{folder} adapts {name}, which this model does not have. {remedy}")
-    for name, expected in description["base_fingerprint"].items():
-        found = fingerprint(modules[name].weight)
-        same_shape = found["shape"] == expected["shape"]
-        # bf16 keeps 8 bits: a base loaded in another dtype is still the same base
-        if not same_shape or not torch.allclose(
-            torch.tensor(found["values"]), torch.tensor(expected["values"]), rtol=2**-7, atol=1e-6
-        ):
-            what = f"shape {found['shape']}, not {expected['shape']}" if not same_shape else "other numbers"
-            raise CheckpointError(f"{folder} was trained on another base model: {name} has {what}. {remedy}")
+    what = difference(description["base_fingerprint"], fingerprint(model.named_parameters()))
+    if what is not None:
+        raise CheckpointError(f"{folder} was trained on another base model: {what}. {remedy}")

@@ -120,11 +120,18 @@ def newest_whole_checkpoint(root: Path) -> Path | None:
     return whole
 
 
-def load_checkpoint(folder: Path, shards: list[ShardState]) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, shards: list[ShardState], check: Callable[[dict[str, Any]], object] = lambda _: None
+) -> dict[str, Any]:
     """Fill the tensors of `shards` in place from a checkpoint of any layout, and return its state (collective).
 
     Checksums are verified first, an equal part of all bytes by each rank; then each rank reads the ranges that it
     holds. Beside the shards it needs some MiB of memory. Padding stays as it is.
+
+    Args:
+        folder: of the checkpoint
+        shards: what this rank holds
+        check: gets the state before anything else is compared, and raises to refuse it
 
     Raises:
         CheckpointError: the folder is damaged, or its parameters, shapes or optimizer tensors are not those of `shards`
@@ -138,6 +145,7 @@ def load_checkpoint(folder: Path, shards: list[ShardState]) -> dict[str, Any]:
             f"{folder} is no whole checkpoint: {listing(faults)}. "
             "Name another folder checkpoint-N, or use `--resume auto`, which takes the newest whole one."
         )
+    check(index.state)
     wanted = _gather_layouts(shards)
     check_fit(folder, index, [layout for layouts in wanted for layout in layouts])
     comm.together(lambda: read_shards(folder, index, shards))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dsmoelora.adapter_options import ExpertName, MixerInit, RouterName, settle_options
-from dsmoelora.config.checks import require, require_positive, require_unset
+from dsmoelora.config.checks import require, require_known, require_positive, require_unset
 
 InitName = Literal["kaiming", "gaussian", "svd"]
 
@@ -68,6 +68,7 @@ class AdapterConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_known("adapter", self)
         require_positive("adapter", self, "r", "num_experts")
         settle_options(self)
         require(

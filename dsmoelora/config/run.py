@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from dsmoelora.config.checks import require, require_positive, require_unset
+from dsmoelora.config.checks import expanded, require, require_positive, require_unset
 from dsmoelora.config.dtype import DTYPES
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
@@ -31,6 +31,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         ok = bool(self.name) and "/" not in self.name and self.name not in (".", "..")
         require(ok, "run.name", self.name, "a plain folder name", "Give run.name without slashes.")
+        self.dir = expanded("run.dir", self.dir)
 
     @property
     def folder(self) -> Path:
@@ -55,6 +56,9 @@ class ModelConfig:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        self.path = expanded("model.path", self.path)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -99,6 +103,7 @@ class TrainConfig:
         activation_checkpointing: recompute activations in the backward pass
         num_samples: held-out prompts that are answered before and after training
         sample_max_new_tokens: tokens of such an answer at most
+        max_skipped_steps: steps in a row without a finite loss and gradient after which the run ends
         hang_timeout_s: seconds without any progress (a forward pass, a part of a file) after which every rank prints
             its stacks and the job ends
         report_to: where the metrics go besides `metrics.jsonl`: any of `tensorboard`, `wandb`, `trackio`, or `none`
@@ -116,6 +121,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     num_samples: int = 0
     sample_max_new_tokens: int = 64
+    max_skipped_steps: int = 20
     hang_timeout_s: float = 1800.0
     report_to: list[str] | str = field(default_factory=lambda: ["tensorboard"])
     project: str = "dsmoelora"
@@ -130,6 +136,7 @@ class TrainConfig:
             "keep_checkpoints",
             "dead_after",
             "sample_max_new_tokens",
+            "max_skipped_steps",
             "hang_timeout_s",
         )
         for name in ("eval_every", "save_every", "num_samples", "health_every"):

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters import adapted_layers
-from dsmoelora.adapters.folder import fingerprint, fingerprinted_layers, router_buffers
+from dsmoelora.adapters.base import described, places
+from dsmoelora.adapters.folder import router_buffers
 from dsmoelora.optim.rows import trainables
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.factors import of_all_experts
 from dsmoelora.parallel.layout import ExpertLayout
 
 
-def fingerprints(model: nn.Module) -> dict[str, Any]:
-    """`fingerprint` of each of `fingerprinted_layers`, on every rank (collective); before anything shifts the base."""
-    layers, prints = dict(adapted_layers(model)), {}
-    for name in fingerprinted_layers(model):
-        base = layers[name].base
-        with zero.gathered(base.parameters()):
-            prints[name] = fingerprint(base.weight)
-    return prints
+def base_fingerprint(model: nn.Module) -> dict[str, Any]:
+    """`adapters.base.fingerprint` of a model that is not adapted yet, on every rank (collective)."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if zero.full_numel(parameter)]
+    parameters = [parameter for _, parameter in named]
+    values = zero.numbers_at(parameters, [places(zero.full_numel(parameter)) for parameter in parameters])
+    shapes = [(name, zero.full_shape(parameter)) for name, parameter in named]
+    return described(shapes, values, any(parameter.dtype == torch.float16 for parameter in parameters))
 
 
 def tensors_on_rank_0(model: nn.Module, layout: ExpertLayout) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -335,6 +335,50 @@ def gathered(parameters: Iterable[nn.Parameter], rewrite: bool = False) -> Itera
 def full_numel(parameter: Tensor) -> int:
     """How many numbers a parameter has, partitioned or not."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, partitioned or not."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def numbers_at(parameters: Sequence[Any], places: Sequence[Tensor]) -> list[Tensor]:
+    """The numbers at these places of flattened parameters, in fp32, on every rank (collective).
+
+    Nothing is gathered: every rank brings those that it holds.
+
+    Args:
+        parameters: partitioned or not; the same on all ranks
+        places: indices (P,) for each
+    """
+    own = []
+    for parameter, at in zip(parameters, places, strict=True):
+        piece, first = parameter.detach().flatten(), 0
+        is_mine = torch.full(at.shape, comm.rank() == 0)
+        if is_partitioned(parameter):
+            piece = parameter.ds_tensor.detach().flatten()
+            first = dist.get_rank(parameter.ds_process_group) * piece.numel()
+            is_mine = (at >= first) & (at < first + piece.numel())
+        held = torch.zeros(at.shape)
+        held[is_mine] = piece[(at[is_mine] - first).to(piece.device)].float().cpu()
+        own += held.tolist()
+    summed = torch.tensor(comm.all_reduce_sum(own), dtype=torch.float32)
+    return list(summed.split([len(at) for at in places]))
+
+
+def first_not_finite(named: Iterable[tuple[str, Any]]) -> str | None:
+    """The first parameter with a number that is not finite, looked for in every rank's own pieces (collective).
+
+    Args:
+        named: the same on all ranks
+    """
+    names, finite = [], []
+    for name, parameter in named:
+        own = parameter.ds_tensor if is_partitioned(parameter) and parameter.ds_tensor is not None else parameter
+        names.append(name)
+        finite.append(torch.isfinite(own.detach()).all())
+    counts = comm.all_reduce_sum([float(not each) for each in torch.stack(finite).tolist()]) if names else []
+    return next((name for name, count in zip(names, counts, strict=True) if count), None)
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:

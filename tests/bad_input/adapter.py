@@ -20,6 +20,11 @@ def broken_adapter_config(bench: Bench) -> list[str]:
     return bench.generate()
 
 
+def magic_router(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", router="magic")
+    return bench.generate()
+
+
 def other_kind_of_adapter(bench: Bench) -> list[str]:
     bench.spoiled_json("runs/tiny/adapter/adapter_config.json", peft_type="LORA")
     return bench.generate()
@@ -108,6 +113,7 @@ def export_base_with_own_code(bench: Bench) -> list[str]:
 AFTER_A_RUN: dict[str, Case] = {
     "the adapter folder does not exist": no_adapter,
     "adapter_config.json is damaged": broken_adapter_config,
+    "adapter_config.json has settings that cannot be": magic_router,
     "an adapter of another kind": other_kind_of_adapter,
     "the adapter's settings and weights disagree": wrong_adapter_setting,
     "the adapter's weights are cut short": cut_adapter,

@@ -51,8 +51,18 @@ def no_template_and_no_end(bench: Bench) -> list[str]:
     return bench.train()
 
 
+def adapter_in_the_folder(bench: Bench) -> list[str]:
+    (bench.model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return bench.train()
+
+
+def quantised(bench: Bench) -> list[str]:
+    bench.spoiled_json("model/config.json", quantization_config={"quant_method": "fp8", "fmt": "e4m3"})
+    return bench.train()
+
+
 def no_weights(bench: Bench) -> list[str]:
-    (bench.model / "model.safetensors").unlink()
+    (bench.model / "model.safetensors").rename(bench.model / "training_args.bin")
     return bench.train()
 
 
@@ -116,6 +126,8 @@ EARLY: dict[str, Case] = {
     "neither chat template nor end-of-sequence token": no_template_and_no_end,
     "tokens that the embedding has no row for": small_embedding,
     "a target beside all-linear": override("--adapter.target_modules", "[all-linear, lm_head]"),
+    "an adapter in the model folder": adapter_in_the_folder,
+    "quantised weights": quantised,
     "the model has no weights": no_weights,
     "a weight file is cut short": cut_weights,
     "a weight file is a git-lfs pointer": pointer_for_weights,

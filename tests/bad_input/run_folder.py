@@ -7,6 +7,7 @@ from threading import Thread
 
 from dsmoelora.heartbeat import Phase, Sign, write_sign
 from tests.bad_input.bench import ROW, Bench, Case, cut, override
+from tests.helpers import tiny_llama
 
 
 def no_checkpoint_there(bench: Bench) -> list[str]:
@@ -49,6 +50,17 @@ def resume_other_data(bench: Bench) -> list[str]:
     return [*argv, "--run.name", "new", "--resume", str(bench.checkpoint)]
 
 
+def resume_other_base(bench: Bench) -> list[str]:
+    other = tiny_llama(bench.folder / "other", hidden_size=32, intermediate_size=64, seed=1)
+    return bench.train("--run.name", "new", "--resume", bench.checkpoint, "--model.path", other)
+
+
+def resume_other_held_out(bench: Bench) -> list[str]:
+    bench.rows(*3 * [ROW], name="other.jsonl")
+    sets = f"[{{path: {bench.folder / 'other.jsonl'}}}]"
+    return bench.train("--run.name", "new", "--resume", bench.checkpoint, "--data.eval", sets)
+
+
 def run_in_use(bench: Bench) -> list[str]:
     """On another node a rank 0 gives signs of life while the case is tried."""
 
@@ -79,6 +91,12 @@ LATE: dict[str, Case] = {
     "a checkpoint of another optimizer": resume_with("--optim.name", "sgd"),
     "a checkpoint of another start": resume_with("--adapter.init", "svd"),
     "a checkpoint of other data": resume_other_data,
+    "a checkpoint of another base model": resume_other_base,
+    "a checkpoint of another scale": resume_with("--adapter.lora_alpha", 64),
+    "a checkpoint of another kind of loss": resume_with("--losses.balance", 0.01),
+    "a checkpoint of another dtype": resume_with("--model.dtype", "bf16"),
+    "a checkpoint of other held-out rows": resume_other_held_out,
+    "a checkpoint beyond the last step": resume_with("--train.max_steps", 1),
     "a checkpoint of another seed": resume_with("--run.seed", 5),
 }
 TOGETHER: dict[str, Case] = {"the port is taken": override("--run.name", "new")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,11 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapter_options import ExpertName, RouterName
 from dsmoelora.adapters import adapted_layers
+from dsmoelora.adapters.base import fingerprint
 from dsmoelora.adapters.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    fingerprint,
-    fingerprinted_layers,
     router_buffers,
     write_adapter,
 )
@@ -60,9 +60,9 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
+def save(model: PreTrainedModel, base: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
     layers = dict(adapted_layers(model))
-    prints = {name: fingerprint(layers[name].base.weight) for name in fingerprinted_layers(model)}
+    prints = fingerprint(base.named_parameters())
     weights = {name: value.detach() for name, value in weights_of(model).items()} if weights is None else weights
     write_adapter(folder, CONFIG, list(layers), weights, "models/tiny", prints)
     return folder
@@ -77,7 +77,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 def test_a_loaded_adapter_gives_the_same_logits(
     base: PreTrainedModel, adapted: PreTrainedModel, tmp_path: Path
 ) -> None:
-    folder = save(adapted, tmp_path / "adapter")
+    folder = save(adapted, base, tmp_path / "adapter")
     loaded = load_adapter(base, folder)
     assert loaded is base
     assert not loaded.training
@@ -112,7 +112,7 @@ def test_every_router_and_expert_comes_back_with_all_that_it_learned(
     assert bool(router_buffers(model)) == (router == "sigmoid_bias")
     tensors = {name: value.detach() for name, value in weights_of(model).items()} | router_buffers(model)
     folder = tmp_path / "adapter"
-    prints = {name: fingerprint(base.get_submodule(name).weight) for name in fingerprinted_layers(model)}
+    prints = fingerprint(base.named_parameters())
     write_adapter(folder, config, [name for name, _ in adapted_layers(model)], tensors, "models/tiny", prints)
     expected = logits(model.eval())
     assert not torch.equal(logits(base), expected)
@@ -120,17 +120,17 @@ def test_every_router_and_expert_comes_back_with_all_that_it_learned(
 
 
 def test_an_adapter_loads_on_its_base_in_another_dtype(
-    base_path: Path, adapted: PreTrainedModel, tmp_path: Path
+    base_path: Path, base: PreTrainedModel, adapted: PreTrainedModel, tmp_path: Path
 ) -> None:
-    folder = save(adapted, tmp_path / "adapter")
+    folder = save(adapted, base, tmp_path / "adapter")
     loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.bfloat16), folder)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     expected = logits(adapted.eval())
     assert (logits(loaded).float() - expected).norm() < 0.05 * expected.norm()
 
 
-def test_the_folder_says_what_it_is(adapted: PreTrainedModel, tmp_path: Path) -> None:
-    folder = save(adapted, tmp_path / "adapter")
+def test_the_folder_says_what_it_is(base: PreTrainedModel, adapted: PreTrainedModel, tmp_path: Path) -> None:
+    folder = save(adapted, base, tmp_path / "adapter")
     description = json.loads((folder / CONFIG_FILE).read_text())
     assert description["peft_type"] == "DSMOELORA"
     assert description["base_model_name_or_path"] == "models/tiny"
@@ -158,24 +158,24 @@ def missing_layer(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (other_numbers, r"layers\.0\.self_attn\.q_proj has other numbers"),
-        (other_shape, r"layers\.1\.mlp\.up_proj has shape \[96, 64\], not \[128, 64\]"),
+        (other_numbers, r"layers\.0\.self_attn\.q_proj\.weight has other numbers"),
+        (other_shape, r"layers\.1\.mlp\.up_proj\.weight has shape \[96, 64\], not \[128, 64\]"),
         (missing_layer, r"adapts model\.layers\.1\.self_attn\.q_proj, which this model does not have"),
     ],
 )
 def test_another_base_is_refused_and_left_alone(
     base: PreTrainedModel, adapted: PreTrainedModel, tmp_path: Path, change: Any, words: str
 ) -> None:
-    folder = save(adapted, tmp_path / "adapter")
+    folder = save(adapted, base, tmp_path / "adapter")
     change(base)
     with pytest.raises(CheckpointError, match=words + r".*Load the adapter on 'models/tiny'"):
         load_adapter(base, folder)
     assert not list(adapted_layers(base))
 
 
-def test_an_adapted_model_is_refused(adapted: PreTrainedModel, tmp_path: Path) -> None:
+def test_an_adapted_model_is_refused(base: PreTrainedModel, adapted: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="routed experts already"):
-        load_adapter(adapted, save(adapted, tmp_path / "adapter"))
+        load_adapter(adapted, save(adapted, base, tmp_path / "adapter"))
 
 
 def cut_in_half(folder: Path) -> None:
@@ -208,6 +208,14 @@ def half_a_config(folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(text[: len(text) // 2])
 
 
+def with_setting(name: str, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        description = json.loads((folder / CONFIG_FILE).read_text())
+        (folder / CONFIG_FILE).write_text(json.dumps(description | {name: value}))
+
+    return change
+
+
 def config_without_layers(folder: Path) -> None:
     description = json.loads((folder / CONFIG_FILE).read_text())
     del description["layers"]
@@ -224,12 +232,15 @@ def config_without_layers(folder: Path) -> None:
         (without_config, r"adapter_config\.json cannot be read"),
         (half_a_config, r"adapter_config\.json is damaged"),
         (config_without_layers, r"adapter_config\.json is damaged.*layers"),
+        (with_setting("r", "two"), r"adapter_config\.json is damaged"),
+        (with_setting("router", "magic"), r"adapter_config\.json is damaged: adapter\.router is 'magic'.*softmax_topk"),
+        (with_setting("lora_dropout", None), r"adapter_config\.json is damaged"),
     ],
 )
 def test_a_damaged_folder_is_refused(
     base: PreTrainedModel, adapted: PreTrainedModel, tmp_path: Path, damage: Any, words: str
 ) -> None:
-    folder = save(adapted, tmp_path / "adapter")
+    folder = save(adapted, base, tmp_path / "adapter")
     damage(folder)
     with pytest.raises(CheckpointError, match=words):
         load_adapter(base, folder)
@@ -246,26 +257,28 @@ def test_a_damaged_folder_is_refused(
 def test_empty_and_non_finite_tensors_are_not_written_and_an_older_folder_stays(
     base: PreTrainedModel, adapted: PreTrainedModel, tmp_path: Path, value: Tensor, words: str
 ) -> None:
-    folder = save(adapted, tmp_path / "adapter")
+    folder = save(adapted, base, tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     name = "model.layers.0.self_attn.q_proj.experts.b"
     weights = {name: tensor.detach() for name, tensor in weights_of(adapted).items()}
     with pytest.raises(CheckpointError, match=rf"was not written.*{name}.*{words}"):
-        save(adapted, folder, weights | {name: value})
+        save(adapted, base, folder, weights | {name: value})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_newer_adapter_replaces_the_older_one(adapted: PreTrainedModel, tmp_path: Path) -> None:
-    folder = save(adapted, tmp_path / "adapter")
+def test_a_newer_adapter_replaces_the_older_one(
+    base: PreTrainedModel, adapted: PreTrainedModel, tmp_path: Path
+) -> None:
+    folder = save(adapted, base, tmp_path / "adapter")
     doubled = {name: 2 * tensor.detach() for name, tensor in weights_of(adapted).items()}
-    save(adapted, folder, doubled)
+    save(adapted, base, folder, doubled)
     assert all(torch.equal(tensor, doubled[name]) for name, tensor in load_file(folder / WEIGHTS_FILE).items())
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_peft_refuses_our_folder(base: PreTrainedModel, adapted: PreTrainedModel, tmp_path: Path) -> None:
-    folder = save(adapted, tmp_path / "adapter")
+    folder = save(adapted, base, tmp_path / "adapter")
     before = logits(base)
     with pytest.raises((KeyError, ValueError), match="DSMOELORA"):
         PeftModel.from_pretrained(base, folder)

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters import adapted_layers
-from dsmoelora.adapters.folder import START_FILE, WEIGHTS_FILE, fingerprint, write_adapter
+from dsmoelora.adapters.base import fingerprint
+from dsmoelora.adapters.folder import START_FILE, WEIGHTS_FILE, write_adapter
 from dsmoelora.adapters.svd_start import start_names, svd_start, uniform_gates
 from dsmoelora.errors import CheckpointError, ConfigError, ModelError
 from tests.architectures import save_model
@@ -115,7 +116,7 @@ def test_gates_sum_to_one_so_that_a_uniform_choice_means_1_of_e_each(tmp_path: P
 def save(model: Any, config: AdapterConfig, base: Any, start: dict[str, Tensor], folder: Path) -> Path:
     tensors = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     layers = [name for name, _ in adapted_layers(model)]
-    prints = {name: fingerprint(base.get_submodule(name).weight) for name in (layers[0], layers[-1])}
+    prints = fingerprint(base.named_parameters())
     write_adapter(folder, config, layers, tensors, "models/tiny", prints, start=start)
     return folder
 

@@ -56,6 +56,7 @@ SAVED = "mkdir run/checkpoint-8; "
         (SAVED + "touch run/DONE", {}, False, "is finished"),
         (SAVED, {}, True, "at checkpoint 8"),
         ("true", {}, False, "No checkpoint newer than 5"),
+        (SAVED + "echo why > run/FAILED; exit 1", {"REQUEUE_ON_FAILURE": "1"}, False, "cannot succeed as it is: why"),
         (SAVED, {"SLURM_RESTART_COUNT": "20"}, False, "the last attempt: MAX_REQUEUES is 20"),
         (SAVED, {"MAX_REQUEUES": "0"}, False, "the last attempt"),
         (SAVED + "exit 3", {}, False, "only with REQUEUE_ON_FAILURE=1"),

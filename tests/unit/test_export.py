@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
-from dsmoelora.adapters.folder import WEIGHTS_FILE, fingerprint, fingerprinted_layers, write_adapter
+from dsmoelora.adapters.base import fingerprint
+from dsmoelora.adapters.folder import WEIGHTS_FILE, write_adapter
 from dsmoelora.adapters.svd_start import start_experts
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import CheckpointError, ConfigError, ModelError
@@ -54,6 +55,7 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_adapter(base_path: Path, folder: Path, config: AdapterConfig = CONFIG) -> Path:
     """The folder that training would leave, with experts and routers that have learned something."""
     model = AutoModelForCausalLM.from_pretrained(base_path)
+    prints = fingerprint(model.named_parameters())
     inject(model, config, start=lambda _: None)
     generator = torch.Generator().manual_seed(1)
     tensors = {}
@@ -61,7 +63,6 @@ def make_adapter(base_path: Path, folder: Path, config: AdapterConfig = CONFIG) 
         if parameter.requires_grad:
             tensors[name] = torch.randn(parameter.shape, generator=generator) * (0.5 if "router" in name else 0.1)
     layers = dict(adapted_layers(model))
-    prints = {name: fingerprint(layers[name].base.weight) for name in fingerprinted_layers(model)}
     tokenizer = load_tokenizer(ModelConfig(path=str(base_path)))
     more: list[Any] = [tokenizer.save_pretrained]
     if config.init == "svd":

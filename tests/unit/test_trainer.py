@@ -19,7 +19,7 @@ from dsmoelora.data.packing import pack
 from dsmoelora.data.streaming import StreamedSets
 from dsmoelora.data.tokenised import TokeniseOptions
 from dsmoelora.engine import StepResult
-from dsmoelora.errors import CheckpointError
+from dsmoelora.errors import CheckpointError, HopelessError
 from dsmoelora.parallel.stopping import Stopped, StopRequest
 from dsmoelora.run_files import read_metrics
 from dsmoelora.trainer import Trainer
@@ -195,7 +195,7 @@ def test_an_interrupted_run_on_packed_rows_ends_like_one_that_was_not(tmp_path: 
         fit(broken, Interrupt(after=6))
     fit(broken, resume_from=broken / "checkpoint-4")
     assert losses(broken) == losses(straight)
-    with pytest.raises(CheckpointError, match=r"data\.packing True, but now it is False"):
+    with pytest.raises(CheckpointError, match=r"data\.packing was true, and is false"):
         make_trainer(FakeEngine(make_recipe()), broken, []).fit(broken / "checkpoint-4")
 
 
@@ -220,15 +220,35 @@ def test_a_finished_run_can_be_resumed_and_takes_no_step(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("recipe", "data", "what"),
     [
-        (make_recipe(seed=1), "data", "run.seed 0, but now it is 1"),
-        (make_recipe(batch_size=8), "data", "train.batch_size 4, but now it is 8"),
-        (make_recipe(), "other", "'data', but now it is 'other'"),
+        (make_recipe(seed=1), "data", "run.seed was 0, and is 1"),
+        (make_recipe(batch_size=8), "data", "train.batch_size was 4, and is 8"),
+        (make_recipe(), "other", "data.train was other rows"),
     ],
 )
 def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path, recipe: Recipe, data: str, what: str) -> None:
     make_trainer(FakeEngine(make_recipe()), tmp_path, []).fit()
     with pytest.raises(CheckpointError, match=what):
         make_trainer(FakeEngine(recipe), tmp_path, [], data=data).fit(tmp_path / "checkpoint-4")
+
+
+def test_a_run_that_skips_step_after_step_ends(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    recipe.train.max_skipped_steps = 3
+    engine = FakeEngine(recipe, skipped=(1, 2, 4, 5, 6))
+    with pytest.raises(HopelessError, match=r"The last 3 steps were skipped.*all weights are finite"):
+        make_trainer(engine, tmp_path, [MetricsFile()]).fit()
+    assert engine.step == 6 and not (tmp_path / "DONE").exists()
+    assert (tmp_path / "FAILED").read_text().startswith("The last 3 steps were skipped")
+    make_trainer(FakeEngine(recipe), tmp_path, []).fit(tmp_path / "checkpoint-4")
+    assert (tmp_path / "DONE").exists() and not (tmp_path / "FAILED").exists()
+
+
+def test_a_model_that_is_not_finite_takes_no_step(tmp_path: Path) -> None:
+    engine = FakeEngine(make_recipe())
+    engine.not_finite = "model.norm.weight"
+    with pytest.raises(HopelessError, match=r"model\.norm\.weight has numbers that are not finite before step 1"):
+        make_trainer(engine, tmp_path, []).fit()
+    assert engine.step == 0 and (tmp_path / "FAILED").exists() and not (tmp_path / "DONE").exists()
 
 
 def test_skipped_steps_are_counted_and_are_null_in_the_metrics(
