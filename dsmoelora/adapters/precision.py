@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import overload
 
 import torch
 from torch import Tensor
-
-Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -22,9 +20,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if _is_on(device) else x.dtype
 
 
-def typed(tensor: Maybe, like: Tensor) -> Maybe:
-    """The tensor in the dtype of another one; itself where it has it already."""
-    return tensor if tensor is None or tensor.dtype == like.dtype else tensor.to(like.dtype)
+@overload
+def typed(tensor: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def typed(tensor: None, like: Tensor) -> None: ...
+def typed(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """The tensor in the dtype of another one; itself where it has it already, and where there is none."""
+    return None if tensor is None else tensor.to(like.dtype)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoelora.adapters import Factor
-from dsmoelora.optim import OptimConfig, ShardOptimizer, build_optimizer, trainables
+from dsmoelora.optim import OptimConfig, ShardGroup, ShardOptimizer, build_optimizer, trainables
 from dsmoelora.optim.riemannian import damped_inverse
+from dsmoelora.optim.rows import whole
 from tests.host_waits import HostWaits
 from tests.riemannian_formula import relative_error
 from tests.riemannian_problems import Network, Problem, as_problem, by_hand, random_problem
@@ -147,8 +148,11 @@ def test_a_model_without_factors_is_an_error() -> None:
 
 
 def test_master_values_must_be_fp32() -> None:
+    found = trainables(Network().to(torch.bfloat16))
+    optimizer = ShardOptimizer(found, UNDAMPED)
+    shards = [whole(trainable, parameter) for trainable, parameter in found]
     with pytest.raises(ValueError, match=r"bfloat16.*fp32"):
-        build_optimizer(Network().to(torch.bfloat16), UNDAMPED)
+        optimizer.bind([ShardGroup(optimizer.trainables, shards)])
 
 
 @pytest.mark.parametrize("rule", ["none", "scaled"])
