@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from dsmoelora.data.fallback_template import is_fallback
 from dsmoelora.data.formats import read_conversations
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import HUB_TIMEOUT_S, may_be_hub_name, open_source
+from dsmoelora.data.tokenised import TokeniseOptions, tokenise
 from dsmoelora.data.vocabulary import check_conversation, tokens_beyond
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value, listing
 from dsmoelora.inputs import check_takes_positions
@@ -40,6 +42,7 @@ from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_a
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _FP32_BYTES = 4
+_TOKENISED_ROWS = 200  # of each training set, whose conversations are looked at
 _STREAMED_ROWS = 1000  # of each streamed set, whose tokens are looked at
 
 
@@ -87,6 +90,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _check_model_folder(plan, recipe.model)
     model = model_without_weights(recipe.model)
     _check_tokens(plan, recipe)
+    _note_splits(plan, recipe)
     check_weights(recipe.model, model)
     if recipe.data.packing:
         check_takes_positions(model)
@@ -255,6 +259,22 @@ def _check_tokens(plan: Plan, recipe: Recipe) -> None:
                     check_conversation(row, beyond, size)
                 except RowProblem as problem:
                     raise DataError(f"{key}: {problem.at(row.path, row.row)}") from None
+
+
+def _note_splits(plan: Plan, recipe: Recipe) -> None:
+    """Conversations that get a row for each answer, among the first rows of each training set."""
+    data, tokenizer = recipe.data, load_tokenizer(recipe.model)
+    for source in data.train:
+        rows = read_conversations(source, "skip", open_source(source, data.streaming))
+        first = list(islice(rows, _TOKENISED_ROWS))
+        talks = [row for row in first if sum(message["role"] == "assistant" for message in row.messages) > 1]
+        tokens = tokenise(talks, tokenizer, TokeniseOptions(data.max_length, "skip"))
+        for why, count in Counter(filter(None, tokens["split"])).items():
+            places = {place for place, split in zip(tokens["place"], tokens["split"], strict=True) if split == why}
+            plan.notes.append(
+                f"{source.path}: {len(places)} of the first {len(first)} rows become {count} rows, one for each "
+                f"answer, because {why}."
+            )
 
 
 def has_weights(config: ModelConfig) -> bool:

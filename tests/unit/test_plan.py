@@ -17,9 +17,11 @@ from transformers import AutoTokenizer
 
 from dsmoelora.config import DataSource, Recipe
 from dsmoelora.data import load_instructions
+from dsmoelora.data.chat import REWRITTEN
 from dsmoelora.errors import UserError
 from dsmoelora.plan import make_plan, print_plan
-from tests.helpers import tiny_llama
+from tests.chat_styles import template_of
+from tests.helpers import tiny_llama, tiny_tokenizer
 
 ZERO_3: dict[str, Any] = {"zero_optimization": {"stage": 3}}
 ROW = {"instruction": "Say it.", "input": "", "output": "It."}
@@ -76,6 +78,20 @@ def test_the_printed_plan_shows_every_row_and_note(recipe: Recipe) -> None:
     assert all(what in text and how_much in text for what, how_much in plan.rows)
     assert "note: data.eval names no file" in text
     assert "note: optim.warmup_steps = 1000" in text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_that_are_taken_apart_are_said_to_be(recipe: Recipe, tmp_path: Path, streaming: bool) -> None:
+    folder = tiny_llama(tmp_path / "thinking")
+    tiny_tokenizer(folder, template_of("thinking"))
+    roles = ("user", "assistant") * 2
+    talk = {"messages": [{"role": role, "content": letter} for role, letter in zip(roles, "abcd", strict=True)]}
+    short = {"messages": talk["messages"][:2]}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (talk, short, talk)))
+    recipe.model.path, recipe.data.streaming = str(folder), streaming
+    plan = make_plan(recipe, ZERO_3, world_size=2, resume="none")
+    (note,) = [note for note in plan.notes if "train.jsonl" in note]
+    assert note.endswith(f"2 of the first 3 rows become 4 rows, one for each answer, because {REWRITTEN}.")
 
 
 def test_the_dropout_of_the_base_is_said_to_be_off(recipe: Recipe, tmp_path: Path) -> None:
