@@ -163,7 +163,7 @@ def _look(folder: Path, jobs: dict[str, tuple[str, str]]) -> Run:
         state, job_left = "done", "-"
     elif sign is not None and sign.is_fresh():
         state = f"running ({sign.phase})"
-    if (folder / FAILED_FILE).exists():
+    elif (folder / FAILED_FILE).exists():
         state = "failed"
     left = _estimate(folder, step, all_steps) if state.startswith("running") else "-"
     return Run(folder.name, state, f"{step}/{all_steps}", f"{losses[-1]:.4f}" if losses else "-", left, job_left)

@@ -24,7 +24,8 @@ begin_attempt() {
         echo "$run_folder is finished. To train on with a larger train.max_steps, remove $run_folder/DONE first."
         exit 0
     fi
-    rm -f "$run_folder/STOP" # of an attempt that was killed before it could heed it
+    # of an attempt that was killed before it could heed it, and of one whose cause may be mended by now
+    rm -f "$run_folder/STOP" "$run_folder/FAILED"
     checkpoint_before=$(newest_checkpoint)
     terminated=0
     attempt=${SLURM_RESTART_COUNT:-0}

@@ -133,7 +133,7 @@ class DoraRows(nn.Module):
         norms = self._kept_norms(base)
         ratio_LO = self.magnitude.to(norms.norm_LO.dtype) / norms.norm_LO
         ratio_EO = of_all_experts(ratio_LO)
-        base_TO, bias_O = of_base(base, base.weight.dtype, x_TD), typed(norms.bias_O, x_TD)
+        base_TO, bias_O = of_base(base, x_TD), typed(norms.bias_O, x_TD)
         base_TO = RescaledRows.apply(base_TO, bias_O, gate_TE, selected_TE, ratio_EO, self._gate_power)
         return base_TO, ratio_LO
 

@@ -180,7 +180,7 @@ class RoutedLinear(nn.Module):
     def _base(self, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         """(T, O) of the base, as the experts see it, and the experts that go with it."""
         if self.experts.rows is None:
-            return of_base(self.base, self.base.weight.dtype, x_TD), self.experts
+            return of_base(self.base, x_TD), self.experts
         exchange = self.context.exchange if self._is_partitioned else None
         of_all = exchange.of_all_experts if exchange else lambda ratio_LO: ratio_LO
         base_TO, ratio_LO = self.experts.rows(self.base, x_TD, gate_TE, selected_TE, of_all)

@@ -6,12 +6,13 @@ back in the dtypes of the parameters. Where all are of one dtype, as under the e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import overload
 
 import torch
 from torch import Tensor
+
+from dsmoelora.adapters.linear import Linear
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -35,9 +36,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if _is_on(device) else nullcontext()
 
 
-def of_base(base: Callable[[Tensor], Tensor], weight_dtype: torch.dtype, x: Tensor) -> Tensor:
+def of_base(base: Linear, x: Tensor) -> Tensor:
     """What a frozen layer says, in the dtype of `x`, whatever its weight is of."""
-    if weight_dtype == x.dtype:
+    if base.weight.dtype == x.dtype:
         return base(x)
     with torch.autocast(x.device.type, dtype=x.dtype):
         return base(x)

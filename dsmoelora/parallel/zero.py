@@ -372,12 +372,12 @@ def first_not_finite(named: Iterable[tuple[str, Any]]) -> str | None:
     Args:
         named: the same on all ranks
     """
-    names, finite = [], []
+    names, is_bad = [], []
     for name, parameter in named:
-        own = parameter.ds_tensor if is_partitioned(parameter) and parameter.ds_tensor is not None else parameter
+        own = parameter.ds_tensor if is_partitioned(parameter) else parameter
         names.append(name)
-        finite.append(torch.isfinite(own.detach()).all())
-    counts = comm.all_reduce_sum([float(not each) for each in torch.stack(finite).tolist()]) if names else []
+        is_bad.append(float(not torch.isfinite(own.detach()).all()))  # pieces lie on several devices with offloading
+    counts = comm.all_reduce_sum(is_bad)
     return next((name for name, count in zip(names, counts, strict=True) if count), None)
 
 
