@@ -345,7 +345,7 @@ def full_shape(parameter: Tensor) -> torch.Size:
 def numbers_at(parameters: Sequence[Any], places: Sequence[Tensor]) -> list[Tensor]:
     """The numbers at these places of flattened parameters, in fp32, on every rank (collective).
 
-    Nothing is gathered: every rank brings those that it holds.
+    Nothing is gathered that lies in memory: every rank brings those that it holds.
 
     Args:
         parameters: partitioned or not; the same on all ranks
@@ -355,7 +355,10 @@ def numbers_at(parameters: Sequence[Any], places: Sequence[Tensor]) -> list[Tens
     for parameter, at in zip(parameters, places, strict=True):
         piece, first = parameter.detach().flatten(), 0
         is_mine = torch.full(at.shape, comm.rank() == 0)
-        if is_partitioned(parameter):
+        if is_partitioned(parameter) and not parameter.ds_tensor.numel():  # it lies on NVMe
+            with gathered([parameter]):
+                piece = parameter.detach().flatten().clone()
+        elif is_partitioned(parameter):
             piece = parameter.ds_tensor.detach().flatten()
             first = dist.get_rank(parameter.ds_process_group) * piece.numel()
             is_mine = (at >= first) & (at < first + piece.numel())
