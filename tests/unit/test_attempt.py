@@ -71,6 +71,13 @@ def test_what_becomes_of_a_job(tmp_path: Path, step: str, variables: dict[str, s
     assert said in output
 
 
+def test_why_an_earlier_attempt_failed_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "FAILED").write_text("mended by now")
+    output, _ = start(tmp_path, SAVED).communicate(timeout=60)
+    assert "requeued 7" in output and "mended by now" not in output, output
+
+
 def test_exit_codes(tmp_path: Path) -> None:
     for name, step, code in (("done", "touch run/DONE; exit 3", 0), ("stuck", "true", 1), ("failed", "exit 3", 3)):
         (tmp_path / name).mkdir()
