@@ -212,24 +212,35 @@ def test_nothing_is_compiled_for_cpu_ranks(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def init_alone(late_rank: int) -> list[str]:
-    """What a rank says while another one is late."""
+def init_alone(late_rank: int, who: str, has_spoken: Path) -> list[str]:
+    """What a rank says while another one is late: until somebody has said that it is."""
     waits.FIRST_WORD_S = 0.5
-    if env_rank() == late_rank:
-        time.sleep(2.0)
+    deadline = time.monotonic() + 60
+    while env_rank() == late_rank and not has_spoken.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     said: list[str] = []
+
+    def hear(record: logging.LogRecord) -> None:
+        said.append(record.getMessage())
+        if f"Waiting for {who} at 127.0.0.1:" in said[-1]:
+            has_spoken.touch()
+
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = hear  # type: ignore[method-assign]
     logging.getLogger("dsmoelora").addHandler(handler)
     comm.init()
     return said
 
 
 @pytest.mark.parametrize(("late_rank", "speaker", "who"), [(2, 0, "1 of 3 ranks"), (0, 1, "the other 2 of 3 ranks")])
-def test_ranks_that_do_not_come_are_counted(late_rank: int, speaker: int, who: str) -> None:
-    said = run_distributed(init_alone, 3, late_rank, join_group=False)
-    assert said[speaker] and all(f"Waiting for {who} at 127.0.0.1:" in each for each in said[speaker])
-    assert "(their number is from WORLD_SIZE), since " in said[speaker][0]
+def test_ranks_that_do_not_come_are_counted(late_rank: int, speaker: int, who: str, tmp_path: Path) -> None:
+    has_spoken = tmp_path / "has spoken"
+    said = run_distributed(init_alone, 3, late_rank, who, has_spoken, join_group=False)
+    assert has_spoken.exists()
+    assert any(
+        f"Waiting for {who} at" in each and "(their number is from WORLD_SIZE), since " in each
+        for each in said[speaker]
+    )
     assert not said[2]
 
 
