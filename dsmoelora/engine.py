@@ -80,8 +80,8 @@ class Engine:
         model: causal language model of transformers, not adapted yet, best built under ZeRO-3
         tokenizer: of the model
         heartbeat: gets a beat for every forward pass and every part of a file; None for one that nobody looks at
-        stop: looked at in every forward and at the end of every step; None for one that nobody asks. An engine that
-            has raised `Stopped` can still save, and nothing else
+        stop: looked at in every forward; None for one that nobody asks. An engine that has raised `Stopped` can still
+            save, and nothing else
         resumes: `load` comes next; with `adapter.init: svd` it is the checkpoint that says where the experts started
 
     Attributes:
@@ -198,8 +198,7 @@ class Engine:
         parts = (self._accumulate(micro_batches), self._routing.sums, self._contrast.sums)
         sums, routing, contrast = comm.sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
         losses = (self._routing.loss_values(routing), self._contrast.loss_values(contrast))
-        nll_sum, num_tokens, num_asked, *values = torch.cat((sums, *losses)).tolist()
-        self.stop.agreed |= num_asked > 0
+        nll_sum, num_tokens, *values = torch.cat((sums, *losses)).tolist()
         skipped, grad_norm = self._apply(math.isfinite(nll_sum))
         report = {} if skipped else over_ranks(self.optimizer.reports)
         if not skipped:
@@ -214,9 +213,9 @@ class Engine:
         """Gradients of a step.
 
         Returns:
-            (3,) of this rank: sum of negative log likelihoods, real tokens, and 1 if it was asked to stop
+            (2,) of this rank: sum of negative log likelihoods, and real tokens
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         scale = comm.world_size() * zero.loss_scale(self._deepspeed)
         self._routing.begin_step(micro_batches[0].num_tokens_global, scale)
         self._contrast.begin_step(self.recipe.train.batch_size, scale)
@@ -229,7 +228,6 @@ class Engine:
             sums[1] += micro_batch.real_tokens.sum()
             if micro_batch is not micro_batches[-1]:
                 zero.step(self._deepspeed)  # counts the micro-batch
-        sums[2] = float(self.stop.asked)
         return sums
 
     def _apply(self, loss_is_finite: bool) -> tuple[bool, float]:
