@@ -101,22 +101,10 @@ class BatchContext:
     losses: OutputLosses | None = None
     prompts: PromptMemory = field(default_factory=lambda: PromptMemory())
     exchange: TokenExchange | None = None
-    _last_input: SharedInput | None = None
-
-    def shared_input(self, x: Tensor, dropout_key: int) -> SharedInput:
-        """What was made of `x` so far, if the layer before read it too.
-
-        Args:
-            x: input of a layer
-            dropout_key: of the layer
-        """
-        if self._last_input is None or not self._last_input.admits(x, dropout_key):
-            self._last_input = SharedInput(x, dropout_key)
-        return self._last_input
 
     def clear(self) -> None:
         """Forget the micro-batch."""
-        self.token_keys = self.real_BS = self.sequences_BS = self.prompt_BS = self._last_input = None
+        self.token_keys = self.real_BS = self.sequences_BS = self.prompt_BS = None
 
     def attachment(self, layer: str, x_TD: Tensor, selected_TE: Tensor) -> Attachment | None:
         """What a layer has to attach to the output of its experts.

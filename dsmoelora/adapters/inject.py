@@ -14,6 +14,7 @@ from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.linear import features, is_linear
 from dsmoelora.adapters.routers import RouterPlace, build_router, unwatch_prompts, watch_prompts
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
+from dsmoelora.adapters.shared_input import Siblings
 from dsmoelora.adapters.svd_start import check_svd_start, start_experts
 from dsmoelora.adapters.targets import LORA, TARGETS, adapted_names, layer_config, output_head_name
 from dsmoelora.config import AdapterConfig
@@ -60,12 +61,16 @@ def inject(
     blocks = _route_blocks(model, config, context, dict.fromkeys(block_of.values()))
     adapted = {*routed, *plain}
     names = [name for name, _ in model.named_modules() if name in adapted]
+    siblings = {_parent(name): Siblings() for name in names}
+    for parent, group in siblings.items():
+        group.attach(model.get_submodule(parent))
     for name in names:
         base = model.get_submodule(name)
         assert is_linear(base)
         own = layer_config(config, name)
         experts = range(1) if own.num_experts == 1 else local_experts or range(own.num_experts)
-        wrapped = RoutedLinear(base, own, name, context, experts, blocks.get(block_of.get(name, "")))
+        block = blocks.get(block_of.get(name, ""))
+        wrapped = RoutedLinear(base, own, name, context, experts, siblings[_parent(name)], block)
         wrapped.train(base.training)
         _put(model, name, wrapped)
     if config.router == "prompt":
@@ -81,15 +86,19 @@ def eject(model: nn.Module) -> None:
     """Take all experts and routers off the model again; it is the base, still frozen."""
     for name, layer in list(adapted_layers(model)):
         unwatch_prompts(model, layer.context.prompts)
+        layer.siblings.detach()
         _put(model, name, layer.base)
-        block = model.get_submodule(name.rpartition(".")[0])
+        block = model.get_submodule(_parent(name))
         if isinstance(layer.router, BlockRouter) and hasattr(block, "router"):
             layer.router.gates.detach(block)
 
 
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, layer)
+    setattr(model.get_submodule(_parent(name)), name.rpartition(".")[2], layer)
 
 
 def _route_blocks(

@@ -18,7 +18,7 @@ from dsmoelora.adapters.linear import Linear, features
 from dsmoelora.adapters.precision import compute_dtype, of_base, typed, without_autocast
 from dsmoelora.adapters.routers import RouterPlace, build_router
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
-from dsmoelora.adapters.shared_input import SharedInput
+from dsmoelora.adapters.shared_input import SharedInput, Siblings
 from dsmoelora.adapters.start import draw_a, draw_m
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError
@@ -120,6 +120,7 @@ class RoutedLinear(nn.Module):
         name: of the layer in the model
         context: shared by all layers of the model
         experts: which of all experts lie on this rank
+        siblings: which may read the same input
         block: where the layer takes its gates from the router of its block; None for a router of its own
     """
 
@@ -130,12 +131,14 @@ class RoutedLinear(nn.Module):
         name: str,
         context: BatchContext,
         experts: range,
+        siblings: Siblings,
         block: BlockGates | None = None,
     ) -> None:
         super().__init__()
         self.base = base
         self.name = name
         self.context = context
+        self.siblings = siblings
         self.dropout = config.lora_dropout
         self.dropout_key = derive_seed("dropout", name)
         like = base.weight
@@ -147,7 +150,7 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
-        shared = self.context.shared_input(x, self.dropout_key)
+        shared = self.siblings.shared_input(x, self.dropout_key)
         dtype = compute_dtype(x)
         with without_autocast(x):
             return self._forward(x if x.dtype == dtype else x.to(dtype), shared)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Made = TypeVar("Made")
 
@@ -43,6 +43,40 @@ class SharedInput:
             self._made[what] = make()
         made: Made = self._made[what]
         return made
+
+
+class Siblings:
+    """The layers of one module, such as attention, and the input that they read at the moment.
+
+    Numbers and graph of that input are let go of when the module's forward ends, in a recomputation too.
+    """
+
+    def __init__(self) -> None:
+        self._input: SharedInput | None = None
+        self._hook: Any = None
+
+    def attach(self, parent: nn.Module) -> None:
+        """Forget the input when this module's forward ends, also with an exception."""
+        self._hook = parent.register_forward_hook(self._forget, always_call=True)
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def shared_input(self, x: Tensor, dropout_key: int) -> SharedInput:
+        """What was made of `x` so far, if the layer before read it too.
+
+        Args:
+            x: input of a layer
+            dropout_key: of the layer
+        """
+        if self._input is None or not self._input.admits(x, dropout_key):
+            self._input = SharedInput(x, dropout_key)
+        return self._input
+
+    def _forget(self, *_: Any) -> None:
+        self._input = None
 
 
 def _state_of(x: Tensor) -> tuple[Hashable, ...]:

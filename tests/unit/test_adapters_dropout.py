@@ -11,6 +11,7 @@ from dsmoelora import AdapterConfig
 from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.dropout import keyed_dropout, keyed_normal, token_keys
 from dsmoelora.adapters.layer import RoutedLinear
+from dsmoelora.adapters.shared_input import Siblings
 
 NUM_FEATURES = 256
 
@@ -107,7 +108,12 @@ def test_a_token_of_a_packed_row_keeps_the_key_of_its_sample_and_place() -> None
 def adapted_linear(probability: float) -> RoutedLinear:
     config = AdapterConfig(r=2, num_experts=3, top_k=2, lora_dropout=probability)
     layer = RoutedLinear(
-        nn.Linear(NUM_FEATURES, 8).requires_grad_(False), config, "layer", BatchContext(), range(config.num_experts)
+        nn.Linear(NUM_FEATURES, 8).requires_grad_(False),
+        config,
+        "layer",
+        BatchContext(),
+        range(config.num_experts),
+        Siblings(),
     )
     with torch.no_grad():
         layer.experts.b.normal_(generator=torch.Generator().manual_seed(2))

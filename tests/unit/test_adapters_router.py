@@ -17,6 +17,7 @@ from dsmoelora.adapters.dropout import keyed_normal, token_keys
 from dsmoelora.adapters.layer import RoutedLinear
 from dsmoelora.adapters.routers import BUILDERS, RouterPlace, build_router
 from dsmoelora.adapters.routers.bias import move_biases
+from dsmoelora.adapters.shared_input import Siblings
 from dsmoelora.errors import ConfigError
 from dsmoelora.seeds import derive_seed
 
@@ -215,7 +216,7 @@ def test_every_parameter_gets_a_gradient_when_all_tokens_go_to_the_same_experts(
     """A parameter without a gradient would make some rank wait for ever."""
     config = AdapterConfig(r=2, num_experts=4, **options)
     layer = RoutedLinear(
-        nn.Linear(16, 8).requires_grad_(False), config, "layer", BatchContext(), range(config.num_experts)
+        nn.Linear(16, 8).requires_grad_(False), config, "layer", BatchContext(), range(config.num_experts), Siblings()
     )
     with torch.no_grad():
         layer.experts.b.normal_(generator=torch.Generator().manual_seed(2))
