@@ -28,7 +28,7 @@ from dsmoelora.data.chat import Prompt, stop_ids
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.heartbeat import Heartbeat, Phase
 from dsmoelora.inputs import can_keep_logits, check_probe, fill_context, model_inputs, probe, prompt_inputs, sent
-from dsmoelora.model import load_model, load_tokenizer, recompute_activations
+from dsmoelora.model import load_model, load_tokenizer, recompute_activations, watched_loading
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.adapter_tensors import base_fingerprint, tensors_on_rank_0
@@ -173,8 +173,8 @@ class Engine:
         recipe = settle_dtype(recipe).recipe
         config = merge_config(recipe, deepspeed_config, comm.world_size())
         tokenizer = comm.together(lambda: load_tokenizer(recipe.model))
-        model = load_model(recipe.model, config)
-        heartbeat.beat()
+        with watched_loading(recipe.model.path, heartbeat.beat, speaks=comm.rank() == 0):
+            model = load_model(recipe.model, config)
         return cls(recipe, deepspeed_config, model, tokenizer, heartbeat, stop, resumes)
 
     @property

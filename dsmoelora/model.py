@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from dsmoelora.data.fallback_template import ensure_chat_template
 from dsmoelora.data.sentencepiece_model import has_sentencepiece_alone, load_sentencepiece
 from dsmoelora.errors import ModelError, bad_value, listing
 from dsmoelora.heap import large_blocks_apart
+from dsmoelora.waits import waiting_for, watching
 
 # Settings of transformers' configurations that make a training forward pass random; those of other heads do not.
 _RANDOM = re.compile(r"dropout|pdrop|layerdrop|jitter_noise")
@@ -88,6 +89,34 @@ def load_model(config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrai
     del zero_3_is_on
     model.config.use_cache = False
     return model
+
+
+@contextlib.contextmanager
+def watched_loading(path: str, beat: Callable[[], None], speaks: bool) -> Iterator[None]:
+    """Inside the block, where a model is built and loaded, each tensor that comes is a sign of life.
+
+    Args:
+        path: of the model
+        beat: notes a sign of life
+        speaks: whether this process says how far loading is, where it takes long
+    """
+    found: dict[tuple[int, str], torch.nn.Parameter | None] = {}
+
+    def note(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        found[id(module), name] = parameter
+
+    def num_loaded() -> int:  # with this mark transformers keeps its own random start off what it has loaded
+        return sum(getattr(parameter, "_is_hf_initialized", False) for parameter in list(found.values()))
+
+    def what() -> str:
+        return f"the weights of {path} ({num_loaded()} of {len(found)} tensors are here)"
+
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(note)
+    try:
+        with waiting_for(what, speaks), watching(lambda: len(found) + num_loaded(), beat):
+            yield
+    finally:
+        hook.remove()
 
 
 def pretrained(

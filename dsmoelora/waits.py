@@ -12,7 +12,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 FIRST_WORD_S = 10.0
-LOOK_AT_FILES_S = 2.0
+LOOK_EVERY_S = 2.0
 
 
 @contextmanager
@@ -43,23 +43,23 @@ def waiting_for(what: Callable[[], str], speaks: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def watching_growth(folder: Path, beat: Callable[[], None]) -> Iterator[None]:
-    """Call `beat` inside the block whenever the files below a folder have grown, whoever writes them.
+def watching(measure: Callable[[], int], beat: Callable[[], None]) -> Iterator[None]:
+    """Call `beat` inside the block whenever a number has changed, such as the size of a folder, whoever changes it.
 
     Args:
-        folder: there or not
-        beat: may be called by another thread
+        measure: the number by now; called, as `beat`, by another thread
+        beat: notes a sign of life
     """
     ended = threading.Event()
 
     def watch() -> None:
-        size = -1
-        while not ended.wait(LOOK_AT_FILES_S):
-            before, size = size, _num_bytes(folder)
-            if size != before:
+        seen = None
+        while not ended.wait(LOOK_EVERY_S):
+            before, seen = seen, measure()
+            if seen != before:
                 beat()
 
-    watcher = threading.Thread(target=watch, name="growth", daemon=True)
+    watcher = threading.Thread(target=watch, name="watching", daemon=True)
     watcher.start()
     try:
         yield
@@ -68,7 +68,8 @@ def watching_growth(folder: Path, beat: Callable[[], None]) -> Iterator[None]:
         watcher.join()
 
 
-def _num_bytes(folder: Path) -> int:
+def num_bytes(folder: Path) -> int:
+    """Of all files below a folder, which need not be there."""
     total = 0
     for file in folder.rglob("*"):
         with suppress(OSError):  # it may be renamed just now

@@ -59,13 +59,15 @@ def run(command: Command) -> None:
     from dsmoelora.parallel.dtype import settle_dtype
     from dsmoelora.plan import check_trainable, make_plan, print_notes, print_plan
     from dsmoelora.run_folder import dtype_before
+    from dsmoelora.waits import waiting_for
 
     console = Console(quiet=env_rank() > 0, highlight=False)
     dtype = settle_dtype(command.recipe, comm.together(lambda: dtype_before(command.recipe, command.resume)))
     command = replace(command, recipe=dtype.recipe)
     recipe = command.recipe
     world_size = env_world_size() if command.world_size is None else command.world_size
-    plan = comm.together(lambda: make_plan(recipe, command.deepspeed, world_size, command.resume))
+    with waiting_for(lambda: "the files that the recipe names to be looked at", speaks=env_rank() == 0):
+        plan = comm.together(lambda: make_plan(recipe, command.deepspeed, world_size, command.resume))
     plan.add("dtype", dtype.why)
     plan.notes += dtype.notes
     if command.dry_run:
@@ -142,12 +144,13 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     from dsmoelora.parallel.zero_config import merge_config
     from dsmoelora.run_folder import find_checkpoint, write_description
     from dsmoelora.trainer import Trainer, default_callbacks
-    from dsmoelora.waits import watching_growth
+    from dsmoelora.waits import num_bytes, watching
 
     recipe, folder = command.recipe, command.recipe.run.folder
     checkpoint = find_checkpoint(recipe, command.resume)
     console.print(f"Going on from {checkpoint}" if checkpoint else f"A new run in {folder}", soft_wrap=True)
-    with watching_growth(cache_folder(), heartbeat.beat):  # a part of the rows is done, here or by the one waited for
+    # the folder grows when a part of the rows is done, here or by the one waited for
+    with watching(lambda: num_bytes(cache_folder()), heartbeat.beat):
         train_data, eval_data = stop.together(lambda: load_data(recipe))
     num_held_out = 0 if eval_data is None else len(eval_data)
     learned = "Training samples are streamed"

@@ -29,6 +29,7 @@ from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import RowSource, open_source
 from dsmoelora.data.vocabulary import check_ids
 from dsmoelora.errors import DataError
+from dsmoelora.waits import waiting_for
 
 CACHE_VERSION = 6  # raise it when the same files would be tokenised in another way
 _BATCH = 256
@@ -120,7 +121,7 @@ def _digest(source: DataSource, opened: RowSource, tokenizer: PreTrainedTokenize
     digest = settings_digest(source, tokenizer, options)
     for file in opened.files:
         try:
-            with file.open("rb") as content:
+            with waiting_for(partial("{} to be read".format, file), options.progress), file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}). Check who may read it.") from None

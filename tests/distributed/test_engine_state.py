@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,30 @@ def test_answers_end_with_the_token_of_the_template_where_the_model_has_another(
     worker_pool: PoolFactory, recipe: Recipe
 ) -> None:
     assert worker_pool(1).run(ask_with_another_end_of_turn, Job(recipe)) == [[0, 3, 9]]
+
+
+def signs_while_loading(path: str) -> tuple[int, str]:
+    """Signs of life of a rank while it loads a model in ZeRO-3 partitions, and what it has seen at last."""
+    from dsmoelora import waits
+    from dsmoelora.config import ModelConfig
+    from dsmoelora.model import load_model, watched_loading
+
+    zero_3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    beats: list[int] = []
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(waits, "LOOK_EVERY_S", 0.01)
+        patch.setattr(waits, "FIRST_WORD_S", 0.05)
+        patch.setattr(waits.logger, "warning", lambda text, what, _: said.append(what))
+        with watched_loading("it", lambda: beats.append(1), speaks=True):
+            load_model(ModelConfig(path=path, dtype="fp32"), zero_3)
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and not (said and re.search(r"\((\d+) of \1 ", said[-1])):
+                time.sleep(0.01)
+    return len(beats), said[-1]
+
+
+def test_a_rank_that_reads_nothing_itself_counts_what_comes(worker_pool: PoolFactory, recipe: Recipe) -> None:
+    for num_beats, seen in worker_pool(2).run(signs_while_loading, recipe.model.path):
+        assert num_beats > 1
+        assert re.fullmatch(r"the weights of it \((\d+) of \1 tensors are here\)", seen)

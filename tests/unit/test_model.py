@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, PretrainedConfig
 
+from dsmoelora import waits
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import ConfigError
-from dsmoelora.model import load_model, model_without_weights, without_dropout
+from dsmoelora.model import load_model, model_without_weights, watched_loading, without_dropout
 from tests.architectures import save_model
 
 
@@ -36,6 +38,23 @@ def test_a_loaded_model_has_no_dropout_of_its_own(tmp_path: Path) -> None:
     model = load_model(ModelConfig(path=str(folder), dtype="fp32"), {"zero_optimization": {"stage": 0}}).train()
     with torch.no_grad():
         assert torch.equal(model(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+
+
+def test_each_tensor_that_is_loaded_is_a_sign_of_life_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waits, "FIRST_WORD_S", 0.05)
+    monkeypatch.setattr(waits, "LOOK_EVERY_S", 0.01)
+    config = ModelConfig(path=str(save_model("llama", tmp_path)), dtype="fp32")
+    beats: list[int] = []
+    with watched_loading("the model", lambda: beats.append(1), speaks=True):
+        num_tensors = len(list(load_model(config, {"zero_optimization": {"stage": 0}}).parameters()))
+        all_of_them = f"Waiting for the weights of the model ({num_tensors} of {num_tensors} tensors are here), since"
+        deadline = time.monotonic() + 10
+        while not any(all_of_them in said for said in caplog.messages) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert all_of_them in caplog.text
+    assert beats
 
 
 def test_an_attention_that_the_model_cannot_have_is_answered_with_one_that_it_can(tmp_path: Path) -> None:

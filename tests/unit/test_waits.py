@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsmoelora import waits
-from dsmoelora.waits import waiting_for, watching_growth
+from dsmoelora.waits import num_bytes, waiting_for, watching
 
 
 def test_a_long_wait_is_said_and_since_when(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -29,7 +29,7 @@ def test_a_short_wait_is_not(speaks: bool, caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_files_that_grow_are_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waits, "LOOK_AT_FILES_S", 0.02)
+    monkeypatch.setattr(waits, "LOOK_EVERY_S", 0.02)
     beats: list[int] = []
 
     def wait_for_beats(count: int) -> None:
@@ -37,7 +37,7 @@ def test_files_that_grow_are_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.
         while len(beats) < count and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    with watching_growth(tmp_path, lambda: beats.append(1)):
+    with watching(lambda: num_bytes(tmp_path), lambda: beats.append(1)):
         wait_for_beats(1)
         time.sleep(0.2)
         assert len(beats) == 1, "nothing grows"
