@@ -143,7 +143,7 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
         for group in optimizer.param_groups:
             group["lr"] = share * group["full_lr"]
         optimizer.zero_grad()
-        loss = _mean_loss(model.train(), step, recipe.run.seed)
+        loss = mean_loss(model.train(), step, recipe.run.seed)
         mask_BS, keys_BS = global_batch(step)[1], batch_context(model).token_keys
         of_routers = router_losses.of_step(mask_BS, recipe.losses)
         (loss + of_routers + contrastive.of_step(keys_BS, mask_BS, recipe.losses)).backward()
@@ -154,7 +154,7 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
         losses.append(loss.item())
         lrs.append(share * recipe.optim.lr)
     with torch.no_grad():
-        final_loss = _mean_loss(model.eval(), 0, recipe.run.seed).item()
+        final_loss = mean_loss(model.eval(), 0, recipe.run.seed).item()
     weights = {name: parameter.detach() for name, parameter in trainable.items()}
     values = router_losses.values or contrastive.values
     return Training(losses, grad_norms, lrs, final_loss, weights, min(gaps, default=torch.inf), values)
@@ -209,7 +209,8 @@ def _torch_optimizer(trainable: dict[str, torch.nn.Parameter], config: OptimConf
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
-def _mean_loss(model: Any, step: int, seed: int) -> Tensor:
+def mean_loss(model: Any, step: int, seed: int) -> Tensor:
+    """Of an adapted model on a global batch, with the dropout that belongs to its tokens."""
     ids_BS, mask_BS, labels_BS = global_batch(step)
     sequence_ids_B = step * BATCH_SIZE + torch.arange(BATCH_SIZE)
     context = batch_context(model)

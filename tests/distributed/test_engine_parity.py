@@ -13,11 +13,14 @@ import deepspeed
 import pytest
 import torch
 from packaging.version import Version
+from transformers import AutoModelForCausalLM
 
+from dsmoelora import inject
 from dsmoelora.config import Recipe
+from dsmoelora.optim import build_optimizer, build_schedule
 from tests.conftest import PoolFactory, thorough
 from tests.engine_ranks import Job, assert_parity, build_engine, train_on_rank
-from tests.plain_training import METHODS, Training, make_base, make_recipe, train_plainly
+from tests.plain_training import METHODS, Training, make_base, make_recipe, mean_loss, train_plainly
 
 
 def weight_tolerance(method: str) -> float:
@@ -92,6 +95,34 @@ def test_other_methods_agree_too(
     recipe, expected = plainly(method)
     shares = worker_pool(world_size).run(train_on_rank, Job(recipe, accumulation))
     assert_parity(shares, expected, weight_tolerance(method))
+
+
+def losses_of_own_loop(recipe: Recipe) -> list[float]:
+    """Of the loop that docs/library.md shows."""
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
+    inject(model, recipe.adapter)
+    optimizer = build_optimizer(model, recipe.optim)
+    schedule = build_schedule(optimizer, recipe.optim, recipe.train.max_steps)
+    losses = []
+    for step in range(recipe.train.max_steps):
+        loss = mean_loss(model.train(), step, recipe.run.seed)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("preconditioner", ["none", "scaled"])
+def test_a_loop_of_ones_own_has_the_losses_of_the_engine(
+    worker_pool: PoolFactory, plainly: Plainly, preconditioner: Any
+) -> None:
+    recipe, _ = plainly("adamw-short")
+    recipe = replace(recipe, optim=replace(recipe.optim, preconditioner=preconditioner))
+    shares = worker_pool(2).run(train_on_rank, Job(recipe, 2))
+    assert shares[0].losses == pytest.approx(losses_of_own_loop(recipe), rel=1e-5)
 
 
 HAS_STAGES_1_AND_2 = Version(deepspeed.__version__) >= Version("0.19.8")
