@@ -24,7 +24,7 @@ from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters import batch_context
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.dropout import token_keys
-from dsmoelora.adapters.routing_log import RoutingLog
+from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.config import LossesConfig
 
 NUM_SEQUENCES = 8

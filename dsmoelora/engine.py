@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dsmoelora.adapters import batch_context, inject
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.folder import write_adapter
-from dsmoelora.adapters.routing_log import Routing, RoutingLog
+from dsmoelora.adapters.routing import Routing, RoutingLog
 from dsmoelora.adapters.similarity import ExpertCosines
 from dsmoelora.adapters.svd_start import uniform_gates
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint

@@ -44,7 +44,7 @@ class TokenExchange(Protocol):
 
 
 class RouterListener(Protocol):
-    """Who hears what routers do (`routing_log.RoutingLog`); N counts tokens, or sequences where they are routed."""
+    """Who hears what routers do (`routing.RoutingLog`); N counts tokens, or sequences where they are routed."""
 
     def with_losses(self, layer: str, logits_NE: Tensor, num_tokens_N: Tensor) -> Tensor:
         """The logits to go on with."""

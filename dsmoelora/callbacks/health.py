@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dsmoelora.adapters.routing_log import Routing
+from dsmoelora.adapters.routing import Routing
 from dsmoelora.callbacks.base import Callback, TrainingRun
 from dsmoelora.config import Recipe
 from dsmoelora.engine import StepResult

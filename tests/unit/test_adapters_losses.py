@@ -11,8 +11,8 @@ from torch import Tensor
 from dsmoelora import AdapterConfig
 from dsmoelora.adapters import adapted_layers, batch_context
 from dsmoelora.adapters.context import BatchContext
-from dsmoelora.adapters.losses import LossWeights, WithRouterLosses
-from dsmoelora.adapters.routing_log import RoutingLog
+from dsmoelora.adapters.routing import RoutingLog
+from dsmoelora.adapters.routing.losses import LossWeights, WithRouterLosses
 from dsmoelora.config import LossesConfig, Recipe
 from dsmoelora.errors import ConfigError
 from tests.two_layers import NUM_EXPERTS, WIDTH, TwoLayers

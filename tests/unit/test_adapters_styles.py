@@ -18,7 +18,7 @@ from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import adapted_layers, batch_context, eject
 from dsmoelora.adapters.blocks import linears_of_block
 from dsmoelora.adapters.routers import routers
-from dsmoelora.adapters.routing_log import RoutingLog
+from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.config import LossesConfig
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.optim import trainables

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from dsmoelora.adapters.routing.sums import ExpertsOfRouters, Totals
+from dsmoelora.config import LossesConfig
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -64,3 +67,58 @@ class WithRouterLosses(torch.autograd.Function):
             mean_N1 = (share_NE * shares_E).sum(-1, keepdim=True)
             per_share_NE = per_share_NE + weights.balance * (shares_E - mean_N1)
         return torch.addcmul(grad_NE, share_NE * num_tokens_N.unsqueeze(-1), per_share_NE), None, None, None
+
+
+class RouterLosses:
+    """The losses of all routers of a model: their gradients in the backward pass, their values after it.
+
+    Args:
+        sizes: number of experts of each router
+        config: weights of the losses
+        device: of the model
+
+    Attributes:
+        names: of the losses that are switched on
+        shares: (sum of all E,) fp64, `f_e` of every expert
+    """
+
+    def __init__(self, sizes: list[int], config: LossesConfig, device: torch.device) -> None:
+        self.names = [name for name in ("balance", "z") if getattr(config, name)] if sizes else []
+        self._config, self._sizes = config, sizes
+        self._experts = ExpertsOfRouters(sizes, device)
+        self.shares = self._experts.uniform.clone()
+        self._shares_fp32 = self.shares.float()
+        self._shares_of_router = self._shares_fp32.split(sizes)
+        self._per_token = 0.0
+
+    def begin_step(self, num_tokens: int, scale: float) -> None:
+        """What the losses of a token count from now on.
+
+        Args:
+            num_tokens: real tokens of the global batch
+            scale: what the sum of all ranks' gradients is divided by later
+        """
+        self._per_token = scale / (max(1, len(self._sizes)) * num_tokens)
+
+    def attach(self, router: int, logits_NE: Tensor, num_tokens_N: Tensor) -> Tensor:
+        """The logits, through whose gradient the losses of a router speak."""
+        balance, z = (weight * self._per_token for weight in (self._config.balance, self._config.z))
+        weights = LossWeights(balance * self._sizes[router], z)
+        logits: Tensor = WithRouterLosses.apply(logits_NE, num_tokens_N, self._shares_of_router[router], weights)
+        return logits
+
+    def values(self, totals: Totals, num_tokens: int) -> list[Tensor]:
+        """Of those in `names`, without weights, with the counts of the step at hand."""
+        shares = self._experts.shares(totals.choices)
+        balance = self._experts.per_router(shares / self._experts.uniform * totals.probabilities)
+        values = {"balance": balance.mean() / num_tokens, "z": totals.z.mean() / num_tokens}
+        return [values[name] for name in self.names]
+
+    def finish_step(self, totals: Totals) -> None:
+        """Take the choices of this step for those that the next one is judged by."""
+        self.load_shares(self._experts.shares(totals.choices))
+
+    def load_shares(self, shares: Tensor) -> None:
+        """Take over `shares`."""
+        self.shares.copy_(shares)
+        self._shares_fp32.copy_(shares)
