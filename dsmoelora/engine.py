@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import Prompt, stop_ids
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.heartbeat import Heartbeat, Phase
-from dsmoelora.inputs import can_keep_logits, check_probe, fill_context, model_inputs, probe, prompt_inputs, sent
+from dsmoelora.inputs import check_probe, fill_context, model_inputs, probe, prompt_inputs, sent
 from dsmoelora.model import load_model, load_tokenizer, recompute_activations, watched_loading
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
+from dsmoelora.output_head import ChunkedLoss, can_keep_logits
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.adapter_tensors import base_fingerprint, tensors_on_rank_0
 from dsmoelora.parallel.dtype import settle_dtype
@@ -112,6 +114,7 @@ class Engine:
         self.layout = zero.make_layout(recipe)
         self._can_keep_logits = can_keep_logits(model)
         self._adapt(resumes)
+        self._chunked_loss = ChunkedLoss.of(model, recipe.train.loss_chunk)
         self._initialise(deepspeed_config)
         self.watch = AdapterWatch(self.optimizer)
         self._routing = self._context.log = RoutingLog(model, recipe.losses, self.device)
@@ -220,9 +223,10 @@ class Engine:
         self._routing.begin_step(micro_batches[0].num_tokens_global, scale)
         self._contrast.begin_step(self.recipe.train.batch_size, scale)
         for micro_batch in micro_batches:
+            weight = comm.world_size() / micro_batch.num_supervised_global
             with self._routing.listening():
-                nll = self._nll_sum(micro_batch)
-            loss = nll * (comm.world_size() / micro_batch.num_supervised_global)
+                nll = self._nll_sum(micro_batch, weight * zero.loss_scale(self._deepspeed))
+            loss = nll * weight
             self._deepspeed.backward(loss, scale_wrt_gas=False)
             sums[0] += nll.detach()
             sums[1] += micro_batch.real_tokens.sum()
@@ -276,7 +280,7 @@ class Engine:
             ModelError: they do in this model, with this attention implementation
         """
         micro_batch = probe(self.model.config.get_text_config().vocab_size)
-        places_BP = torch.arange(micro_batch.input_ids.shape[1], device=self.device).expand_as(micro_batch.input_ids)
+        places_BP = torch.arange(micro_batch.input_ids.shape[1]).expand_as(micro_batch.input_ids)
         with self._inference():
             logits_BSV = self._logits(micro_batch, places_BP)
         self._context.clear()
@@ -382,22 +386,38 @@ class Engine:
             states.append(ShardState(shard.runs, value | self.optimizer.state[shard.tensor] | start))
         return states
 
-    def _nll_sum(self, micro_batch: MicroBatch) -> Tensor:
-        """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar)."""
+    def _nll_sum(self, micro_batch: MicroBatch, gradient: float = 1.0) -> Tensor:
+        """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar).
+
+        Args:
+            micro_batch: of this rank
+            gradient: that the sum will get in the backward pass
+        """
         # Few tokens are targets, and logits are large: the output head computes what the loss wants, nothing else.
-        places_BP, targets_BP = (sent(tensor, self.device) for tensor in micro_batch.targets())
-        logits_BPV = self._logits(micro_batch, places_BP)
-        logits_TV, targets_T = logits_BPV.flatten(0, 1).float(), targets_BP.flatten()
-        return nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
+        places_BP, targets_BP = micro_batch.targets()
+        if self._chunked_loss is None:
+            logits_BPV = self._logits(micro_batch, places_BP)
+            logits_TV, targets_T = logits_BPV.flatten(0, 1).float(), sent(targets_BP, self.device).flatten()
+            return nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
+        wanted_T = (targets_BP != IGNORED).flatten().nonzero().squeeze(-1)
+        targets_T = sent(targets_BP.flatten()[wanted_T], self.device)
+        call = partial(self._call, micro_batch, places_BP)
+        return self._chunked_loss.nll_sum(call, sent(wanted_T, self.device), targets_T, gradient)
 
     def _logits(self, micro_batch: MicroBatch, places_BP: Tensor) -> Tensor:
-        """(B, P, V): the logits at `places_BP` of each row."""
+        """(B, P, V): the logits at `places_BP`, a tensor of the host, of each row."""
+        logits: Tensor = self._call(micro_batch, places_BP).logits
+        if self._can_keep_logits:
+            return logits
+        return torch.take_along_dim(logits, sent(places_BP, self.device).unsqueeze(-1), dim=1)
+
+    def _call(self, micro_batch: MicroBatch, places_BP: Tensor) -> Any:
+        """What the model says, at `places_BP` alone where it can."""
         inputs = model_inputs(micro_batch, self.model.config._attn_implementation, self.device)
         fill_context(self._context, micro_batch, self.recipe.run.seed, self.device)
         if self._can_keep_logits:
-            logits: Tensor = self._deepspeed(**inputs, logits_to_keep=places_BP).logits
-            return logits
-        return torch.take_along_dim(self._deepspeed(**inputs).logits, places_BP.unsqueeze(-1), dim=1)
+            inputs["logits_to_keep"] = sent(places_BP, self.device)
+        return self._deepspeed(**inputs)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

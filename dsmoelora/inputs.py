@@ -8,13 +8,11 @@ sliding windows. Flash attention looks at position ids in batches of a single ro
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.dropout import token_keys
@@ -56,53 +54,6 @@ def model_inputs(batch: MicroBatch, attention: str, device: torch.device) -> dic
         tensors |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
         more |= {"max_length_q": longest, "max_length_k": longest}
     return {name: sent(tensor, device) for name, tensor in tensors.items()} | more
-
-
-def can_keep_logits(model: PreTrainedModel) -> bool:
-    """Whether the model's forward takes places (B, P) as `logits_to_keep` and gives the logits of these places.
-
-    Asked by trying: before transformers 5.21 every row got the places of all rows. The model's own forward runs between
-    a body and a head that compute nothing, so weights may be in pieces or on the meta device.
-    """
-    # What code that comes with a model takes for it is its own affair.
-    own_code = not type(model).__module__.startswith("transformers.")
-    body, head = model.base_model, model.get_output_embeddings()
-    if own_code or body is model or head is None or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return False
-    hidden_BSD = torch.arange(6.0).view(2, 3, 1)
-    places_BP = torch.tensor([[0, 2], [1, 1]])
-    with _forward(body, lambda *_, **__: _Hidden(hidden_BSD)), _forward(head, lambda hidden_BPD: hidden_BPD):
-        try:
-            kept_BPD = model.forward(torch.zeros(2, 3, dtype=torch.int64), logits_to_keep=places_BP).logits
-        except (RuntimeError, IndexError, TypeError, ValueError):
-            return False
-    return tuple(kept_BPD.shape) == (*places_BP.shape, 1)
-
-
-class _Hidden:
-    """What a model's body gives back, of which only the last layer's output is looked at."""
-
-    def __init__(self, last_hidden_state: Tensor) -> None:
-        self.last_hidden_state = last_hidden_state
-
-    def __getitem__(self, _: int) -> Tensor:
-        return self.last_hidden_state
-
-    def __getattr__(self, _: str) -> None:
-        return None
-
-
-@contextmanager
-def _forward(module: nn.Module, stand_in: Any) -> Iterator[None]:
-    """Inside the block a module computes this instead of what it is for."""
-    own = vars(module).get("forward")
-    module.forward = stand_in
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def prompt_inputs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], device: torch.device) -> dict[str, Tensor]:

@@ -101,6 +101,7 @@ class TrainConfig:
         health_every: optimizer steps between looks at how experts are used, 0 for none
         dead_after: optimizer steps without a token after which an expert counts as dead
         activation_checkpointing: recompute activations in the backward pass
+        loss_chunk: targets whose logits the output head makes at a time, 0 for all at once
         num_samples: held-out prompts that are answered before and after training
         sample_max_new_tokens: tokens of such an answer at most
         max_skipped_steps: steps in a row without a finite loss and gradient after which the run ends
@@ -119,6 +120,7 @@ class TrainConfig:
     health_every: int = 10
     dead_after: int = 50
     activation_checkpointing: bool = False
+    loss_chunk: int = 256
     num_samples: int = 0
     sample_max_new_tokens: int = 64
     max_skipped_steps: int = 20
@@ -142,6 +144,7 @@ class TrainConfig:
         for name in ("eval_every", "save_every", "num_samples", "health_every"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "0 or more", f"0 switches train.{name} off.")
+        require(self.loss_chunk >= 0, "train.loss_chunk", self.loss_chunk, "0 or more", "0 takes all targets at once.")
         if isinstance(self.report_to, str):
             self.report_to = [] if self.report_to == "none" else [self.report_to]
         for tracker in self.report_to:

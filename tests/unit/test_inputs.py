@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_flash_attention_utils
 
@@ -20,7 +18,7 @@ from dsmoelora.config import DataConfig, Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.loader import Row, collate
 from dsmoelora.errors import ConfigError, ModelError
-from dsmoelora.inputs import can_keep_logits, check_probe, check_takes_positions, fill_context, model_inputs, probe
+from dsmoelora.inputs import check_probe, check_takes_positions, fill_context, model_inputs, probe
 from tests.host_waits import HostWaits
 
 VOCABULARY = 100
@@ -214,37 +212,6 @@ def test_a_model_that_gives_no_numbers_is_refused() -> None:
     logits_BSV[0, -1, 0] = torch.nan
     with pytest.raises(ModelError, match=r"data\.packing is true, but LlamaForCausalLM"):
         check_probe(tiny_model("llama"), logits_BSV)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@torch.no_grad()
-def test_places_are_given_to_models_that_understand_them(kind: str) -> None:
-    """With the model's own weights: the logits of each row's own places, or else the answer is no."""
-    model, ids_BS, places_BP = (
-        tiny_model(kind, "eager"),
-        probe(VOCABULARY).input_ids,
-        torch.tensor([[0, 2]] * 2 + [[1, 1]]),
-    )
-    wanted_BPV = torch.take_along_dim(model(ids_BS).logits, places_BP.unsqueeze(-1), dim=1)
-    answer = can_keep_logits(model)
-    assert answer is (Version(transformers.__version__) >= Version("5.21"))
-    assert "forward" not in vars(model.base_model)
-    if answer:
-        torch.testing.assert_close(model(ids_BS, logits_to_keep=places_BP).logits, wanted_BPV)
-
-
-def test_a_model_that_gives_every_row_the_places_of_all_rows_is_not_given_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers did before it knew places of each row; one that fails is not either."""
-    model = tiny_model("llama")
-
-    def forward(input_ids: Tensor, logits_to_keep: Any = 0) -> Any:
-        hidden_BSD = model.base_model(input_ids).last_hidden_state
-        return SimpleNamespace(logits=model.lm_head(hidden_BSD[:, logits_to_keep, :]))
-
-    monkeypatch.setattr(model, "forward", forward)
-    assert not can_keep_logits(model)
-    monkeypatch.setattr(model, "forward", lambda input_ids, logits_to_keep=0: input_ids[:, -int(logits_to_keep) :])
-    assert not can_keep_logits(model)
 
 
 def test_a_model_that_takes_no_positions_is_refused() -> None:
