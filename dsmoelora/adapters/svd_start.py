@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -63,42 +64,90 @@ def svd_start(weight_OD: Tensor, num_experts: int, rank: int, scale: float) -> S
     return StartFactors(a_EDR.to(weight_OD.dtype).contiguous(), b_EOR.to(weight_OD.dtype).contiguous())
 
 
+@dataclass(frozen=True)
+class Dealers:
+    """The ranks among which decompositions are dealt out; by default one that does all.
+
+    Args:
+        rank, count: of this one, of all
+        together: does something that may fail on one rank alone, and then fails on all
+        broadcast: makes a tensor, in place, on all ranks that of the given one
+    """
+
+    rank: int = 0
+    count: int = 1
+    together: Callable[[Callable[[], StartFactors | None]], StartFactors | None] = lambda decompose: decompose()
+    broadcast: Callable[[Tensor, int], object] = lambda _, __: None
+
+
+@torch.no_grad()
 def start_experts(
-    model: nn.Module,
-    open_weights: OpenWeights = lambda _: nullcontext(),
-    agree: Callable[[Tensor], object] = lambda _: None,
+    model: nn.Module, open_weights: OpenWeights = lambda _: nullcontext(), dealers: Dealers = Dealers()
 ) -> float:
-    """Set the factors of all adapted layers to their starts, and shift the base; see `shift_bases`.
+    """Set the factors of all adapted layers to their starts, and shift the base.
+
+    As many layers as there are ranks are decomposed at a time, each by one rank: others could find other signs. At most
+    two whole weights lie on a rank.
 
     Args:
         model: adapted, its base untouched
         open_weights: opens a base weight that is not whole
-        agree: makes a tensor, in place, the same on all ranks; decompositions may differ in signs
+        dealers: who decomposes
+
+    Returns:
+        as `shift_bases`
     """
+    layers, rounding = [layer for _, layer in adapted_layers(model)], Rounding()
+    for first in range(0, len(layers), dealers.count):
+        turn, own = layers[first : first + dealers.count], None
+        for place, layer in enumerate(turn):
+            with open_weights([layer.base.weight]):
+                if place == dealers.rank:
+                    own = partial(_decompose, layer, _weight_OD(layer.base).to(torch.float32, copy=True))
+        found = dealers.together(own or (lambda: None))
+        for place, layer in enumerate(turn):
+            bank = layer.experts
+            with open_weights([layer.base.weight]):
+                empty = (layer.base.weight.new_empty(bank.shapes[name]) for name in ("a", "b"))
+                start = found if found is not None and place == dealers.rank else StartFactors(*empty)
+                for factor in (start.a_EDR, start.b_EOR):
+                    dealers.broadcast(factor, place)
+                held = slice(bank.held.start, bank.held.stop)
+                bank.a.copy_(start.a_EDR[held])
+                bank.b.copy_(start.b_EOR[held])
+                _shift(layer, start, rounding)
+    return rounding.share
 
-    def decompose(layer: RoutedLinear) -> StartFactors:
-        bank = layer.experts
-        num_experts, _, rank = bank.shapes["a"]
-        try:
-            start = svd_start(_weight_OD(layer.base), num_experts, rank, bank.scale)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise ModelError(
-                f"adapter.init is 'svd', but the weight of {layer.name} has no singular value decomposition: {error}. "
-                "Look for numbers in it that are not finite, or set adapter.init to kaiming."
-            ) from error
-        for factor in (start.a_EDR, start.b_EOR):
-            agree(factor)
-        held = slice(bank.held.start, bank.held.stop)
-        bank.a.copy_(start.a_EDR[held])
-        bank.b.copy_(start.b_EOR[held])
-        return start
 
-    return shift_bases(model, decompose, open_weights)
+def _decompose(layer: RoutedLinear, weight_OD: Tensor) -> StartFactors:
+    num_experts, _, rank = layer.experts.shapes["a"]
+    try:
+        found = svd_start(weight_OD, num_experts, rank, layer.experts.scale)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ModelError(
+            f"adapter.init is 'svd', but the weight of {layer.name} has no singular value decomposition: {error}. "
+            "Look for numbers in it that are not finite, or set adapter.init to kaiming."
+        ) from error
+    dtype = layer.base.weight.dtype
+    return StartFactors(found.a_EDR.to(dtype), found.b_EOR.to(dtype))
 
 
 def start_names(layer: str) -> tuple[str, str]:
     """What the start factors `a` and `b` of a layer are called in files: as the factors themselves."""
     return f"{layer}.experts.a", f"{layer}.experts.b"
+
+
+@dataclass
+class Rounding:
+    """Squared Frobenius norms over all layers: of what rounding to the dtype of the weights lost, and of the shift."""
+
+    lost: float = 0.0
+    shifted: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """What rounding adds, as a share of the shift."""
+        return (self.lost / self.shifted) ** 0.5 if self.shifted else 0.0
 
 
 @torch.no_grad()
@@ -113,18 +162,23 @@ def shift_bases(model: nn.Module, find_start: FindStart, open_weights: OpenWeigh
     Returns:
         what rounding to the dtype of the weights adds, as a share of the shift (Frobenius norms over all layers)
     """
-    lost, shifted = 0.0, 0.0
+    rounding = Rounding()
     for _, layer in adapted_layers(model):
         with open_weights([layer.base.weight]):
-            start, weight_OD = find_start(layer), _weight_OD(layer.base)
-            factors = (factor.to(weight_OD.device, torch.float32) for factor in (start.b_EOR, start.a_EDR))
-            b_OF, a_DF = (factor.permute(1, 0, 2).flatten(1) for factor in factors)
-            shift_OD = (b_OF @ a_DF.t()).mul_(layer.experts.scale / start.a_EDR.shape[0])
-            wanted_OD = weight_OD.float() - shift_OD
-            weight_OD.copy_(wanted_OD)
-            lost += float(wanted_OD.sub_(weight_OD).square_().sum())
-            shifted += float(shift_OD.square_().sum())
-    return (lost / shifted) ** 0.5 if shifted else 0.0
+            _shift(layer, find_start(layer), rounding)
+    return rounding.share
+
+
+def _shift(layer: RoutedLinear, start: StartFactors, rounding: Rounding) -> None:
+    """Of a layer whose weight is open."""
+    weight_OD = _weight_OD(layer.base)
+    factors = (factor.to(weight_OD.device, torch.float32) for factor in (start.b_EOR, start.a_EDR))
+    b_OF, a_DF = (factor.permute(1, 0, 2).flatten(1) for factor in factors)
+    shift_OD = (b_OF @ a_DF.t()).mul_(layer.experts.scale / start.a_EDR.shape[0])
+    wanted_OD = weight_OD.float() - shift_OD
+    weight_OD.copy_(wanted_OD)
+    rounding.lost += float(wanted_OD.sub_(weight_OD).square_().sum())
+    rounding.shifted += float(shift_OD.square_().sum())
 
 
 @contextmanager

@@ -157,11 +157,11 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's numbers on every rank, in place; a contiguous tensor on any device."""
+def broadcast_tensor(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """The numbers of one rank on every rank, in place; a contiguous tensor on any device."""
     if world_size() > 1:
         on_device = tensor.to(_device())  # NCCL takes no others
-        dist.broadcast(on_device, src=0)
+        dist.broadcast(on_device, src=source)
         if on_device is not tensor:
             tensor.copy_(on_device)
     return tensor

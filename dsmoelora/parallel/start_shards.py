@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dsmoelora.adapters import Factor, RoutedLinear, adapted_layers
-from dsmoelora.adapters.svd_start import StartFactors, shift_bases, start_experts, start_names
+from dsmoelora.adapters.svd_start import Dealers, StartFactors, shift_bases, start_experts, start_names
 from dsmoelora.errors import ModelError
 from dsmoelora.optim.rows import Shard, trainables
 from dsmoelora.parallel import comm, zero
@@ -33,8 +33,8 @@ class StartShards:
 
     Args:
         model: adapted, its base untouched; not yet with DeepSpeed
-        resumes: the start comes from a checkpoint; otherwise it is found now, by rank 0 for all, and the base is
-            shifted. Never more than one whole weight is gathered
+        resumes: the start comes from a checkpoint; otherwise it is found now, each rank decomposing its share of the
+            layers, and the base is shifted
         on_progress: called for every layer
 
     Attributes:
@@ -50,12 +50,13 @@ class StartShards:
         self.flat: list[Tensor] = []
         self._is_shifted = not resumes
 
-        def agree(factor: Tensor) -> None:
+        def broadcast(factor: Tensor, source: int) -> None:
             on_progress()
-            comm.broadcast_tensor(factor)
+            comm.broadcast_tensor(factor, source)
 
         if not resumes:
-            self._say(start_experts(model, _open_weights, agree))
+            dealers = Dealers(comm.rank(), comm.world_size(), comm.together, broadcast)
+            self._say(start_experts(model, _open_weights, dealers))
 
     def bind(self, shards: list[Shard]) -> None:
         """Remember the starting values of the optimizer's shards."""

@@ -84,6 +84,36 @@ def test_ways_of_zero_change_nothing(
     assert_parity(shares, expected, 1e-5)
 
 
+def decompositions(job: Job, broken_on: int | None) -> tuple[int, str]:
+    """How many this rank makes as it builds an engine, and what is wrong if one fails on some rank."""
+    from dsmoelora.errors import UserError
+    from dsmoelora.parallel import comm
+
+    svd, count = torch.linalg.svd, 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if comm.rank() == broken_on:
+            raise torch.linalg.LinAlgError("no convergence")
+        return svd(*args, **options)
+
+    with mock.patch.object(torch.linalg, "svd", counted):
+        try:
+            build_engine(job)
+        except UserError as error:
+            return count, str(error)
+    return count, ""
+
+
+def test_layers_are_dealt_out_to_the_ranks(worker_pool: PoolFactory, reference: tuple[Recipe, Training]) -> None:
+    """q, v and down_proj on two ranks; and a decomposition that fails on one rank is everybody's error."""
+    recipe, _ = reference
+    assert worker_pool(2).run(decompositions, Job(recipe), None) == [(2, ""), (1, "")]
+    for count, said in worker_pool(2).run(decompositions, Job(recipe), 1):
+        assert count == 1 and "has no singular value decomposition: no convergence" in said
+
+
 @pytest.fixture(scope="module")
 def saved(
     worker_pool: PoolFactory, reference: tuple[Recipe, Training], tmp_path_factory: pytest.TempPathFactory
@@ -165,34 +195,37 @@ def test_the_same_ranks_go_on_to_the_last_bit(
 
 
 def gathered_at_most(job: Job) -> tuple[float, list[int], list[str]]:
-    """Largest number of base elements that were whole at once while the base was shifted, by layer; and errors."""
-    from dsmoelora.adapters import adapted_layers, svd_start
+    """A loss with even gates, how many base weights were whole beside each that was opened, and errors."""
     from dsmoelora.errors import UserError
-    from dsmoelora.parallel import zero
+    from dsmoelora.parallel import start_shards, zero
 
-    counts = []
-    shift_bases = svd_start.shift_bases
+    more = []
+    open_weights = start_shards._open_weights
 
-    def watched(model: Any, find: Any, open_weights: Any) -> float:
-        def look(layer: Any) -> Any:
-            frozen = [parameter for parameter in model.parameters() if zero.is_partitioned(parameter)]
-            counts.append(sum(p.numel() for p in frozen if p.numel() == zero.full_numel(p)))
-            assert layer.base.weight.numel() == counts[-1], "its own weight, and no other"
-            return find(layer)
+    @contextmanager
+    def watched(weights: list[Any]) -> Iterator[None]:
+        with open_weights(weights):
+            whole = [one for one in known if zero.is_partitioned(one) and one.numel() == zero.full_numel(one)]
+            more.append(len(whole) - len(weights))
+            yield
 
-        return shift_bases(model, look, open_weights)
+    known: list[Any] = []
+    begin = start_shards.start_experts
 
-    with mock.patch.object(svd_start, "shift_bases", watched):
+    def starting(model: Any, *args: Any) -> float:
+        known.extend(model.parameters())
+        return begin(model, *args)
+
+    with mock.patch.multiple(start_shards, _open_weights=watched, start_experts=starting):
         engine = build_engine(job)
-    sizes = [zero.full_numel(layer.base.weight) for _, layer in adapted_layers(engine.model)]
     losses = [engine.evaluate(batches_of(job, 0), routed=False), engine.evaluate(batches_of(job, 0))]
     try:
         engine.load(Path("checkpoint-1"))
         said = ["nothing"]
     except UserError as error:
         said = [str(error)]
-    assert len(counts) == len(sizes) == 3
-    return losses[0], [count - size for count, size in zip(counts, sizes, strict=True)], said
+    assert len(more) == 2 * 3, "each of three layers is opened to be decomposed and to be shifted"
+    return losses[0], more, said
 
 
 def test_one_whole_weight_at_a_time_and_uniform_gates_give_back_the_base(
