@@ -101,10 +101,13 @@ class BatchContext:
     losses: OutputLosses | None = None
     prompts: PromptMemory = field(default_factory=lambda: PromptMemory())
     exchange: TokenExchange | None = None
+    _counted_BS: Tensor | None = None
+    _counts: dict[bool, Tensor] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget the micro-batch."""
-        self.token_keys = self.real_BS = self.sequences_BS = self.prompt_BS = None
+        self.token_keys = self.real_BS = self.sequences_BS = self.prompt_BS = self._counted_BS = None
+        self._counts = {}
 
     def attachment(self, layer: str, x_TD: Tensor, selected_TE: Tensor) -> Attachment | None:
         """What a layer has to attach to the output of its experts.
@@ -125,7 +128,12 @@ class BatchContext:
             return torch.ones(len(like_NE), device=like_NE.device)
         per_token = len(like_NE) == self.real_BS.numel()
         assert per_token or len(like_NE) == len(self.real_BS), "a router sees all tokens, or each sequence once"
-        return (self.real_BS.flatten() if per_token else self.real_BS.sum(-1)).float()
+        if self._counted_BS is not self.real_BS:
+            self._counted_BS, self._counts = self.real_BS, {}
+        if per_token not in self._counts:  # once for all layers
+            counts_N = self.real_BS.flatten() if per_token else self.real_BS.sum(-1)
+            self._counts[per_token] = counts_N.float()
+        return self._counts[per_token]
 
 
 @dataclass

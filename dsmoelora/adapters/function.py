@@ -32,6 +32,13 @@ def _weigh(features_TF: Tensor, weight_TE: Tensor) -> Tensor:
     return (features_TER * weight_TE.unsqueeze(-1)).to(features_TF.dtype).view_as(features_TF)
 
 
+def _scaled_product(left: Tensor, right: Tensor, scale: float, plus: Tensor | None = None) -> Tensor:
+    """`plus + scale * left @ right` in one kernel, the scale inside its fp32 sums; None stands for 0."""
+    if plus is None:
+        return torch.addmm(left.new_empty(()), left, right, beta=0.0, alpha=scale)
+    return torch.addmm(plus, left, right, alpha=scale)
+
+
 def outgoing(b_EOR: Tensor, m_ERR: Tensor | None, ratio_EO: Tensor | None = None) -> Tensor:
     """(E, O, R): what the features `x a_e` of an expert meet: `b_e m_e^T`, or `diag(ratio_e) b_e`, or `b_e` itself.
 
@@ -94,12 +101,12 @@ class RoutedExperts(torch.autograd.Function):
             power_reaches_input: send the gradient with that power down to `x` too (Sun et al.'s released code)
         """
         features_TF = x_TD @ side_by_side(a_EDR)
-        hidden_TF = _weigh(features_TF, scale * gate_TE)
+        hidden_TF = _weigh(features_TF, gate_TE)
         factors = (a_EDR, b_EOR, m_ERR, ratio_EO)
         ctx.save_for_backward(x_TD, gate_TE, selected_TE, features_TF, *factors)  # type: ignore[arg-type]  # takes None
         ctx.scale, ctx.gate_power, ctx.power_reaches_input = scale, gate_power, power_reaches_input  # type: ignore[attr-defined]
-        out_FO = side_by_side(outgoing(b_EOR, m_ERR, ratio_EO)).t()
-        return hidden_TF @ out_FO if base_TO is None else torch.addmm(base_TO, hidden_TF, out_FO)
+        out_OF = side_by_side(outgoing(b_EOR, m_ERR, ratio_EO))
+        return _scaled_product(hidden_TF, out_OF.t(), scale, base_TO)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,25 +117,23 @@ class RoutedExperts(torch.autograd.Function):
         need_base, need_x, need_gate, _, need_a, *need_out = ctx.needs_input_grad  # type: ignore[attr-defined]
         grad_x = grad_gate = grad_a = grad_b = grad_m = grad_ratio = None
 
-        grad_TF = grad_TO @ side_by_side(outgoing(b_EOR, m_ERR, ratio_EO))
+        grad_TF = _scaled_product(grad_TO, side_by_side(outgoing(b_EOR, m_ERR, ratio_EO)), scale)
         if need_gate:
-            per_feature = grad_TF.float() * features_TF
-            grad_gate = scale * per_feature.unflatten(-1, (gate_TE.shape[-1], -1)).sum(-1)
+            grad_gate = (grad_TF.float() * features_TF).unflatten(-1, (gate_TE.shape[-1], -1)).sum(-1)
 
-        weight_TE = scale * gate_TE
-        factor_weight_TE = weight_TE
+        weight_TE = gate_TE
         if gate_power != 1.0:
-            factor_weight_TE = scale * torch.where(selected_TE, gate_TE**gate_power, 0.0)
-        weighted_TF = _weigh(grad_TF, factor_weight_TE)
+            weight_TE = torch.where(selected_TE, gate_TE**gate_power, 0.0)
+        weighted_TF = _weigh(grad_TF, weight_TE)
         if need_a:
             grad_a = _per_expert(weighted_TF.t() @ x_TD, a_EDR.shape[0])
         if any(need_out):
-            hidden_TF = _weigh(features_TF, factor_weight_TE)
-            grad_EOR = _per_expert(hidden_TF.t() @ grad_TO, b_EOR.shape[0])
+            hidden_TF = _weigh(features_TF, weight_TE)
+            grad_EOR = _per_expert(_scaled_product(hidden_TF.t(), grad_TO, scale), b_EOR.shape[0])
             grad_b, grad_m, grad_ratio = _outgoing_backward(grad_EOR, b_EOR, m_ERR, ratio_EO)
         if need_x:
             if gate_power != 1.0 and not ctx.power_reaches_input:  # type: ignore[attr-defined]
-                weighted_TF = _weigh(grad_TF, weight_TE)
+                weighted_TF = _weigh(grad_TF, gate_TE)
             grad_x = weighted_TF @ side_by_side(a_EDR).t()
         of_inputs = (grad_TO if need_base else None, grad_x, grad_gate, None)
         return *of_inputs, grad_a, grad_b, grad_m, grad_ratio, None, None, None
@@ -193,10 +198,13 @@ class RouterLogits(torch.autograd.Function):
         weight_FD = _below_one_another(weights_ED)
         parts_TP = _exact_parts(grad_TF, x_TD.dtype)
         num_parts = parts_TP.shape[-1] // weight_FD.shape[0]
-        grad_x = torch.addmm(grad_TD, parts_TP, weight_FD.repeat(num_parts, 1)) if need_x else None
+        weight_PD = weight_FD if num_parts == 1 else weight_FD.repeat(num_parts, 1)
+        grad_x = torch.addmm(grad_TD, parts_TP, weight_PD) if need_x else None
         if not any(need_weights):
             return grad_x, *(None for _ in weights_ED)
-        grad_FD = (parts_TP.t() @ x_TD).view(num_parts, *weight_FD.shape).sum(0)
+        grad_FD = parts_TP.t() @ x_TD
+        if num_parts > 1:
+            grad_FD = grad_FD.view(num_parts, *weight_FD.shape).sum(0)
         grads = grad_FD.split([weight.shape[0] for weight in weights_ED])
         return grad_x, *(grad if needed else None for grad, needed in zip(grads, need_weights, strict=True))
 

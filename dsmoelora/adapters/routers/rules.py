@@ -7,6 +7,7 @@ never depend on the data.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,27 @@ from torch import Tensor
 Rule = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+class SoftmaxOverSelected(torch.autograd.Function):
+    """The softmax over the selected experts. An unselected one has gate 0, and with it a gradient of 0 by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, scores_TE: Tensor, selected_TE: Tensor) -> Tensor:
+        """(T, E)."""
+        gate_TE = scores_TE.masked_fill(~selected_TE, -torch.inf).softmax(-1)
+        ctx.save_for_backward(gate_TE)
+        return gate_TE
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, None]:
+        """Of the scores."""
+        (gate_TE,) = ctx.saved_tensors
+        return torch.ops.aten._softmax_backward_data(grad_TE, gate_TE, -1, gate_TE.dtype), None
+
+
 def softmax_over(scores_TE: Tensor, selected_TE: Tensor) -> Tensor:
     """(T, E): softmax over the selected experts of each token, 0 for the rest."""
-    return scores_TE.masked_fill(~selected_TE, -torch.inf).softmax(-1)
+    gate_TE: Tensor = SoftmaxOverSelected.apply(scores_TE, selected_TE)
+    return gate_TE
 
 
 def largest(scores_TE: Tensor, top_k: int) -> Tensor:
