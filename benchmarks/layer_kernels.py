@@ -1,6 +1,6 @@
 """Kernels of an adapted layer, forward and backward, for every kind of expert and router, beside PEFT's LoRA.
 
-    python benchmarks/kernels.py
+    python benchmarks/layer_kernels.py
 
 Counted by a dispatch mode: operations that only look at memory in another way are left out. The layer is called as the
 engine does, with the routers' log on.
@@ -94,7 +94,9 @@ def _linear(dtype: torch.dtype) -> nn.Module:
 
 
 def _forward_and_backward(model: Any) -> tuple[list[str], list[str]]:
+    """Of a layer among many: what is made once for all of them has been made."""
     x_BSD = torch.randn(NUM_SEQUENCES, LENGTH, WIDTH, dtype=next(model.parameters()).dtype, requires_grad=True)
+    model(x_BSD)
     with Kernels() as forward:
         y_BSO = model(x_BSD)
     grad_BSO = torch.randn_like(y_BSO)
