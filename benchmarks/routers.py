@@ -23,8 +23,8 @@ from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters import batch_context
 from dsmoelora.adapters.contrastive import ContrastiveLosses
-from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.routing import RoutingLog
+from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.config import LossesConfig
 
 NUM_SEQUENCES = 8

@@ -27,8 +27,9 @@ from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import Prompt, stop_ids
 from dsmoelora.data.dataset import IGNORED
+from dsmoelora.data.packing_probe import check_probe, probe
 from dsmoelora.heartbeat import Heartbeat, Phase
-from dsmoelora.inputs import check_probe, fill_context, model_inputs, probe, prompt_inputs, sent
+from dsmoelora.inputs import fill_context, model_inputs, prompt_inputs, sent
 from dsmoelora.model import load_model, load_tokenizer, recompute_activations, watched_loading
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.output_head import ChunkedLoss, can_keep_logits

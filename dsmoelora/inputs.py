@@ -1,4 +1,4 @@
-"""A micro-batch as models of transformers and their adapters want it, and proof that packing keeps samples apart.
+"""A micro-batch as models of transformers and their adapters want it.
 
 Position ids that restart tell transformers where a sample begins (`masking_utils.find_packed_sequence_indices`). Given
 no attention mask *and no cache* it builds the block-diagonal causal mask, for sdpa and eager attention, for full and
@@ -7,21 +7,17 @@ sliding windows. Flash attention looks at position ids in batches of a single ro
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.adapters.context import BatchContext
-from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.routers.prompt import prompt_tokens
+from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import Prompt, prompt_ids
-from dsmoelora.errors import ModelError
-
-_PROBE_LENGTH = 4
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -93,54 +89,3 @@ def _borders(position_ids_BS: Tensor) -> tuple[Tensor, int]:
     begins = (flat_T == 0).nonzero().flatten()
     borders = torch.cat([begins, begins.new_tensor([len(flat_T)])]).int()
     return borders, int(borders.diff().max())
-
-
-def check_takes_positions(model: nn.Module) -> None:
-    """Refuse to pack for a model that could not be told where samples begin.
-
-    Raises:
-        ModelError: its forward has no argument `position_ids`
-    """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise _cannot_pack(model, "it takes no position_ids, so it cannot be told where a sample begins")
-
-
-def probe(vocab_size: int) -> MicroBatch:
-    """Three rows that end in the same sample, for `check_probe`.
-
-    Another sample stands before it in the first row, yet another one in the second; in the third row the first sample
-    and the common one are a single sample.
-    """
-    tokens = torch.randint(
-        vocab_size // 4, vocab_size // 2, (3, _PROBE_LENGTH), generator=torch.Generator().manual_seed(0)
-    )
-    first, second, common = tokens
-    ids = torch.stack([torch.cat([before, common]) for before in (first, second, first)])
-    positions = torch.arange(_PROBE_LENGTH)
-    apart, joined = torch.cat([positions, positions]), torch.arange(2 * _PROBE_LENGTH)
-    return MicroBatch(
-        ids, torch.ones_like(ids), ids, torch.zeros_like(ids), 1, ids.numel(), torch.stack([apart, apart, joined])
-    )
-
-
-def check_probe(model: nn.Module, logits_BSV: Tensor) -> None:
-    """Check that a sample does not see the one before it in its row.
-
-    Args:
-        model: for the message
-        logits_BSV: what it makes of `probe`
-
-    Raises:
-        ModelError: the logits of the common sample depend on its neighbour
-    """
-    first, second, joined = logits_BSV[:, -_PROBE_LENGTH:].float()
-    leak, effect = (first - second).abs().max(), (first - joined).abs().max()
-    if not leak <= effect / 4:  # an isolated sample leaves rounding errors; of NaN nothing is known
-        raise _cannot_pack(model, "its samples see each other: the logits of one change with the sample before it")
-
-
-def _cannot_pack(model: nn.Module, reason: str) -> ModelError:
-    return ModelError(
-        f"data.packing is true, but {type(model).__name__} cannot be trained on packed rows: {reason}. "
-        "Set data.packing to false."
-    )

@@ -23,12 +23,12 @@ from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.fallback_template import is_fallback
 from dsmoelora.data.formats import read_conversations
+from dsmoelora.data.packing_probe import check_takes_positions
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import HUB_TIMEOUT_S, may_be_hub_name, open_source
 from dsmoelora.data.tokenised import TokeniseOptions, tokenise
 from dsmoelora.data.vocabulary import check_conversation, tokens_beyond
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value, listing
-from dsmoelora.inputs import check_takes_positions
 from dsmoelora.model import (
     check_weights,
     load_model_config,

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import batch_context
-from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.routers import routers
+from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.config import ModelConfig, OptimConfig, Recipe, RunConfig, TrainConfig
 from dsmoelora.data import MicroBatch
 from dsmoelora.optim.reference import precondition

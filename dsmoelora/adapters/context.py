@@ -16,7 +16,7 @@ from dsmoelora.adapters.shared_input import SharedInput
 LocalExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class TokenExchange(Protocol):
+class Exchange(Protocol):
     """How tokens reach experts on other ranks (see `parallel.exchange`)."""
 
     def __call__(
@@ -82,7 +82,7 @@ class BatchContext:
     It must stay as it is until the backward pass is over, for a layer may be computed again there.
 
     Args:
-        token_keys: (B, S) int32 from `dropout.token_keys`; None falls back to torch's own dropout and noise, which
+        token_keys: (B, S) int32 from `token_keys`; None falls back to torch's own dropout and noise, which
             depend on how a batch is split
         real_BS: bool, False for padding and for rows that count nowhere; None stands for no padding
         sequences_BS: int64, where rows are packed: the number of each token's sequence
@@ -100,7 +100,7 @@ class BatchContext:
     log: RouterListener | None = None
     losses: OutputLosses | None = None
     prompts: PromptMemory = field(default_factory=lambda: PromptMemory())
-    exchange: TokenExchange | None = None
+    exchange: Exchange | None = None
     _counted_BS: Tensor | None = None
     _counts: dict[bool, Tensor] = field(default_factory=dict)
 

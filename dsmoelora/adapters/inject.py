@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from torch import nn
 
 from dsmoelora.adapters.blocks import blocks_of, linears_of_block
-from dsmoelora.adapters.context import BatchContext, TokenExchange
+from dsmoelora.adapters.context import BatchContext, Exchange
 from dsmoelora.adapters.dora import Gathered, start_magnitudes
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.linear import features, is_linear
@@ -25,7 +25,7 @@ def inject(
     model: nn.Module,
     config: AdapterConfig,
     local_experts: range | None = None,
-    exchange: TokenExchange | None = None,
+    exchange: Exchange | None = None,
     start: Callable[[nn.Module], object] = start_experts,
     gathered: Gathered = lambda _: nullcontext(),
 ) -> list[str]:

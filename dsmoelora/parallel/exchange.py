@@ -240,7 +240,7 @@ class TokenExchange:
         experts: LocalExperts,
         out_features: int,
     ) -> Tensor:
-        """See `adapters.context.TokenExchange`."""
+        """See `adapters.context.Exchange`."""
         own = self.num_tokens[self.layout.ep_rank] if self.num_tokens else None
         assert x_TD.shape[0] == own, f"a layer has {x_TD.shape[0]} tokens, but {own} were announced"
         packed_TE = torch.where(selected_TE, gate_TE, _NOT_SELECTED)
@@ -249,7 +249,7 @@ class TokenExchange:
         return self._all_to_all(shared, x_TD, packed_TE, selected_TE, experts)
 
     def of_all_experts(self, own_LX: Tensor) -> Tensor:
-        """See `adapters.context.TokenExchange`."""
+        """See `adapters.context.Exchange`."""
         counts = [self.layout.num_local_experts] * self.layout.ep_size
         return Dispatch.apply(own_LX, GatherRoute(counts, self.layout.ep_rank, self.layout.expert_group))
 

@@ -9,9 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dsmoelora import AdapterConfig
 from dsmoelora.adapters.context import BatchContext
-from dsmoelora.adapters.dropout import keyed_dropout, keyed_normal, token_keys
+from dsmoelora.adapters.dropout import keyed_dropout, keyed_normal
 from dsmoelora.adapters.layer import RoutedLinear
 from dsmoelora.adapters.shared_input import Siblings
+from dsmoelora.adapters.token_keys import token_keys
 
 NUM_FEATURES = 256
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import RoutedLinear, adapted_layers, batch_context, match_targets
-from dsmoelora.adapters.dropout import token_keys
+from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.model import recompute_activations
 from tests.architectures import adapt

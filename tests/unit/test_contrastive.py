@@ -18,8 +18,8 @@ from dsmoelora.adapters import adapted_layers, batch_context
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.contrastive.formula import coactive_together, experts_apart, unit_features
 from dsmoelora.adapters.contrastive.sample import sample_tokens
-from dsmoelora.adapters.dropout import token_keys
 from dsmoelora.adapters.similarity import cosine_matrix, cross_grams, largest_and_mean
+from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.config import LossesConfig, Recipe
 from dsmoelora.errors import ConfigError
 from tests.helpers import tiny_llama

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_flash_a
 
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import BatchContext, adapted_layers, batch_context
-from dsmoelora.adapters.dropout import token_keys
+from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.config import DataConfig, Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.loader import Row, collate
+from dsmoelora.data.packing_probe import check_probe, check_takes_positions, probe
 from dsmoelora.errors import ConfigError, ModelError
-from dsmoelora.inputs import check_probe, check_takes_positions, fill_context, model_inputs, probe
+from dsmoelora.inputs import fill_context, model_inputs
 from tests.host_waits import HostWaits
 
 VOCABULARY = 100
