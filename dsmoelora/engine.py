@@ -151,6 +151,7 @@ class Engine:
             frozen = [zero.full_numel(one) for one in self.model.parameters() if id(one) not in trained]
             keep_adapters_whole(config, [parameter.numel() for _, parameter in found], frozen)
         zero.place_experts(found, self.layout)
+        zero.gather_joined_factors(self.model)
         self._deepspeed, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
         )

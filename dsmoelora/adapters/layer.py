@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from dsmoelora.adapters.context import Attachment, BatchContext
 from dsmoelora.adapters.dora import DoraRows
 from dsmoelora.adapters.dropout import keyed_dropout
-from dsmoelora.adapters.function import RoutedExperts
+from dsmoelora.adapters.function import RoutedExperts, is_forked, routed_experts
 from dsmoelora.adapters.linear import Linear, features
 from dsmoelora.adapters.precision import compute_dtype, of_base, typed, without_autocast
 from dsmoelora.adapters.routers import RouterPlace, build_router
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
+from dsmoelora.adapters.routers.parts import TokenRouter
 from dsmoelora.adapters.shared_input import SharedInput, Siblings
 from dsmoelora.adapters.start import draw_a, draw_m
 from dsmoelora.config import AdapterConfig
@@ -51,6 +52,7 @@ class ExpertBank(nn.Module):
 
     Attributes:
         held: `experts`
+        is_forked: see `function.is_forked`
         shapes: of each parameter by name, over the experts of all ranks (ZeRO-3 empties a parameter's own shape)
     """
 
@@ -67,6 +69,7 @@ class ExpertBank(nn.Module):
         self.scale = config.scale
         self.gate_power = config.gate_power
         self.power_reaches_input = config.gate_power_scope == "factors_and_input"
+        self.is_forked = is_forked(self.gate_power, self.power_reaches_input)
 
         def drawn(name: str, num_rows: int, draw: Callable[..., None]) -> nn.Parameter:
             start_LXR = empty_start((len(experts), num_rows, rank))
@@ -94,12 +97,33 @@ class ExpertBank(nn.Module):
         selected_TL: Tensor,
         attachment: Attachment | None = None,
         ratio_LO: Tensor | None = None,
+        features: Sequence[Tensor | None] = (),
     ) -> Tensor:
-        """(T, O): `base_TO + s sum_e gate_e (x a_e) m_e b_e^T` over the experts that lie here; see `RoutedExperts`."""
-        factors = (*(typed(factor, x_TD) for factor in (self.a, self.b, self.m)), ratio_LO)
-        power = (self.gate_power, self.power_reaches_input)
-        output: Tensor = RoutedExperts.apply(base_TO, x_TD, gate_TL, selected_TL, *factors, self.scale, *power)
-        return output if attachment is None else attachment.attach(output, *factors)
+        """(T, O): `base_TO + s sum_e gate_e (x a_e) m_e b_e^T` over the experts that lie here; see `RoutedExperts`.
+
+        Args:
+            base_TO, x_TD, gate_TL, selected_TL, ratio_LO: as of `routed_experts`
+            attachment: what else is done to the output
+            features: of `x_TD`, as `Projection` gives them, where the router has made them
+        """
+        a, *outgoing = typed(self.a, x_TD), typed(self.b, x_TD), typed(self.m, x_TD), ratio_LO
+        output: Tensor
+        if features:
+            gates = (gate_TL, selected_TL)
+            output = RoutedExperts.apply(base_TO, *features, *gates, *outgoing, self.scale, self.gate_power)
+        else:
+            output = routed_experts(
+                base_TO,
+                x_TD,
+                gate_TL,
+                selected_TL,
+                a,
+                *outgoing,
+                scale=self.scale,
+                gate_power=self.gate_power,
+                power_reaches_input=self.power_reaches_input,
+            )
+        return output if attachment is None else attachment.attach(output, a, *outgoing)
 
 
 class WeightReadPast(ModelError, AttributeError):
@@ -147,6 +171,8 @@ class RoutedLinear(nn.Module):
         self.router = BlockRouter(name, block) if block else build_router(place, config)
         self.experts = ExpertBank(in_features, out_features, config, name, like, experts)
         self._is_partitioned = len(experts) < config.num_experts
+        if isinstance(self.router, TokenRouter) and not self.dropout and not self._is_partitioned:
+            self.router.join(self.experts)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
@@ -156,7 +182,7 @@ class RoutedLinear(nn.Module):
             return self._forward(x if x.dtype == dtype else x.to(dtype), shared)
 
     def _forward(self, x: Tensor, shared: SharedInput) -> Tensor:
-        x_TD, gate_TE, selected_TE = self.router(x.reshape(-1, x.shape[-1]))
+        x_TD, gate_TE, selected_TE, *features = self.router(x.reshape(-1, x.shape[-1]))
         base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
         drops = self.training and self.dropout > 0.0
         if drops or self._is_partitioned:  # made of the input itself, for all layers that read it
@@ -167,7 +193,7 @@ class RoutedLinear(nn.Module):
             own_experts = partial(experts, None, attachment=attachment)
             y_TO = base_TO + self.context.exchange(shared, x_TD, gate_TE, selected_TE, own_experts, base_TO.shape[-1])
         else:
-            y_TO = experts(base_TO, x_TD, gate_TE, selected_TE, attachment=attachment)
+            y_TO = experts(base_TO, x_TD, gate_TE, selected_TE, attachment=attachment, features=features)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def __getattr__(self, name: str) -> Any:

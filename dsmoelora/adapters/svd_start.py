@@ -185,9 +185,9 @@ def _shift(layer: RoutedLinear, start: StartFactors, rounding: Rounding) -> None
 def uniform_gates(model: nn.Module) -> Iterator[None]:
     """Inside the block every expert has the gate 1 / E for every token: the base as it was, before the first step."""
 
-    def even_out(_: nn.Module, __: object, routed: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        x_TD, gate_TE, selected_TE = routed
-        return x_TD, torch.full_like(gate_TE, 1 / gate_TE.shape[-1]), torch.ones_like(selected_TE)
+    def even_out(_: nn.Module, __: object, routed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x_TD, gate_TE, selected_TE, *features = routed
+        return x_TD, torch.full_like(gate_TE, 1 / gate_TE.shape[-1]), torch.ones_like(selected_TE), *features
 
     hooks = [router.register_forward_hook(even_out) for _, router in routers(model)]
     try:

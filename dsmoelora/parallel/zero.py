@@ -27,7 +27,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from packaging.version import Version
 from torch import Tensor, nn
 
-from dsmoelora.adapters.layer import Factor
+from dsmoelora.adapters.layer import Factor, adapted_layers
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by, whole
@@ -330,6 +330,13 @@ def gathered(parameters: Iterable[nn.Parameter], rewrite: bool = False) -> Itera
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if rewrite else None):
         yield
+
+
+def gather_joined_factors(model: nn.Module) -> None:
+    """Have the parameters that a router reads of its layer's experts gathered for it too, before `initialize`."""
+    for _, layer in adapted_layers(model):
+        for parameter in getattr(layer.router, "joined_factors", ()):
+            deepspeed.zero.register_external_parameter(layer.router, parameter)
 
 
 def full_numel(parameter: Tensor) -> int:

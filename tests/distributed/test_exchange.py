@@ -124,7 +124,7 @@ class OnRank:
 
 def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int | None) -> OnRank:
     """The experts of this rank and the tokens of this rank, in fp32, out of the problem of all."""
-    from dsmoelora.adapters.function import RoutedExperts
+    from dsmoelora.adapters.function import routed_experts
     from dsmoelora.adapters.shared_input import SharedInput
     from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
     from dsmoelora.parallel import comm
@@ -149,7 +149,7 @@ def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int
             a, b = (factor[mine].float().requires_grad_() for factor in (layer.a_EDR, layer.b_EOR))
 
             def experts(x_ND: Tensor, gate_NL: Tensor, selected_NL: Tensor, a: Tensor = a, b: Tensor = b) -> Any:
-                return RoutedExperts.apply(None, x_ND, gate_NL, selected_NL, a, b, None, None, SCALE, 1.0, False)
+                return routed_experts(None, x_ND, gate_NL, selected_NL, a, b, None, None, scale=SCALE)
 
             y = exchange(shared, x, gate, layer.selected_TE[own], experts, b.shape[1])
             ys.append(y.detach())

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters.dora import RescaledRows
-from dsmoelora.adapters.function import RoutedExperts
+from dsmoelora.adapters.function import routed_experts
 
 NUM_TOKENS, NUM_IN, NUM_OUT, NUM_EXPERTS, RANK = 9, 7, 6, 4, 3
 
@@ -119,7 +119,7 @@ def test_gradcheck_of_the_chain_rule() -> None:
 
     def function(base_TO: Tensor, gate_TE: Tensor, ratio_EO: Tensor, b_EOR: Tensor) -> Tensor:
         y_TO = RescaledRows.apply(base_TO, random(NUM_OUT, seed=6), gate_TE, selected_TE, ratio_EO, 1.0)
-        return RoutedExperts.apply(y_TO, x_TD, gate_TE, selected_TE, a_EDR, b_EOR, None, ratio_EO, 1.5, 1.0, False)
+        return routed_experts(y_TO, x_TD, gate_TE, selected_TE, a_EDR, b_EOR, None, ratio_EO, scale=1.5)
 
     assert torch.autograd.gradcheck(function, (base_TO, gate_TE, ratio_EO, b_EOR), rtol=1e-5, atol=1e-6)
 

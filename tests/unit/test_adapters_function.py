@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.function import RoutedExperts, RouterLogits, product_fp32
+from dsmoelora.adapters.function import Projection, product_fp32, routed_experts
 
 SCALE = 1.5
 
 
 @dataclass
 class Case:
-    """The inputs of `RoutedExperts`, all wanting gradients, and the gradient that comes from above."""
+    """The inputs of `routed_experts`, all wanting gradients, and the gradient that comes from above."""
 
     base_TO: Tensor
     x_TD: Tensor
@@ -36,7 +36,8 @@ class Case:
 
     def run(self, gate_power: float = 1.0, scope: str = "factors") -> Tensor:
         tensors = (self.base_TO, self.x_TD, self.gate_TE, self.selected_TE, self.a_EDR, self.b_EOR, self.m_ERR)
-        return RoutedExperts.apply(*tensors, None, SCALE, gate_power, scope == "factors_and_input")
+        reaches_input = scope == "factors_and_input"
+        return routed_experts(*tensors, None, scale=SCALE, gate_power=gate_power, power_reaches_input=reaches_input)
 
     def gradients(self, gate_power: float = 1.0, scope: str = "factors") -> dict[str, Tensor]:
         grads = torch.autograd.grad(self.run(gate_power, scope), list(self.leaves.values()), self.grad_TO)
@@ -134,7 +135,7 @@ def test_gradcheck_of_the_chain_rule(mixers: bool) -> None:
 
     def function(base_TO: Tensor, x_TD: Tensor, gate_TE: Tensor, *factors: Tensor) -> Tensor:
         tensors = base_TO, x_TD, gate_TE, case.selected_TE, *factors, *([] if mixers else [None])
-        return RoutedExperts.apply(*tensors, None, SCALE, 1.0, False)
+        return routed_experts(*tensors, None, scale=SCALE)
 
     assert torch.autograd.gradcheck(function, tuple(case.leaves.values()), rtol=1e-5, atol=1e-6)
 
@@ -204,7 +205,7 @@ def test_router_logits_are_fp32_products_whatever_the_dtype_of_the_input(dtype: 
     x_TD = torch.randn(9, 16, generator=generator).to(dtype).requires_grad_()
     weight_ED = torch.randn(4, 16, generator=generator).to(dtype).requires_grad_()
     grad_TE = torch.randn(9, 4, generator=generator)
-    _, logits_TE = RouterLogits.apply(x_TD, weight_ED)
+    *_, logits_TE = Projection.apply(x_TD, False, None, weight_ED)
     assert logits_TE.dtype is torch.float32
     reference_TE = x_TD.double() @ weight_ED.double().T
     torch.testing.assert_close(logits_TE.double(), reference_TE, rtol=1e-5, atol=1e-5)
@@ -230,5 +231,5 @@ def test_router_logits_keep_no_fp32_copy_of_the_input() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        RouterLogits.apply(x_TD, weight_ED)
+        Projection.apply(x_TD, False, None, weight_ED)
     assert [tensor.data_ptr() for tensor in saved] == [x_TD.data_ptr(), weight_ED.data_ptr()]

@@ -2,7 +2,8 @@
 
 A router maps tokens (T, D) to gates (T, E) in fp32 and a bool mask of the selected experts. Unselected experts have a
 gate of exactly 0 and get no gradient. The tokens come back with them, to be used in place of those that went in (see
-`RouterLogits`). `shapes` has the shape of each of its parameters, which ZeRO-3 empties.
+`Projection`), and so do the features of the experts that a router was joined with (see `TokenRouter`). `shapes` has the
+shape of each of its parameters, which ZeRO-3 empties.
 """
 
 from __future__ import annotations

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.function import RouterLogits
-from dsmoelora.adapters.precision import typed
-from dsmoelora.adapters.routers.parts import Report, RouterPlace
+from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter
 from dsmoelora.adapters.routers.rules import largest, softmax_over
 
 
-class SigmoidBiasRouter(nn.Module):
+class SigmoidBiasRouter(TokenRouter):
     """The K experts with the largest score plus bias, weighted by their scores alone.
 
         score = sigmoid(x W^T)    selected = top-k of (score + bias)    gate_e = score_e / sum over selected of score
@@ -37,10 +35,10 @@ class SigmoidBiasRouter(nn.Module):
         self.register_buffer("bias_steps", steps_E)
         self._top_k, self._rate, self._report = top_k, rate, Report(place)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
-        x_TD, logits_TE = RouterLogits.apply(x_TD, typed(self.weight, x_TD))
-        return x_TD, *self._report.decide(logits_TE, self._rule, self.training)
+        x_TD, logits_TE, features = self.project(x_TD, self.weight)
+        return x_TD, *self._report.decide(logits_TE, self._rule, self.training), *features
 
     def _rule(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         selected_TE = largest(logits_TE.detach().sigmoid() + self._rate * self.bias_steps, self._top_k)

@@ -61,7 +61,7 @@ class BlockGates:
         return self._decision
 
     def _route(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        """The block's arguments, the first of which has been through the router (see `RouterLogits`)."""
+        """The block's arguments, the first of which has been through the router (see `Projection`)."""
         x = args[0] if args else next(iter(kwargs.values()))
         num_inputs = block.router.shapes["weight"][-1]
         if x.shape[-1] != num_inputs:

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.dropout import keyed_normal
-from dsmoelora.adapters.function import RouterLogits
-from dsmoelora.adapters.precision import typed
-from dsmoelora.adapters.routers.parts import Report, RouterPlace
+from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.seeds import derive_seed
 
 
-class LinearRouter(nn.Module):
+class LinearRouter(TokenRouter):
     """Logits `x W^T` and a rule that makes gates of them.
 
     Args:
@@ -27,13 +25,13 @@ class LinearRouter(nn.Module):
         self.weight = place.uniform_start()
         self._rule, self._report = rule, Report(place)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
-        x_TD, logits_TE = RouterLogits.apply(x_TD, typed(self.weight, x_TD))
-        return x_TD, *self._report.decide(logits_TE, self._rule, self.training)
+        x_TD, logits_TE, features = self.project(x_TD, self.weight)
+        return x_TD, *self._report.decide(logits_TE, self._rule, self.training), *features
 
 
-class NoisyRouter(nn.Module):
+class NoisyRouter(TokenRouter):
     """Logits with learned noise in training, `x W^T + eps softplus(x V^T)`, `eps` standard normal, and a rule.
 
     Noisy top-k gating of Shazeer et al. 2017 (arXiv 1701.06538, eq. 4). The noise is a pure function of
@@ -52,15 +50,15 @@ class NoisyRouter(nn.Module):
         self._noise_key = derive_seed("router noise", place.layer)
         self._rule, self._report, self._context = rule, Report(place), place.context
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
         if not self.training:
-            x_TD, logits_TE = RouterLogits.apply(x_TD, typed(self.weight, x_TD))
+            x_TD, logits_TE, features = self.project(x_TD, self.weight)
         else:
-            x_TD, both_TF = RouterLogits.apply(x_TD, typed(self.weight, x_TD), typed(self.noise_weight, x_TD))
+            x_TD, both_TF, features = self.project(x_TD, self.weight, self.noise_weight)
             logits_TE, spread_TE = both_TF.chunk(2, dim=-1)
             logits_TE = logits_TE + self._noise_like(logits_TE) * nn.functional.softplus(spread_TE)
-        return x_TD, *self._report.decide(logits_TE, self._rule, self.training)
+        return x_TD, *self._report.decide(logits_TE, self._rule, self.training), *features
 
     def _noise_like(self, logits_TE: Tensor) -> Tensor:
         if self._context.token_keys is None:
@@ -68,7 +66,7 @@ class NoisyRouter(nn.Module):
         return keyed_normal(self._context.token_keys.reshape(-1), self._noise_key, logits_TE.shape[-1])
 
 
-class ThresholdRouter(nn.Module):
+class ThresholdRouter(TokenRouter):
     """The experts whose probability is above a learned threshold, weighted by what they have above it.
 
         p = softmax(x W^T)    tau = sigmoid(x v^T + c) / E    gate_e = (p_e - tau)+ / sum_f (p_f - tau)+
@@ -92,9 +90,9 @@ class ThresholdRouter(nn.Module):
         self.threshold_bias = place.zero_start(1)
         self._num_experts, self._report = place.num_experts, Report(place)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
-        x_TD, both_TF = RouterLogits.apply(x_TD, typed(self.weight, x_TD), typed(self.threshold_weight, x_TD))
+        x_TD, both_TF, features = self.project(x_TD, self.weight, self.threshold_weight)
         logits_TE, raw_T1 = both_TF.split([self._num_experts, 1], dim=-1)
         threshold_T1 = (raw_T1 + self.threshold_bias.float()).sigmoid() / self._num_experts
 
@@ -104,17 +102,20 @@ class ThresholdRouter(nn.Module):
             total_T1 = above_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
             return above_TE / total_T1, above_TE > 0
 
-        return x_TD, *self._report.decide(logits_TE, rule, self.training)
+        return x_TD, *self._report.decide(logits_TE, rule, self.training), *features
 
 
-class SingleExpertRouter(nn.Module):
+class SingleExpertRouter(TokenRouter):
     """The router of a layer with one expert: gate 1 for every token, nothing to learn (plain LoRA)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
         """`x_TD`, ones (T, 1) fp32 and True (T, 1)."""
+        features: tuple[Tensor | None, ...] = ()
+        if self.joined_factors:
+            x_TD, _, features = self.project(x_TD)
         gate_TE = x_TD.new_ones(x_TD.shape[0], 1, dtype=torch.float32)
-        return x_TD, gate_TE, gate_TE.bool()
+        return x_TD, gate_TE, gate_TE.bool(), *features

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.function import Projection
+from dsmoelora.adapters.precision import typed
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.seeds import empty_start, generator
 
@@ -46,6 +49,35 @@ class RouterPlace:
     def zero_start(self, *shape: int) -> nn.Parameter:
         """A parameter that starts at zero."""
         return nn.Parameter(torch.zeros(shape, dtype=self.like.dtype, device=self.like.device))
+
+
+class TokenRouter(nn.Module):
+    """A router that looks at each token by itself, so that its logits may come out of the experts' own product.
+
+    Where the experts of its layer read the input that it reads, it makes their features too (`Projection`): one pass
+    over the input, forward and backward, instead of two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bank: tuple[Any, ...] = ()  # no module of this one
+
+    def join(self, bank: Any) -> None:
+        """Make the features of this `ExpertBank` from now on, and give them back beside the decision."""
+        self._bank = (bank,)
+
+    @property
+    def joined_factors(self) -> list[nn.Parameter]:
+        """Parameters of another module that this one reads."""
+        return [bank.a for bank in self._bank]
+
+    def project(self, x_TD: Tensor, *weights_ED: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """`x_TD` to go on with, the logits of all weights (T, F) fp32, and the features, if these are made here."""
+        factors = [typed(a_EDR, x_TD) for a_EDR in self.joined_factors]
+        is_forked = any(bank.is_forked for bank in self._bank)
+        weights = (typed(weight_ED, x_TD) for weight_ED in weights_ED)
+        x_TD, *features, logits_TF = Projection.apply(x_TD, is_forked, factors[0] if factors else None, *weights)
+        return x_TD, logits_TF, tuple(features) if factors else ()
 
 
 class Report:

@@ -38,7 +38,7 @@ def prompt_tokens(attention_mask_BS: Tensor, labels_BS: Tensor | None) -> Tensor
 
 
 class PromptLogits(torch.autograd.Function):
-    """`logits_BE = mean over the prompt of x, times W^T`, in fp32, and `x` itself (see `RouterLogits`)."""
+    """`logits_BE = mean over the prompt of x, times W^T`, in fp32, and `x` itself (see `Projection`)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor, prompt_BS: Tensor) -> tuple[Tensor, Tensor]:
