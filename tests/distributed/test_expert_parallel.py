@@ -163,11 +163,11 @@ def train_with_one_expert(job: Job, expert: int) -> list[float]:
     """Losses of three steps in which every layer sends every token to the same expert."""
     from dsmoelora.adapters import adapted_layers
 
-    def to_one(_: Any, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        x_TD, gate_TE, selected_TE = output
+    def to_one(_: Any, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x_TD, gate_TE, selected_TE, *features = output
         only_TE = torch.zeros_like(selected_TE)
         only_TE[:, expert] = True
-        return x_TD, gate_TE.sum(-1, keepdim=True) * only_TE, only_TE
+        return x_TD, gate_TE.sum(-1, keepdim=True) * only_TE, only_TE, *features
 
     engine = build_engine(job)
     for _, layer in adapted_layers(engine.model):
