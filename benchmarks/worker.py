@@ -13,11 +13,17 @@ from dsmoelora.parallel import comm, ranks
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_ranks(benchmark: str, world_size: int, *args: str, threads: int = 1) -> None:
-    """Call `worker(*args)` of a benchmark's file on `world_size` ranks and wait; a failed rank ends the benchmark."""
+def run_ranks(benchmark: str, world_size: int, *args: str, threads: int = 1, quiet: bool = False) -> str:
+    """Call `worker(*args)` of a benchmark's file on `world_size` ranks and wait; a failed rank ends the benchmark.
+
+    Returns:
+        what they printed, where they do so quietly
+    """
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    subprocess.run([*command, __file__, Path(benchmark).stem, *args], env=env, check=True)
+    pipe = subprocess.PIPE if quiet else None
+    argv = [*command, __file__, Path(benchmark).stem, *args]
+    return subprocess.run(argv, env=env, check=True, stdout=pipe, stderr=pipe, text=True).stdout or ""
 
 
 def main() -> None:

@@ -1,0 +1,191 @@
+"""A whole training step on two ranks, beside transformers' Trainer with PEFT's LoRA of rank E x R.
+
+    python launch/prepare_demo.py
+    python benchmarks/step.py
+
+Both train the demo's model on the same rows of its data, once each, with the same DeepSpeed file, batch, dtype and
+ranks, in turn, each in processes of their own. The first steps do not count. Also with packed rows, which the Trainer
+does not have for such data; there a step holds as many rows of `data.max_length` tokens, so tokens a second compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from machine import DEVICE, DTYPE, DTYPE_NAME, setting
+from torch import Tensor
+from worker import ROOT, run_ranks
+
+from dsmoelora.callbacks.memory import PeakMemory
+from dsmoelora.config import AdapterConfig, DataConfig, DataSource, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dsmoelora.data import InstructionDataset, load_instructions, load_packing, train_steps
+from dsmoelora.engine import Engine
+from dsmoelora.model import load_tokenizer
+from dsmoelora.parallel import comm
+
+MODEL, DATA = ROOT / "models" / "smollm2-135m", ROOT / "data" / "demo" / "train.jsonl"
+DEEPSPEED = ROOT / "ds_configs" / "zero3.json"
+NUM_RANKS, NUM_WARM_UP = 2, 2
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def recipe_of(batch_size: int, packing: bool) -> Recipe:
+    """The demo's experts on its attention."""
+    return Recipe(
+        model=ModelConfig(path=str(MODEL), dtype=DTYPE_NAME),
+        adapter=AdapterConfig(r=4, num_experts=20, top_k=10, target_modules=TARGETS),
+        optim=OptimConfig(warmup_steps=0),
+        data=DataConfig(train=[DataSource(str(DATA))], max_length=256, packing=packing),
+        train=TrainConfig(batch_size=batch_size, micro_batch_size=batch_size // NUM_RANKS),
+    )
+
+
+def samples_of(recipe: Recipe, num_steps: int) -> InstructionDataset:
+    """The rows of an epoch of so many steps, or all of them where they are packed."""
+    tokenizer, data = load_tokenizer(recipe.model), recipe.data
+    sources = data.train
+    if not data.packing:
+        lines = DATA.read_text().splitlines()[: num_steps * recipe.train.batch_size]
+        file = Path(tempfile.gettempdir()) / f"step-benchmark-{len(lines)}.jsonl"
+        comm.together(lambda: file.write_text("\n".join(lines)) if comm.rank() == 0 else None)
+        sources = [DataSource(str(file))]
+    return load_instructions(sources, "data.train", tokenizer, data.max_length)
+
+
+def ours(recipe: Recipe, num_steps: int) -> dict[str, float]:
+    """Mean seconds of a step, and supervised tokens of one."""
+    samples = samples_of(recipe, num_steps)
+    packing = None
+    if recipe.data.packing:
+        packing = load_packing(samples.num_tokens, samples.mixture, samples.fingerprint, 0, recipe.data.max_length)
+    engine = Engine.build(recipe, json.loads(DEEPSPEED.read_text()))
+    pad_token_id = engine.tokenizer.pad_token_id
+    assert isinstance(pad_token_id, int)
+    steps = train_steps(
+        samples,
+        seed=0,
+        rank=comm.rank(),
+        world_size=comm.world_size(),
+        pad_token_id=pad_token_id,
+        packing=packing,
+        batch_size=recipe.train.batch_size,
+        micro_batch_size=recipe.train.micro_batch_size,
+    )
+    seconds, supervised = [], []
+    for _ in range(num_steps):
+        begin = time.perf_counter()
+        supervised.append(engine.train_step(next(steps)).num_supervised)
+        seconds.append(time.perf_counter() - begin)
+    return {
+        "seconds": statistics.mean(seconds[NUM_WARM_UP:]),
+        "tokens": statistics.mean(supervised),
+    }
+
+
+def by_peft(recipe: Recipe, num_steps: int) -> dict[str, float]:
+    """The same of the Trainer, whose batches are padded to their longest row as ours are."""
+    import peft
+    import transformers
+
+    samples = samples_of(recipe, num_steps)
+    rows = [samples.sample(index) for index in range(len(samples))]
+
+    def collate(batch: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        longest = max(len(ids) for ids, _ in batch)
+        padded = [(ids + [0] * (longest - len(ids)), labels + [-100] * (longest - len(ids))) for ids, labels in batch]
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
+        ids, labels = (torch.tensor(column) for column in zip(*padded, strict=True))
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    times: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+    config = json.loads(DEEPSPEED.read_text()) | {"zero_allow_untested_optimizer": True}
+    config |= {"train_micro_batch_size_per_gpu": recipe.train.micro_batch_size}
+    arguments = transformers.TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        deepspeed=config,
+        per_device_train_batch_size=recipe.train.micro_batch_size,
+        max_steps=num_steps,
+        learning_rate=1e-4,
+        bf16=torch.bfloat16 == DTYPE,
+        use_cpu=DEVICE.type == "cpu",
+        remove_unused_columns=False,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=DTYPE)
+    rank = recipe.adapter.r * recipe.adapter.num_experts
+    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=TARGETS))
+    dataset: Any = rows
+    transformers.Trainer(model, arguments, data_collator=collate, train_dataset=dataset, callbacks=[Clock()]).train()
+    seconds = [after - before for before, after in pairwise(times)]
+    supervised = sum(sum(label != -100 for label in labels[1:]) for _, labels in rows) / num_steps
+    return {"seconds": statistics.mean(seconds[NUM_WARM_UP:]), "tokens": supervised}
+
+
+def worker(kind: str, num_steps: str, batch_size: str) -> None:
+    """Train on this rank; rank 0 prints one line of JSON."""
+    memory = PeakMemory()
+    memory.start()
+    recipe = recipe_of(int(batch_size), packing=kind == "packed")
+    measured = (by_peft if kind == "peft" else ours)(recipe, int(num_steps))
+    memory.stop()
+    if comm.rank() == 0:
+        print(json.dumps({"kind": kind, "peak": memory.gib(), **measured}), flush=True)
+
+
+def main() -> None:
+    """Print medians of ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    print(setting())
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "peft": [], "packed": []}
+    for _ in range(args.rounds):
+        for kind, lines in found.items():
+            batch_size = args.batch_size // 4 if kind == "packed" else args.batch_size  # some four samples share a row
+            said = run_ranks(__file__, NUM_RANKS, kind, str(args.steps), str(batch_size), quiet=True)
+            lines.append(next(json.loads(line) for line in said.splitlines() if line.startswith('{"kind"')))
+    names = {"ours": "routed experts", "peft": "Trainer + PEFT", "packed": "routed experts, packed"}
+    for kind, lines in found.items():
+        seconds, tokens, peak = (
+            statistics.median(line[key] for line in lines) for key in ("seconds", "tokens", "peak")
+        )
+        print(
+            f"{names[kind]:24s} {seconds:6.2f} s a step, {tokens / seconds:6.0f} supervised tokens a second, "
+            f"peak of a rank {peak:.2f} GiB"
+        )
+
+    def ratio(kind: str, of: Any) -> float:
+        return statistics.median(of(mine) / of(peer) for mine, peer in zip(found[kind], found["peft"], strict=True))
+
+    print(
+        f"ours / Trainer + PEFT: {ratio('ours', lambda line: line['seconds']):.2f} seconds a step; "
+        f"packed / Trainer + PEFT: {ratio('packed', lambda line: line['tokens'] / line['seconds']):.2f} tokens a second"
+    )
+
+
+if __name__ == "__main__":
+    main()
