@@ -3,9 +3,9 @@
     python launch/prepare_demo.py
     python benchmarks/step.py
 
-Both train the demo's model on the same rows of its data, once each, with the same DeepSpeed file, batch, dtype and
-ranks, in turn, each in processes of their own. The first steps do not count. Also with packed rows, which the Trainer
-does not have for such data; there a step holds as many rows of `data.max_length` tokens, so tokens a second compare.
+Both train the demo's model on the same rows of its data in the same order, with the same DeepSpeed file, batches, dtype
+and ranks, in turn, each in processes of their own. The first steps do not count. Also with packed rows, which the
+Trainer does not have for such data; there a step holds rows of `data.max_length` tokens: compare tokens a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from worker import ROOT, run_ranks
 
 from dsmoelora.callbacks.memory import PeakMemory
 from dsmoelora.config import AdapterConfig, DataConfig, DataSource, ModelConfig, OptimConfig, Recipe, TrainConfig
-from dsmoelora.data import InstructionDataset, load_instructions, load_packing, train_steps
+from dsmoelora.data import InstructionDataset, MicroBatch, Packing, load_instructions, load_packing, train_steps
 from dsmoelora.engine import Engine
 from dsmoelora.model import load_tokenizer
 from dsmoelora.parallel import comm
@@ -80,25 +80,24 @@ def samples_of(recipe: Recipe, num_steps: int) -> InstructionDataset:
     return load_instructions(sources, "data.train", tokenizer, data.max_length)
 
 
+def steps_of(
+    recipe: Recipe, samples: InstructionDataset, rank: int, packing: Packing | None = None
+) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of a rank, step by step."""
+    pad_token_id = load_tokenizer(recipe.model).pad_token_id
+    assert isinstance(pad_token_id, int)
+    sizes = {"batch_size": recipe.train.batch_size, "micro_batch_size": recipe.train.micro_batch_size}
+    layout = {"rank": rank, "world_size": NUM_RANKS, "pad_token_id": pad_token_id}
+    return train_steps(samples, seed=0, packing=packing, **sizes, **layout)
+
+
 def ours(recipe: Recipe, num_steps: int) -> dict[str, float]:
     """Mean seconds of a step, and supervised tokens of one."""
-    samples = samples_of(recipe, num_steps)
-    packing = None
+    samples, packing = samples_of(recipe, num_steps), None
     if recipe.data.packing:
         packing = load_packing(samples.num_tokens, samples.mixture, samples.fingerprint, 0, recipe.data.max_length)
     engine = Engine.build(recipe, json.loads(DEEPSPEED.read_text()))
-    pad_token_id = engine.tokenizer.pad_token_id
-    assert isinstance(pad_token_id, int)
-    steps = train_steps(
-        samples,
-        seed=0,
-        rank=comm.rank(),
-        world_size=comm.world_size(),
-        pad_token_id=pad_token_id,
-        packing=packing,
-        batch_size=recipe.train.batch_size,
-        micro_batch_size=recipe.train.micro_batch_size,
-    )
+    steps = steps_of(recipe, samples, comm.rank(), packing)
     supervised, clock = [], Clock()
     for _ in range(num_steps):
         clock.note()
@@ -107,13 +106,24 @@ def ours(recipe: Recipe, num_steps: int) -> dict[str, float]:
     return {**clock.means(), "tokens": statistics.mean(supervised)}
 
 
+def rows_in_our_order(recipe: Recipe, num_steps: int) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of all rows as the Trainer deals them out one after the other: a micro-batch a rank, each step."""
+    samples = samples_of(recipe, num_steps)
+    of_ranks = [steps_of(recipe, samples, rank) for rank in range(NUM_RANKS)]
+    batches = [next(of_rank)[0] for _ in range(num_steps) for of_rank in of_ranks]
+    return [
+        (ids_S[real_S].tolist(), labels_S[real_S].tolist())
+        for batch in batches
+        for ids_S, labels_S, real_S in zip(batch.input_ids, batch.labels, batch.attention_mask.bool(), strict=True)
+    ]
+
+
 def by_peft(recipe: Recipe, num_steps: int) -> dict[str, float]:
     """The same of the Trainer, whose batches are padded to their longest row as ours are."""
     import peft
     import transformers
 
-    samples = samples_of(recipe, num_steps)
-    rows = [samples.sample(index) for index in range(len(samples))]
+    rows = rows_in_our_order(recipe, num_steps)
 
     def collate(batch: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         longest = max(len(ids) for ids, _ in batch)
@@ -142,6 +152,7 @@ def by_peft(recipe: Recipe, num_steps: int) -> dict[str, float]:
         bf16=torch.bfloat16 == DTYPE,
         use_cpu=DEVICE.type == "cpu",
         remove_unused_columns=False,
+        train_sampling_strategy="sequential",
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
