@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -90,7 +91,7 @@ def parse_command(argv: list[str]) -> Command:
     _check_flags(parser, argv)
     for file in _recipe_files(argv):
         check_recipe_file(file)
-    quiet = contextlib.redirect_stdout(None) if env_rank() else contextlib.nullcontext()
+    quiet = contextlib.redirect_stdout(io.StringIO()) if env_rank() else contextlib.nullcontext()
     with quiet:
         parsed = _parse(parser, _recipe_first(argv))
         recipe = _instantiate(parser, parsed)

@@ -39,8 +39,9 @@ ALONE = {"-h", "--help", "--version", "--print_config", "--print_folder"}  # eac
 def main() -> None:
     """One process's part of the run."""
     os.umask(os.umask(0) | 0o002)  # nobody else shall write into a run, whatever the shell would allow
-    adopt_launcher_environment()
-    if env_world_size() == 1 or ALONE.intersection(sys.argv):
+    if not ALONE.intersection(sys.argv):
+        adopt_launcher_environment()
+    if ALONE.intersection(sys.argv) or env_world_size() == 1:
         run(parse_command(sys.argv[1:]))
         return
     # A file may be missing on one node alone. So the ranks meet first, and the error of one is everybody's.

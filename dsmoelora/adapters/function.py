@@ -29,20 +29,15 @@ def routed_experts(
     *outgoing_factors: Tensor | None,
     scale: float,
     gate_power: float = 1.0,
-    power_reaches_input: bool = False,
+    forked: bool = False,
 ) -> Tensor:
     """(T, O): `base + s sum_e gate_e (x a_e) m_e b_e^T`, where the features have not been made yet.
 
     The arguments are those of `Projection` and `RoutedExperts`.
     """
-    _, *features, _ = Projection.apply(x_TD, is_forked(gate_power, power_reaches_input), a_EDR)
+    _, *features, _ = Projection.apply(x_TD, forked, a_EDR)
     mixed: Tensor = RoutedExperts.apply(base_TO, *features, gate_TE, selected_TE, *outgoing_factors, scale, gate_power)
     return mixed
-
-
-def is_forked(gate_power: float, power_reaches_input: bool) -> bool:
-    """Whether `a` and the input get other gradients of the features."""
-    return gate_power != 1.0 and not power_reaches_input
 
 
 def side_by_side(factor_EXR: Tensor) -> Tensor:
@@ -120,11 +115,12 @@ def _down(x_TD: Tensor, a_EDR: Tensor | None, weights_ED: Sequence[Tensor]) -> t
     if not weights_ED:
         return x_TD @ a_DF, None
     weight_ED = _below_one_another(weights_ED)
-    if x_TD.dtype == torch.float16 or _leaves_rounding_out(x_TD.device, x_TD.dtype):
+    is_wide = x_TD.dtype.itemsize >= torch.float32.itemsize
+    if not is_wide and (x_TD.dtype == torch.float16 or _leaves_rounding_out(x_TD.device, x_TD.dtype)):
         return x_TD @ a_DF, product_fp32(x_TD, weight_ED.t())
     both_TP = x_TD @ torch.cat((a_DF, weight_ED.t()), dim=1)
     features_TF, rounded_TE = both_TP.split([a_DF.shape[1], weight_ED.shape[0]], dim=1)
-    if x_TD.dtype.itemsize >= torch.float32.itemsize:
+    if is_wide:
         return features_TF, rounded_TE
     return features_TF, _with_remainder(rounded_TE, x_TD, weight_ED.t())
 

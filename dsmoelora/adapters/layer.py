@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dsmoelora.adapters.context import Attachment, BatchContext
 from dsmoelora.adapters.dora import DoraRows
 from dsmoelora.adapters.dropout import keyed_dropout
-from dsmoelora.adapters.function import RoutedExperts, is_forked, routed_experts
+from dsmoelora.adapters.function import RoutedExperts, routed_experts
 from dsmoelora.adapters.linear import Linear, features
 from dsmoelora.adapters.precision import compute_dtype, of_base, typed, without_autocast
 from dsmoelora.adapters.routers import RouterPlace, build_router
@@ -52,7 +52,7 @@ class ExpertBank(nn.Module):
 
     Attributes:
         held: `experts`
-        is_forked: see `function.is_forked`
+        is_forked: `a` and the input get other gradients of the features, see `Projection`
         shapes: of each parameter by name, over the experts of all ranks (ZeRO-3 empties a parameter's own shape)
     """
 
@@ -68,8 +68,7 @@ class ExpertBank(nn.Module):
         self.held = experts
         self.scale = config.scale
         self.gate_power = config.gate_power
-        self.power_reaches_input = config.gate_power_scope == "factors_and_input"
-        self.is_forked = is_forked(self.gate_power, self.power_reaches_input)
+        self.is_forked = config.gate_power != 1.0 and config.gate_power_scope == "factors"
 
         def drawn(name: str, num_rows: int, draw: Callable[..., None]) -> nn.Parameter:
             start_LXR = empty_start((len(experts), num_rows, rank))
@@ -112,17 +111,8 @@ class ExpertBank(nn.Module):
             gates = (gate_TL, selected_TL)
             output = RoutedExperts.apply(base_TO, *features, *gates, *outgoing, self.scale, self.gate_power)
         else:
-            output = routed_experts(
-                base_TO,
-                x_TD,
-                gate_TL,
-                selected_TL,
-                a,
-                *outgoing,
-                scale=self.scale,
-                gate_power=self.gate_power,
-                power_reaches_input=self.power_reaches_input,
-            )
+            options: dict[str, Any] = {"gate_power": self.gate_power, "forked": self.is_forked}
+            output = routed_experts(base_TO, x_TD, gate_TL, selected_TL, a, *outgoing, scale=self.scale, **options)
         return output if attachment is None else attachment.attach(output, a, *outgoing)
 
 

@@ -137,6 +137,16 @@ def test_who_asks_for_help_meets_nobody(flag: str) -> None:
     assert program.returncode == 0 and ("usage" if flag == "--help" else "dsmoelora 0.") in said, errors
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_asks_for_the_folder_of_a_run_needs_no_whole_launcher(workshop: Path, rank: int) -> None:
+    """Nothing but a rank and a number of ranks is in the environment; rank 0 answers."""
+    argv = [str(ROOT / "launch" / "train.py"), "--config", str(workshop / "recipe.yaml"), "--print_folder"]
+    program = Program(argv, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "4"})
+    said, errors = program.communicate(timeout=60)
+    assert program.returncode == 0, errors
+    assert said == ("" if rank else f"{workshop}/runs/tiny\n")
+
+
 def test_an_error_on_one_rank_ends_all(workshop: Path) -> None:
     """The recipe is missing on rank 1, as on a node whose disk is not shared."""
     first, second = start_ranks(["--config", str(workshop / "recipe.yaml")], ["--config", "nowhere.yaml"])

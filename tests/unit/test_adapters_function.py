@@ -36,8 +36,8 @@ class Case:
 
     def run(self, gate_power: float = 1.0, scope: str = "factors") -> Tensor:
         tensors = (self.base_TO, self.x_TD, self.gate_TE, self.selected_TE, self.a_EDR, self.b_EOR, self.m_ERR)
-        reaches_input = scope == "factors_and_input"
-        return routed_experts(*tensors, None, scale=SCALE, gate_power=gate_power, power_reaches_input=reaches_input)
+        forked = gate_power != 1.0 and scope == "factors"
+        return routed_experts(*tensors, None, scale=SCALE, gate_power=gate_power, forked=forked)
 
     def gradients(self, gate_power: float = 1.0, scope: str = "factors") -> dict[str, Tensor]:
         grads = torch.autograd.grad(self.run(gate_power, scope), list(self.leaves.values()), self.grad_TO)
