@@ -173,7 +173,8 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     mebibytes = engine.checkpoint_bytes() / 2**20
     console.print(
         f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers; "
-        f"a checkpoint of them takes {mebibytes:.1f} MiB"
+        f"a checkpoint of them takes {mebibytes:.1f} MiB",
+        soft_wrap=True,
     )
     callbacks = default_callbacks(console, trackers)
     return Trainer(engine, folder, train_data, eval_data, callbacks, packing), checkpoint
