@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsmoelora.callbacks.memory import PeakMemory
-from dsmoelora.heap import large_blocks_apart
-from dsmoelora.output_head import ChunkedLoss
+from dsmoelora.model.heap import large_blocks_apart
+from dsmoelora.model.output_head import ChunkedLoss
 
 Step = Callable[[], float]
 

@@ -20,12 +20,12 @@ from timing import seconds
 from torch import Tensor, nn
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters import batch_context
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.config import LossesConfig
+from dsmoelora.config.adapter_options import RouterName
 
 NUM_SEQUENCES = 8
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 from safetensors.torch import load_file
 
-from dsmoelora.run_files import DONE_FILE, read_metrics
+from dsmoelora.run.files import DONE_FILE, read_metrics
 from tests.helpers_distributed import base_environment
 from tests.launched import ROOT, Ranks, last_step, make_workshop
 

@@ -31,9 +31,7 @@ from rich.text import Text
 from dsmoelora import __version__
 from dsmoelora.config import Recipe
 from dsmoelora.config.checks import expanded
-from dsmoelora.errors import ConfigError, LostRankError, UserError, bad_value
-from dsmoelora.parallel.ranks import env_rank
-from dsmoelora.recipe_file import (
+from dsmoelora.config.recipe_file import (
     DERIVED,
     check_derived,
     check_list,
@@ -46,6 +44,8 @@ from dsmoelora.recipe_file import (
     recipe_yaml,
     section_class,
 )
+from dsmoelora.errors import ConfigError, LostRankError, UserError, bad_value
+from dsmoelora.parallel.ranks import env_rank
 
 logger = logging.getLogger(__name__)
 

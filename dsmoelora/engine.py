@@ -28,11 +28,10 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import Prompt, stop_ids
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.data.packing_probe import check_probe, probe
-from dsmoelora.heartbeat import Heartbeat, Phase
-from dsmoelora.inputs import fill_context, model_inputs, prompt_inputs, sent
 from dsmoelora.model import load_model, load_tokenizer, recompute_activations, watched_loading
+from dsmoelora.model.inputs import fill_context, model_inputs, prompt_inputs, sent
+from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
-from dsmoelora.output_head import ChunkedLoss, can_keep_logits
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.adapter_tensors import base_fingerprint, tensors_on_rank_0
 from dsmoelora.parallel.dtype import settle_dtype
@@ -42,9 +41,10 @@ from dsmoelora.parallel.factors import expert_cosines
 from dsmoelora.parallel.reports import over_ranks
 from dsmoelora.parallel.start_shards import StartShards
 from dsmoelora.parallel.stopping import StopRequest
+from dsmoelora.parallel.watch import AdapterWatch
 from dsmoelora.parallel.zero_config import keep_adapters_whole, merge_config
 from dsmoelora.seeds import derive_seed
-from dsmoelora.watch import AdapterWatch
+from dsmoelora.signs_of_life.heartbeat import Heartbeat, Phase
 
 
 @dataclass(frozen=True)

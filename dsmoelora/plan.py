@@ -38,7 +38,7 @@ from dsmoelora.model import (
     without_dropout,
 )
 from dsmoelora.optim import trainables
-from dsmoelora.run_folder import check_run_folder, existing_parent, is_open_to_all
+from dsmoelora.run.folder import check_run_folder, existing_parent, is_open_to_all
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _FP32_BYTES = 4

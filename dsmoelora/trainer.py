@@ -26,10 +26,10 @@ from dsmoelora.data import InstructionDataset, MicroBatch, Packing, eval_micro_b
 from dsmoelora.data.streaming import Peers, StreamedSets
 from dsmoelora.engine import Engine, StepResult
 from dsmoelora.errors import HopelessError, bad_value
-from dsmoelora.identity import check_identity, identity_of
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.stopping import Stopped
-from dsmoelora.run_files import ADAPTER_FOLDER, DONE_FILE, FAILED_FILE
+from dsmoelora.run.files import ADAPTER_FOLDER, DONE_FILE, FAILED_FILE
+from dsmoelora.run.identity import check_identity, identity_of
 
 logger = logging.getLogger(__name__)
 

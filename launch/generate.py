@@ -23,8 +23,8 @@ from dsmoelora.data.chat import Prompt, stop_ids
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.tools import tools_of
 from dsmoelora.errors import CheckpointError, ModelError, bad_value
-from dsmoelora.inputs import prompt_inputs
 from dsmoelora.model import model_for_inference
+from dsmoelora.model.inputs import prompt_inputs
 
 
 def main() -> None:

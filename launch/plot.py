@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 
 from dsmoelora.cli import run_guarded
 from dsmoelora.errors import ConfigError, bad_value
-from dsmoelora.run_files import METRICS_FILE, read_metrics
+from dsmoelora.run.files import METRICS_FILE, read_metrics
 
 SUFFIXES = (".png", ".pdf", ".svg")
 COLOURS = "petroff10"  # of matplotlib: tells ten lines apart, also for colour-blind eyes

@@ -26,8 +26,8 @@ from rich.text import Text
 from dsmoelora.cli import Command, parse_command, run_guarded
 from dsmoelora.config.checks import require
 from dsmoelora.errors import ConfigError
-from dsmoelora.heartbeat import read_sign
-from dsmoelora.run_files import DONE_FILE, FAILED_FILE, METRICS_FILE, RECIPE_FILE, read_metrics
+from dsmoelora.run.files import DONE_FILE, FAILED_FILE, METRICS_FILE, RECIPE_FILE, read_metrics
+from dsmoelora.signs_of_life.heartbeat import read_sign
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"srun": "train.sbatch", "torchrun": "train_torchrun.sbatch", "deepspeed": "train_deepspeed.sbatch"}

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from dsmoelora.data import InstructionDataset, Packing
     from dsmoelora.data.report import SetReport
     from dsmoelora.data.streaming import StreamedSets
-    from dsmoelora.heartbeat import Heartbeat
     from dsmoelora.parallel.stopping import StopRequest
+    from dsmoelora.signs_of_life.heartbeat import Heartbeat
     from dsmoelora.trainer import Trainer
 
 
@@ -59,8 +59,8 @@ def run(command: Command) -> None:
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.dtype import settle_dtype
     from dsmoelora.plan import check_trainable, make_plan, print_notes, print_plan
-    from dsmoelora.run_folder import dtype_before
-    from dsmoelora.waits import waiting_for
+    from dsmoelora.run.folder import dtype_before
+    from dsmoelora.signs_of_life.waits import waiting_for
 
     console = Console(quiet=env_rank() > 0, highlight=False)
     dtype = settle_dtype(command.recipe, comm.together(lambda: dtype_before(command.recipe, command.resume)))
@@ -115,7 +115,7 @@ def train(command: Command, console: Console) -> None:
     """Data, model, loop, until the end or until a request to stop (collective)."""
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.stopping import Stopped, StopRequest
-    from dsmoelora.watchdog import watched
+    from dsmoelora.parallel.watchdog import watched
 
     comm.init()
     folder = command.recipe.run.folder
@@ -143,9 +143,9 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     from dsmoelora.engine import Engine
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.zero_config import merge_config
-    from dsmoelora.run_folder import find_checkpoint, write_description
+    from dsmoelora.run.folder import find_checkpoint, write_description
+    from dsmoelora.signs_of_life.waits import num_bytes, watching
     from dsmoelora.trainer import Trainer, default_callbacks
-    from dsmoelora.waits import num_bytes, watching
 
     recipe, folder = command.recipe, command.recipe.run.folder
     checkpoint = find_checkpoint(recipe, command.resume)

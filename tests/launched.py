@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from dsmoelora.run_files import read_metrics
+from dsmoelora.run.files import read_metrics
 from tests.forked import Program
 from tests.helpers import tiny_llama
 from tests.helpers_distributed import free_port

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapter_options import ROUTERS
 from dsmoelora.adapters import batch_context
+from dsmoelora.config.adapter_options import ROUTERS
 
 NUM_ROWS, LENGTH, WIDTH = 2, 5, 8
 

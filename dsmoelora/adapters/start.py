@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapter_options import MixerInit
 from dsmoelora.config import InitName
+from dsmoelora.config.adapter_options import MixerInit
 
 
 def draw_a(a_DR: Tensor, init: InitName, rng: torch.Generator) -> None:

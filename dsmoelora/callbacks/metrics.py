@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
-from dsmoelora.run_files import METRICS_FILE, read_metrics
+from dsmoelora.run.files import METRICS_FILE, read_metrics
 
 
 class MetricsFile(Callback):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
 from dsmoelora.callbacks.tensorboard import TENSORBOARD_FOLDER
-from dsmoelora.run_files import ADAPTER_FOLDER, METRICS_FILE
+from dsmoelora.run.files import ADAPTER_FOLDER, METRICS_FILE
 
 
 class Summary(Callback):

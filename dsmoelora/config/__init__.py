@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 
-from dsmoelora.adapter_options import check_losses
 from dsmoelora.config.adapter import AdapterConfig, InitName, LossesConfig
+from dsmoelora.config.adapter_options import check_losses
 from dsmoelora.config.checks import require
 from dsmoelora.config.data import DataConfig, DataSource
 from dsmoelora.config.dtype import DTYPES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dsmoelora.adapter_options import ExpertName, MixerInit, RouterName, settle_options
+from dsmoelora.config.adapter_options import ExpertName, MixerInit, RouterName, settle_options
 from dsmoelora.config.checks import require, require_known, require_positive, require_unset
 
 InitName = Literal["kaiming", "gaussian", "svd"]

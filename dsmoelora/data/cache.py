@@ -12,7 +12,7 @@ import datasets
 from filelock import FileLock
 
 from dsmoelora.errors import DataError
-from dsmoelora.waits import waiting_for
+from dsmoelora.signs_of_life.waits import waiting_for
 
 
 def cache_folder() -> Path:

@@ -29,7 +29,7 @@ from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.readers import RowSource, open_source
 from dsmoelora.data.vocabulary import check_ids
 from dsmoelora.errors import DataError
-from dsmoelora.waits import waiting_for
+from dsmoelora.signs_of_life.waits import waiting_for
 
 CACHE_VERSION = 6  # raise it when the same files would be tokenised in another way
 _BATCH = 256

@@ -20,7 +20,7 @@ from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.dtype import settle_dtype
-from dsmoelora.run_folder import existing_parent, is_open_to_all
+from dsmoelora.run.folder import existing_parent, is_open_to_all
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 # Two packages that hurt each other at these versions, what happens, and where to read about it.

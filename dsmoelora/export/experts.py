@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapter_options import EXPERTS
 from dsmoelora.adapters.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -29,6 +28,7 @@ from dsmoelora.adapters.function import outgoing
 from dsmoelora.adapters.svd_start import start_names
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import AdapterConfig
+from dsmoelora.config.adapter_options import EXPERTS
 from dsmoelora.errors import CheckpointError, listing
 from dsmoelora.export.peft_folder import Lora, folder_names
 

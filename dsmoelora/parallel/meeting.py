@@ -13,7 +13,7 @@ from deepspeed.constants import default_pg_timeout
 from torch.distributed import DistNetworkError, DistStoreError, Store, TCPStore  # type: ignore[attr-defined]
 
 from dsmoelora.parallel.ranks import env_rank, env_world_size, source_of_world_size
-from dsmoelora.waits import waiting_for
+from dsmoelora.signs_of_life.waits import waiting_for
 
 _ARRIVED = "dsmoelora/arrived"
 _LOOK_EVERY_S = 0.02

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from threading import Thread
 
-from dsmoelora.heartbeat import Phase, Sign, write_sign
+from dsmoelora.signs_of_life.heartbeat import Phase, Sign, write_sign
 from tests.bad_input.bench import ROW, Bench, Case, cut, override
 from tests.helpers import tiny_llama
 

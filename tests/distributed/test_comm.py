@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.distributed import DistNetworkError
 
-from dsmoelora import waits
 from dsmoelora.errors import UserError
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.meeting import listen
 from dsmoelora.parallel.ranks import env_rank
+from dsmoelora.signs_of_life import waits
 from tests.conftest import PoolFactory
 from tests.helpers_distributed import run_distributed
 from tests.host_waits import HostWaits

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dsmoelora.watchdog import HANG_EXIT_CODE
+from dsmoelora.parallel.watchdog import HANG_EXIT_CODE
 from tests.helpers_distributed import base_environment, free_port
 from tests.launched import ROOT
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from threading import Event
 from dsmoelora.parallel import comm
-from dsmoelora.watchdog import watched
+from dsmoelora.parallel.watchdog import watched
 
 def wait_for_the_other():
     comm.barrier() if comm.rank() == 0 else Event().wait()

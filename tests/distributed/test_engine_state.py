@@ -193,9 +193,9 @@ def test_answers_end_with_the_token_of_the_template_where_the_model_has_another(
 
 def signs_while_loading(path: str) -> tuple[int, str]:
     """Signs of life of a rank while it loads a model in ZeRO-3 partitions, and what it has seen at last."""
-    from dsmoelora import waits
     from dsmoelora.config import ModelConfig
     from dsmoelora.model import load_model, watched_loading
+    from dsmoelora.signs_of_life import waits
 
     zero_3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
     beats: list[int] = []

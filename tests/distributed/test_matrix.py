@@ -10,8 +10,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from dsmoelora.adapter_options import EXPERTS, ROUTERS
 from dsmoelora.config import InitName, LossesConfig, OptimConfig, Recipe
+from dsmoelora.config.adapter_options import EXPERTS, ROUTERS
 from dsmoelora.errors import ConfigError
 from tests.conftest import PoolFactory, release
 from tests.engine_ranks import Job, batches_of, build_engine

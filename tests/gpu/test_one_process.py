@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmoelora.adapter_options import EXPERTS, ROUTERS
 from dsmoelora.config import Recipe
+from dsmoelora.config.adapter_options import EXPERTS, ROUTERS
 from tests.conftest import PoolFactory
 from tests.distributed.test_matrix import OPTIMIZERS, recipe_of
 from tests.engine_ranks import Job, train_on_rank

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from dsmoelora.cli import parse_command
 from dsmoelora.errors import UserError
-from dsmoelora.heartbeat import Phase, read_sign
-from dsmoelora.run_files import read_metrics
-from dsmoelora.watchdog import HANG_EXIT_CODE
+from dsmoelora.parallel.watchdog import HANG_EXIT_CODE
+from dsmoelora.run.files import read_metrics
+from dsmoelora.signs_of_life.heartbeat import Phase, read_sign
 from launch import train
 from tests.conftest import PoolFactory
 from tests.launched import Ranks, make_workshop

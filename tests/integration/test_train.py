@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dsmoelora.cli import parse_command
-from dsmoelora.run_files import read_metrics
+from dsmoelora.run.files import read_metrics
 from launch import generate, train
 from tests.conftest import PoolFactory
 from tests.forked import Program

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dsmoelora.heartbeat import read_sign
+from dsmoelora.signs_of_life.heartbeat import read_sign
 from tests.launched import ROOT, last_step
 
 # All others are passed through: a job that is being told of its preemption is SIGNALING for a moment.

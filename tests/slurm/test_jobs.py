@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dsmoelora.run_files import read_metrics
+from dsmoelora.run.files import read_metrics
 from tests.launched import ROOT, last_step, make_workshop
 from tests.slurm.jobs import ENDED, Job, kill_rank, slurm, wait_for_end
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dsmoelora import AdapterConfig, inject, load_adapter
-from dsmoelora.adapter_options import ExpertName, RouterName
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.base import fingerprint
 from dsmoelora.adapters.folder import (
@@ -25,6 +24,7 @@ from dsmoelora.adapters.folder import (
     router_buffers,
     write_adapter,
 )
+from dsmoelora.config.adapter_options import ExpertName, RouterName
 from dsmoelora.errors import CheckpointError, ModelError
 from tests.helpers import tiny_llama
 

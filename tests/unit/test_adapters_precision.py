@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapter_options import ExpertName, RouterName
+from dsmoelora.config.adapter_options import ExpertName, RouterName
 from dsmoelora.optim import OptimConfig, build_optimizer
 from tests.helpers import tiny_llama
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from dsmoelora import AdapterConfig
-from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters.context import BatchContext
 from dsmoelora.adapters.dropout import keyed_normal
 from dsmoelora.adapters.layer import RoutedLinear
@@ -19,6 +18,7 @@ from dsmoelora.adapters.routers import BUILDERS, RouterPlace, build_router
 from dsmoelora.adapters.routers.bias import move_biases
 from dsmoelora.adapters.shared_input import Siblings
 from dsmoelora.adapters.token_keys import token_keys
+from dsmoelora.config.adapter_options import RouterName
 from dsmoelora.errors import ConfigError
 from dsmoelora.seeds import derive_seed
 

@@ -18,7 +18,7 @@ from dsmoelora.callbacks.tensorboard import TensorBoard
 from dsmoelora.config import Recipe, TrainConfig
 from dsmoelora.data.chat import Prompt
 from dsmoelora.engine import StepResult
-from dsmoelora.run_files import read_metrics
+from dsmoelora.run.files import read_metrics
 from tests.fake_engine import FakeDataset, FakeEngine
 
 

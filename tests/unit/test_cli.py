@@ -13,10 +13,10 @@ import pytest
 from dsmoelora import cli
 from dsmoelora.cli import DEFAULT_DEEPSPEED, parse_command, run_guarded
 from dsmoelora.config import DataSource, Recipe
+from dsmoelora.config.recipe_file import recipe_yaml
 from dsmoelora.data.formats import PARSERS
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel.stopping import Stopped
-from dsmoelora.recipe_file import recipe_yaml
 
 RECIPE = """
 run: {name: mine, seed: 7}

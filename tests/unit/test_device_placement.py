@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoelora.adapter_options import ExpertName, RouterName
+from dsmoelora.config.adapter_options import ExpertName, RouterName
 from dsmoelora.optim import OptimConfig, build_optimizer, trainables
 from tests.placement import adapted_linear
 

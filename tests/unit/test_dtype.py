@@ -13,8 +13,8 @@ from dsmoelora.cli import parse_command
 from dsmoelora.config import ModelConfig, Recipe, RunConfig, dtype
 from dsmoelora.model import model_for_inference
 from dsmoelora.parallel.dtype import settle_dtype
-from dsmoelora.run_files import RECIPE_FILE
-from dsmoelora.run_folder import dtype_before, write_description
+from dsmoelora.run.files import RECIPE_FILE
+from dsmoelora.run.folder import dtype_before, write_description
 from launch.train import run
 from tests.helpers import tiny_llama
 from tests.launched import make_workshop

@@ -19,7 +19,7 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.data.loader import Row, collate
 from dsmoelora.data.packing_probe import check_probe, check_takes_positions, probe
 from dsmoelora.errors import ConfigError, ModelError
-from dsmoelora.inputs import fill_context, model_inputs
+from dsmoelora.model.inputs import fill_context, model_inputs
 from tests.host_waits import HostWaits
 
 VOCABULARY = 100

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapter_options import ExpertName, RouterName
 from dsmoelora.config import InitName
+from dsmoelora.config.adapter_options import ExpertName, RouterName
 from dsmoelora.errors import ConfigError
 from dsmoelora.optim import OptimConfig, build_optimizer, trainables
 

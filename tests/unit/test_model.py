@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, PretrainedConfig
 
-from dsmoelora import waits
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import ConfigError
 from dsmoelora.model import load_model, model_without_weights, watched_loading, without_dropout
+from dsmoelora.signs_of_life import waits
 from tests.architectures import save_model
 
 

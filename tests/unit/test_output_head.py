@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.output_head import ChunkedLoss, ChunkedNll, can_keep_logits
+from dsmoelora.model.output_head import ChunkedLoss, ChunkedNll, can_keep_logits
 from tests.architectures import ARCHITECTURES
 
 WEIGHT = 0.25

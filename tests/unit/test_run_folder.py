@@ -10,7 +10,7 @@ import pytest
 from dsmoelora.cli import parse_command
 from dsmoelora.config import OptimConfig, Recipe, RunConfig
 from dsmoelora.errors import CheckpointError, ConfigError
-from dsmoelora.run_folder import check_run_folder, find_checkpoint, write_description
+from dsmoelora.run.folder import check_run_folder, find_checkpoint, write_description
 
 
 @pytest.fixture

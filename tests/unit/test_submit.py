@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsmoelora.errors import ConfigError, UserError
-from dsmoelora.heartbeat import Phase, Sign, clear_signs, write_sign
+from dsmoelora.signs_of_life.heartbeat import Phase, Sign, clear_signs, write_sign
 from launch import submit
 from tests.launched import make_workshop
 

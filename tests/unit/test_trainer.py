@@ -21,7 +21,7 @@ from dsmoelora.data.tokenised import TokeniseOptions
 from dsmoelora.engine import StepResult
 from dsmoelora.errors import CheckpointError, HopelessError
 from dsmoelora.parallel.stopping import Stopped, StopRequest
-from dsmoelora.run_files import read_metrics
+from dsmoelora.run.files import read_metrics
 from dsmoelora.trainer import Trainer
 from tests.fake_engine import FakeDataset, FakeEngine
 from tests.helpers import tiny_tokenizer

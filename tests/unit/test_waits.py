@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dsmoelora import waits
-from dsmoelora.waits import num_bytes, waiting_for, watching
+from dsmoelora.signs_of_life import waits
+from dsmoelora.signs_of_life.waits import num_bytes, waiting_for, watching
 
 
 def test_a_long_wait_is_said_and_since_when(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

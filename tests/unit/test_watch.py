@@ -10,7 +10,7 @@ import torch
 
 from dsmoelora.config import OptimConfig
 from dsmoelora.optim import build_optimizer
-from dsmoelora.watch import AdapterWatch
+from dsmoelora.parallel.watch import AdapterWatch
 from tests.two_layers import TwoLayers
 
 PLAIN: Any = {"name": "sgd", "lr": 0.5, "lr_router": None, "momentum": 0.0, "weight_decay": 0.0}

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from dsmoelora.errors import ConfigError
-from dsmoelora.heartbeat import (
+from dsmoelora.parallel import comm
+from dsmoelora.parallel.watchdog import HANG_EXIT_CODE, Watchdog, watched
+from dsmoelora.signs_of_life.heartbeat import (
     Heartbeat,
     Phase,
     Sign,
@@ -26,8 +28,6 @@ from dsmoelora.heartbeat import (
     silent_ranks,
     write_sign,
 )
-from dsmoelora.parallel import comm
-from dsmoelora.watchdog import HANG_EXIT_CODE, Watchdog, watched
 
 
 def sign(rank: int, phase: Phase = Phase.TRAIN, alive: float = 1000.0, reason: str = "") -> Sign:
@@ -85,7 +85,7 @@ def test_a_folder_that_another_start_uses_is_refused(
     folder: Path, is_here: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever writes signs is alive: a process of this node, or of another."""
-    monkeypatch.setattr("dsmoelora.heartbeat.INTERVAL_S", 1.0)
+    monkeypatch.setattr("dsmoelora.signs_of_life.heartbeat.INTERVAL_S", 1.0)
     place = {"pid": os.getppid()} if is_here else {"host": "elsewhere", "pid": 1}
     write_sign(folder, Sign(0, 7, Phase.TRAIN, 0.0, time.time(), **place))
     threading.Timer(0.2, write_sign, (folder, Sign(0, 8, Phase.TRAIN, 0.0, time.time(), **place))).start()
@@ -129,13 +129,13 @@ def test_what_an_ended_start_left_behind_is_no_obstacle(
 
 
 def test_a_start_that_was_killed_on_another_node_is_no_obstacle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmoelora.heartbeat.INTERVAL_S", 0.2)
+    monkeypatch.setattr("dsmoelora.signs_of_life.heartbeat.INTERVAL_S", 0.2)
     write_sign(folder, Sign(0, 7, Phase.TRAIN, 0.0, time.time(), host="elsewhere"))
     assert running_elsewhere(folder) is None
 
 
 def explain(folder: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, bool]:
-    monkeypatch.setattr("dsmoelora.watchdog._MIN_PATIENCE_S", 0.3)
+    monkeypatch.setattr("dsmoelora.parallel.watchdog._MIN_PATIENCE_S", 0.3)
     error = Watchdog(folder, Heartbeat(), 0.1, rank, 3).explain_lost_contact("Connection closed by peer\nframe 0")
     return str(error), error.is_speaker
 
@@ -184,8 +184,8 @@ def test_lost_contact_is_told_from_other_errors(error: BaseException, expected: 
 LIFE = """
 import sys, time
 from pathlib import Path
-from dsmoelora.heartbeat import Heartbeat, Phase, clear_signs
-from dsmoelora.watchdog import Watchdog
+from dsmoelora.signs_of_life.heartbeat import Heartbeat, Phase, clear_signs
+from dsmoelora.parallel.watchdog import Watchdog
 
 def oversleep():
     time.sleep(60)

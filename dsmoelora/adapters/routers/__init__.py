@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from dsmoelora.adapter_options import RouterName
 from dsmoelora.adapters.routers.bias import SigmoidBiasRouter
 from dsmoelora.adapters.routers.linear import LinearRouter, NoisyRouter, SingleExpertRouter, ThresholdRouter
 from dsmoelora.adapters.routers.parts import RouterPlace
 from dsmoelora.adapters.routers.prompt import PromptRouter, unwatch_prompts, watch_prompts
 from dsmoelora.adapters.routers.rules import all_rule, top_k_rule, top_p_rule
 from dsmoelora.config import AdapterConfig
+from dsmoelora.config.adapter_options import RouterName
 
 __all__ = ["BUILDERS", "RouterPlace", "build_router", "routers", "unwatch_prompts", "watch_prompts"]
 

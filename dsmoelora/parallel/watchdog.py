@@ -20,7 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsmoelora.errors import ConfigError, LostRankError
-from dsmoelora.heartbeat import (
+from dsmoelora.parallel import comm
+from dsmoelora.parallel.stopping import STOP_FILE
+from dsmoelora.signs_of_life.heartbeat import (
     INTERVAL_S,
     Heartbeat,
     Phase,
@@ -31,8 +33,6 @@ from dsmoelora.heartbeat import (
     silent_ranks,
     write_sign,
 )
-from dsmoelora.parallel import comm
-from dsmoelora.parallel.stopping import STOP_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from dsmoelora.config.dtype import has_bf16
 from dsmoelora.data.fallback_template import ensure_chat_template
 from dsmoelora.data.sentencepiece_model import has_sentencepiece_alone, load_sentencepiece
 from dsmoelora.errors import ModelError, bad_value, listing
-from dsmoelora.heap import large_blocks_apart
-from dsmoelora.waits import waiting_for, watching
+from dsmoelora.model.heap import large_blocks_apart
+from dsmoelora.signs_of_life.waits import waiting_for, watching
 
 # Settings of transformers' configurations that make a training forward pass random; those of other heads do not.
 _RANDOM = re.compile(r"dropout|pdrop|layerdrop|jitter_noise")

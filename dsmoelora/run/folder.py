@@ -15,9 +15,9 @@ from dsmoelora.checkpoint import folders
 from dsmoelora.checkpoint.training_state import newest_whole_checkpoint
 from dsmoelora.config import DTYPES, Recipe
 from dsmoelora.config.dtype import DtypeName
+from dsmoelora.config.recipe_file import recipe_yaml
 from dsmoelora.errors import CheckpointError, ConfigError, listing
-from dsmoelora.recipe_file import recipe_yaml
-from dsmoelora.run_files import ADAPTER_FOLDER, DEEPSPEED_FILE, METRICS_FILE, RECIPE_FILE
+from dsmoelora.run.files import ADAPTER_FOLDER, DEEPSPEED_FILE, METRICS_FILE, RECIPE_FILE
 
 
 def check_run_folder(recipe: Recipe, resume: str) -> None:

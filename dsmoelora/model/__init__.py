@@ -1,0 +1,33 @@
+"""The frozen base model: how it is loaded, what it is called with, and its loss."""
+
+from dsmoelora.model.loading import (
+    check_weights,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    model_for_inference,
+    model_without_weights,
+    num_embeddings,
+    own_device,
+    pretrained,
+    random_model,
+    recompute_activations,
+    watched_loading,
+    without_dropout,
+)
+
+__all__ = [
+    "check_weights",
+    "load_model",
+    "load_model_config",
+    "load_tokenizer",
+    "model_for_inference",
+    "model_without_weights",
+    "num_embeddings",
+    "own_device",
+    "pretrained",
+    "random_model",
+    "recompute_activations",
+    "watched_loading",
+    "without_dropout",
+]
