@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import batch_context
+from dsmoelora.adapters import adapter_context
+from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.routers import BUILDERS
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.config import LossesConfig
@@ -71,10 +72,10 @@ def layer_kernels(
     config = AdapterConfig(**{"num_experts": 8, "r": 4, "target_modules": "all-linear"} | adapter)
     model = _linear(dtype)
     inject(model, config)
-    context = batch_context(model)
-    context.token_keys = torch.arange(NUM_SEQUENCES * LENGTH, dtype=torch.int32).view(NUM_SEQUENCES, LENGTH)
-    context.real_BS = torch.ones(NUM_SEQUENCES, LENGTH, dtype=torch.bool)
-    context.prompt_BS = context.real_BS
+    context = adapter_context(model)
+    keys_BS = torch.arange(NUM_SEQUENCES * LENGTH, dtype=torch.int32).view(NUM_SEQUENCES, LENGTH)
+    real_BS = torch.ones_like(keys_BS, dtype=torch.bool)
+    context.tokens = BatchTokens(keys_BS, real_BS, prompt_BS=real_BS)
     log = RoutingLog(model, losses or LossesConfig(), device)
     log.begin_step(NUM_SEQUENCES * LENGTH, 1.0)
     context.log = log

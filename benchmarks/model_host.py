@@ -18,7 +18,8 @@ from machine import DEVICE, setting
 from torch import Tensor, nn
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import batch_context
+from dsmoelora.adapters import adapter_context
+from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.config import LossesConfig
 
@@ -44,8 +45,8 @@ def routed(num_layers: int, losses: LossesConfig) -> nn.Module:
     """Ours, with its log on."""
     model = Chain(num_layers)
     inject(model, AdapterConfig(target_modules="all-linear", num_experts=4, top_k=2, r=2))
-    context = batch_context(model)
-    context.real_BS = torch.ones(1, NUM_TOKENS, dtype=torch.bool, device=DEVICE)
+    context = adapter_context(model)
+    context.tokens = BatchTokens(real_BS=torch.ones(1, NUM_TOKENS, dtype=torch.bool, device=DEVICE))
     log = RoutingLog(model, losses, DEVICE)
     log.begin_step(NUM_TOKENS, 1.0)
     context.log = log

@@ -20,10 +20,11 @@ from timing import seconds
 from torch import Tensor, nn
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import batch_context
+from dsmoelora.adapters import adapter_context
+from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive import ContrastiveLosses
+from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.routing import RoutingLog
-from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.config import LossesConfig
 from dsmoelora.config.adapter_options import RouterName
 
@@ -39,9 +40,9 @@ def training_step(
     inject(model, AdapterConfig(r=4, num_experts=20, router=router, target_modules="all-linear"))
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
-    context, real_BS = batch_context(model), torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=device)
-    context.token_keys = token_keys(0, torch.arange(len(x_BSD), device=device), real_BS)
-    context.real_BS = context.prompt_BS = real_BS
+    context, real_BS = adapter_context(model), torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=device)
+    keys_BS = token_keys(0, torch.arange(len(x_BSD), device=device), real_BS)
+    context.tokens = BatchTokens(keys_BS, real_BS, prompt_BS=real_BS)
     listening: Callable[[], AbstractContextManager[None]] = nullcontext
     if losses is not None:
         log = RoutingLog(model, losses, device)

@@ -22,7 +22,7 @@ import transformers
 from machine import DTYPE, setting
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters.svd_start import start_experts, uniform_gates
+from dsmoelora.adapters.starts.svd import start_experts, uniform_gates
 from dsmoelora.config import DataSource, ModelConfig
 from dsmoelora.data import load_instructions
 from dsmoelora.export.average import mean_loss

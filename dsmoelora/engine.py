@@ -16,12 +16,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsmoelora.adapters import batch_context, inject
+from dsmoelora.adapters import adapter_context, inject
+from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive import ContrastiveLosses
+from dsmoelora.adapters.experts.similarity import ExpertCosines
 from dsmoelora.adapters.folder import write_adapter
 from dsmoelora.adapters.routing import Routing, RoutingLog
-from dsmoelora.adapters.similarity import ExpertCosines
-from dsmoelora.adapters.svd_start import uniform_gates
+from dsmoelora.adapters.starts.svd import uniform_gates
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
@@ -134,7 +135,7 @@ class Engine:
         self._start = StartShards(model, resumes, self._heartbeat.beat) if recipe.adapter.init == "svd" else None
         if recipe.train.activation_checkpointing:
             recompute_activations(model)
-        self._context = batch_context(model)
+        self._context = adapter_context(model)
         self._contrast = self._context.losses = ContrastiveLosses(
             model, recipe.losses, self.device, recipe.adapter.num_used, group
         )
@@ -208,7 +209,7 @@ class Engine:
         report = {} if skipped else over_ranks(self.optimizer.reports)
         if not skipped:
             self._routing.finish_step(routing)
-        self._context.clear()
+        self._context.tokens = BatchTokens()
         named = dict(zip(self._routing.loss_names + self._contrast.loss_names, values, strict=True))
         num_supervised = micro_batches[0].num_supervised_global
         loss = nll_sum / num_supervised
@@ -272,7 +273,7 @@ class Engine:
         with self._inference(), nullcontext() if routed else uniform_gates(self.model):
             for micro_batch in micro_batches:
                 total += self._nll_sum(micro_batch)
-        self._context.clear()
+        self._context.tokens = BatchTokens()
         return comm.all_reduce_sum([total.item()])[0] / micro_batches[0].num_supervised_global
 
     def check_packing(self) -> None:
@@ -285,7 +286,7 @@ class Engine:
         places_BP = torch.arange(micro_batch.input_ids.shape[1]).expand_as(micro_batch.input_ids)
         with self._inference():
             logits_BSV = self._logits(micro_batch, places_BP)
-        self._context.clear()
+        self._context.tokens = BatchTokens()
         comm.together(lambda: check_probe(self.model, logits_BSV))
 
     def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:

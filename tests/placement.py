@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import batch_context
+from dsmoelora.adapters import adapter_context
+from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.config.adapter_options import ROUTERS
 
 NUM_ROWS, LENGTH, WIDTH = 2, 5, 8
@@ -21,10 +22,9 @@ def adapted_linear(expert: Any, router: Any, device: str) -> tuple[nn.Module, Te
     top_k = {"top_k": 2} if "top_k" in ROUTERS[router].options else {"top_k": None}
     inject(model, AdapterConfig(r=2, num_experts=4, target_modules="all-linear", expert=expert, router=router, **top_k))
     _move(model, device)
-    context = batch_context(model)
+    context = adapter_context(model)
     real_BS = torch.ones(NUM_ROWS, LENGTH, dtype=torch.bool, device=device)
-    context.real_BS = context.prompt_BS = real_BS
-    context.token_keys = real_BS.int().cumsum(-1).int()
+    context.tokens = BatchTokens(real_BS.int().cumsum(-1).int(), real_BS, prompt_BS=real_BS)
     return model, torch.randn(NUM_ROWS, LENGTH, WIDTH).to(device).requires_grad_()
 
 

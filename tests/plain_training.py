@@ -19,9 +19,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import batch_context
+from dsmoelora.adapters import adapter_context
+from dsmoelora.adapters.context import BatchTokens
+from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.routers import routers
-from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.config import ModelConfig, OptimConfig, Recipe, RunConfig, TrainConfig
 from dsmoelora.data import MicroBatch
 from dsmoelora.optim.reference import precondition
@@ -144,7 +145,7 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
             group["lr"] = share * group["full_lr"]
         optimizer.zero_grad()
         loss = mean_loss(model.train(), step, recipe.run.seed)
-        mask_BS, keys_BS = global_batch(step)[1], batch_context(model).token_keys
+        mask_BS, keys_BS = global_batch(step)[1], adapter_context(model).tokens.keys_BS
         of_routers = router_losses.of_step(mask_BS, recipe.losses)
         (loss + of_routers + contrastive.of_step(keys_BS, mask_BS, recipe.losses)).backward()
         max_norm = recipe.optim.max_grad_norm or torch.inf
@@ -213,11 +214,11 @@ def mean_loss(model: Any, step: int, seed: int) -> Tensor:
     """Of an adapted model on a global batch, with the dropout that belongs to its tokens."""
     ids_BS, mask_BS, labels_BS = global_batch(step)
     sequence_ids_B = step * BATCH_SIZE + torch.arange(BATCH_SIZE)
-    context = batch_context(model)
-    context.token_keys = token_keys(seed, sequence_ids_B, mask_BS)
+    context = adapter_context(model)
     before_first_label_BS = (labels_BS != -100).cumsum(-1) == 0
     before_first_label_BS[:, 0] = True
-    context.prompt_BS = before_first_label_BS & mask_BS.bool()
+    prompt_BS = before_first_label_BS & mask_BS.bool()
+    context.tokens = BatchTokens(token_keys(seed, sequence_ids_B, mask_BS), prompt_BS=prompt_BS)
     log_probs_BSV = model(ids_BS, attention_mask=mask_BS).logits[:, :-1].log_softmax(-1)
     targets_BS = labels_BS[:, 1:]
     chosen_BS = log_probs_BSV.gather(-1, targets_BS.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -1,17 +1,18 @@
 """Routed low-rank experts on linear layers: pure torch."""
 
-from dsmoelora.adapters.context import BatchContext
-from dsmoelora.adapters.inject import batch_context, eject, inject
-from dsmoelora.adapters.layer import ExpertBank, Factor, RoutedLinear, adapted_layers
+from dsmoelora.adapters.context import AdapterContext
+from dsmoelora.adapters.experts.bank import ExpertBank, Factor
+from dsmoelora.adapters.inject import adapter_context, eject, inject
+from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.targets import match_targets, untouched
 
 __all__ = [
-    "BatchContext",
+    "AdapterContext",
     "ExpertBank",
     "Factor",
     "RoutedLinear",
     "adapted_layers",
-    "batch_context",
+    "adapter_context",
     "eject",
     "inject",
     "match_targets",

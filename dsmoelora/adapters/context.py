@@ -1,16 +1,19 @@
-"""What the adapted layers of one model know about the micro-batch at hand."""
+"""What the adapted layers of one model share: who hears them, where other experts are, and the tokens at hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from dsmoelora.adapters.shared_input import SharedInput
+
+if TYPE_CHECKING:
+    from dsmoelora.adapters.contrastive import ContrastiveLosses
+    from dsmoelora.adapters.routing import RoutingLog
 
 # (x_ND, gate_NL, selected_NL) -> (N, O): the output of this rank's L experts for N tokens
 LocalExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,113 +46,49 @@ class Exchange(Protocol):
         """(L, X) of this rank's experts -> (E, X) of all; the gradient comes back as a sum over the ranks."""
 
 
-class RouterListener(Protocol):
-    """Who hears what routers do (`routing.RoutingLog`); N counts tokens, or sequences where they are routed."""
-
-    def with_losses(self, layer: str, logits_NE: Tensor, num_tokens_N: Tensor) -> Tensor:
-        """The logits to go on with."""
-
-    def add(self, layer: str, gate_NE: Tensor, selected_NE: Tensor, num_tokens_N: Tensor) -> None:
-        """Hear of a decision."""
-
-
-class Attachment(Protocol):
-    """What a layer does to the output of its experts (`contrastive.ContrastOfTokens`)."""
-
-    def attach(self, y_TO: Tensor, *factors: Tensor | None) -> Tensor:
-        """The output to go on with; `factors` are what makes it, as `RoutedExperts` takes them."""
-
-
-class OutputLosses(Protocol):
-    """Losses of the experts' outputs (`contrastive.ContrastiveLosses`)."""
-
-    def of_layer(
-        self,
-        layer: str,
-        x_TD: Tensor,
-        selected_TE: Tensor,
-        keys_BS: Tensor,
-        real_BS: Tensor,
-        sequences_BS: Tensor | None,
-    ) -> Attachment | None:
-        """What a layer has to attach to its output; None for nothing."""
-
-
-@dataclass
-class BatchContext:
-    """Shared by all adapted layers of a model; whoever runs the model fills it in before the forward pass.
-
-    It must stay as it is until the backward pass is over, for a layer may be computed again there.
+@dataclass(frozen=True)
+class BatchTokens:
+    """What is known of the tokens of a micro-batch.
 
     Args:
-        token_keys: (B, S) int32 from `token_keys`; None falls back to torch's own dropout and noise, which
-            depend on how a batch is split
+        keys_BS: int32 from `token_keys`; None falls back to torch's own dropout and noise, which depend on how a batch
+            is split
         real_BS: bool, False for padding and for rows that count nowhere; None stands for no padding
         sequences_BS: int64, where rows are packed: the number of each token's sequence
         prompt_BS: bool, the tokens that router `prompt` looks at; None leaves it to what the model is called with
-        prompts: what router `prompt` remembers of that
-        exchange: where experts are partitioned over ranks
-        log: hears what routers do in training; stays when the micro-batch goes
-        losses: of the experts' outputs in training; stays too
     """
 
-    token_keys: Tensor | None = None
+    keys_BS: Tensor | None = None
     real_BS: Tensor | None = None
     sequences_BS: Tensor | None = None
     prompt_BS: Tensor | None = None
-    log: RouterListener | None = None
-    losses: OutputLosses | None = None
-    prompts: PromptMemory = field(default_factory=lambda: PromptMemory())
-    exchange: Exchange | None = None
-    _counted_BS: Tensor | None = None
-    _counts: dict[bool, Tensor] = field(default_factory=dict)
+    _counts: dict[bool, Tensor] = field(default_factory=dict, init=False)
 
-    def clear(self) -> None:
-        """Forget the micro-batch."""
-        self.token_keys = self.real_BS = self.sequences_BS = self.prompt_BS = self._counted_BS = None
-        self._counts = {}
-
-    def attachment(self, layer: str, x_TD: Tensor, selected_TE: Tensor) -> Attachment | None:
-        """What a layer has to attach to the output of its experts.
-
-        Args:
-            layer: name
-            x_TD: tokens as the experts see them
-            selected_TE: bool
-        """
-        if self.losses is None:
-            return None
-        assert self.token_keys is not None and self.real_BS is not None, "losses of outputs need to know the tokens"
-        return self.losses.of_layer(layer, x_TD, selected_TE, self.token_keys, self.real_BS, self.sequences_BS)
-
-    def real_tokens(self, like_NE: Tensor) -> Tensor:
+    def counts(self, like_NE: Tensor) -> Tensor:
         """(N,) fp32: how many real tokens each of N tokens or sequences stands for."""
         if self.real_BS is None:
             return torch.ones(len(like_NE), device=like_NE.device)
         per_token = len(like_NE) == self.real_BS.numel()
         assert per_token or len(like_NE) == len(self.real_BS), "a router sees all tokens, or each sequence once"
-        if self._counted_BS is not self.real_BS:
-            self._counted_BS, self._counts = self.real_BS, {}
         if per_token not in self._counts:  # once for all layers
             counts_N = self.real_BS.flatten() if per_token else self.real_BS.sum(-1)
             self._counts[per_token] = counts_N.float()
         return self._counts[per_token]
 
 
-@dataclass
-class PromptMemory:
-    """The last prompt that a model was called with, see `routers.prompt`.
+@dataclass(slots=True)
+class AdapterContext:
+    """Shared by all adapted layers of a model, for as long as it lives.
 
     Args:
-        prompt_BS: bool, which tokens of the call at hand are the prompt
-        gates: by layer, the gates (B, E) and selected experts (B, E) of that prompt, once it was routed
-        goes_on: the call at hand goes on from the prompt: its gates hold
-        is_generating: `generate` runs, all whose calls but the first go on
-        watch: the hook of the model that fills this in
+        exchange: where experts are partitioned over ranks
+        log: hears what routers do in training
+        losses: of the experts' outputs in training
+        tokens: of the micro-batch at hand. Whoever runs the model sets them before the forward pass, and they must stay
+            until the backward pass is over, for a layer may be computed again there
     """
 
-    prompt_BS: Tensor | None = None
-    gates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    goes_on: bool = False
-    is_generating: bool = False
-    watch: RemovableHandle | None = None
+    exchange: Exchange | None = None
+    log: RoutingLog | None = None
+    losses: ContrastiveLosses | None = None
+    tokens: BatchTokens = field(default_factory=BatchTokens)

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dsmoelora.adapters.base import difference, fingerprint
+from dsmoelora.adapters.fingerprint import difference, fingerprint
 from dsmoelora.adapters.inject import inject
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
-from dsmoelora.adapters.linear import is_linear
 from dsmoelora.adapters.routers import routers
-from dsmoelora.adapters.svd_start import StartFactors, shift_bases, start_names
+from dsmoelora.adapters.starts.svd import StartFactors, shift_bases, start_names
 from dsmoelora.adapters.targets import layer_config
+from dsmoelora.adapters.targets.linear import is_linear
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, ModelError, listing
 

@@ -7,16 +7,16 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from dsmoelora.adapters.blocks import blocks_of, linears_of_block
-from dsmoelora.adapters.context import BatchContext, Exchange
-from dsmoelora.adapters.dora import Gathered, start_magnitudes
+from dsmoelora.adapters.context import AdapterContext, Exchange
+from dsmoelora.adapters.experts.dora import Gathered, start_magnitudes
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
-from dsmoelora.adapters.linear import features, is_linear
 from dsmoelora.adapters.routers import RouterPlace, build_router, unwatch_prompts, watch_prompts
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
 from dsmoelora.adapters.shared_input import Siblings
-from dsmoelora.adapters.svd_start import check_svd_start, start_experts
+from dsmoelora.adapters.starts.svd import check_svd_start, start_experts
 from dsmoelora.adapters.targets import LORA, TARGETS, adapted_names, layer_config, output_head_name
+from dsmoelora.adapters.targets.blocks import blocks_of, linears_of_block
+from dsmoelora.adapters.targets.linear import features, is_linear
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError, bad_value
 
@@ -57,7 +57,7 @@ def inject(
         check_svd_start(model, config, [*routed, *plain])
     block_of = blocks_of(model, routed) if config.style == "ffn_block" else {}
     model.requires_grad_(False)
-    context = BatchContext(exchange=exchange)
+    context = AdapterContext(exchange=exchange)
     blocks = _route_blocks(model, config, context, dict.fromkeys(block_of.values()))
     adapted = {*routed, *plain}
     names = [name for name, _ in model.named_modules() if name in adapted]
@@ -73,8 +73,7 @@ def inject(
         wrapped = RoutedLinear(base, own, name, context, experts, siblings[_parent(name)], block)
         wrapped.train(base.training)
         _put(model, name, wrapped)
-    if config.router == "prompt":
-        watch_prompts(model, context.prompts)
+    watch_prompts(model)
     if config.init == "svd":
         start(model)
     rows = ((layer.base, layer.experts.rows) for _, layer in adapted_layers(model))
@@ -84,8 +83,8 @@ def inject(
 
 def eject(model: nn.Module) -> None:
     """Take all experts and routers off the model again; it is the base, still frozen."""
+    unwatch_prompts(model)
     for name, layer in list(adapted_layers(model)):
-        unwatch_prompts(model, layer.context.prompts)
         layer.siblings.detach()
         _put(model, name, layer.base)
         block = model.get_submodule(_parent(name))
@@ -102,7 +101,7 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _route_blocks(
-    model: nn.Module, config: AdapterConfig, context: BatchContext, names: Iterable[str]
+    model: nn.Module, config: AdapterConfig, context: AdapterContext, names: Iterable[str]
 ) -> dict[str, BlockGates]:
     """Give each of these feed-forward blocks a router."""
     blocks = {}
@@ -127,7 +126,7 @@ def _check_head(model: nn.Module, config: AdapterConfig, routed: list[str], plai
         raise bad_value("adapter.lora_dropout", config.lora_dropout, allowed, remedy)
 
 
-def batch_context(model: nn.Module) -> BatchContext:
+def adapter_context(model: nn.Module) -> AdapterContext:
     """The context that all adapted layers of the model share."""
     _, layer = next(adapted_layers(model))
     return layer.context

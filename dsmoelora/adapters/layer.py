@@ -2,118 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.context import Attachment, BatchContext
-from dsmoelora.adapters.dora import DoraRows
-from dsmoelora.adapters.dropout import keyed_dropout
-from dsmoelora.adapters.function import RoutedExperts, routed_experts
-from dsmoelora.adapters.linear import Linear, features
-from dsmoelora.adapters.precision import compute_dtype, of_base, typed, without_autocast
+from dsmoelora.adapters.context import AdapterContext
+from dsmoelora.adapters.experts.bank import ExpertBank
+from dsmoelora.adapters.keyed.draws import keyed_dropout
+from dsmoelora.adapters.precision import compute_dtype, of_base, without_autocast
 from dsmoelora.adapters.routers import RouterPlace, build_router
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
 from dsmoelora.adapters.routers.parts import TokenRouter
 from dsmoelora.adapters.shared_input import SharedInput, Siblings
-from dsmoelora.adapters.start import draw_a, draw_m
+from dsmoelora.adapters.targets.linear import Linear, features
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError
-from dsmoelora.seeds import derive_seed, empty_start, generator
-
-
-class Factor(Enum):
-    """The role of a trainable tensor in its layer."""
-
-    A = "a"
-    B = "b"
-    M = "m"
-    MAGNITUDE = "magnitude"
-    ROUTER = "router"
-
-
-class ExpertBank(nn.Module):
-    """The factors of this rank's experts of a layer: `a` (L, D, R) random, `b` (L, O, R) zero.
-
-    Experts of kind `moslora` have a mixer `m` (L, R, R) between them, those of kind `dora` a `magnitude` (L, O) and the
-    module `rows` that reads it.
-
-    Args:
-        in_features: D
-        out_features: O
-        config: rank, number of experts, scale, gate power
-        layer_name: with the seed and the expert's number it decides the initial values
-        like: tensor whose dtype and device the factors take
-        experts: which of all experts lie here
-
-    Attributes:
-        held: `experts`
-        is_forked: `a` and the input get other gradients of the features, see `Projection`
-        shapes: of each parameter by name, over the experts of all ranks (ZeRO-3 empties a parameter's own shape)
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, config: AdapterConfig, layer_name: str, like: Tensor, experts: range
-    ) -> None:
-        super().__init__()
-        num_experts, rank = config.num_experts, config.r
-        self.shapes: dict[str, tuple[int, ...]] = {
-            "a": (num_experts, in_features, rank),
-            "b": (num_experts, out_features, rank),
-        }
-        self.held = experts
-        self.scale = config.scale
-        self.gate_power = config.gate_power
-        self.is_forked = config.gate_power != 1.0 and config.gate_power_scope == "factors"
-
-        def drawn(name: str, num_rows: int, draw: Callable[..., None]) -> nn.Parameter:
-            start_LXR = empty_start((len(experts), num_rows, rank))
-            for expert, start_XR in zip(experts, start_LXR, strict=True):
-                draw(start_XR, rng=generator(config.seed, layer_name, name, expert))
-            return nn.Parameter(start_LXR.to(like.dtype).to(like.device))
-
-        self.a = drawn("a", in_features, partial(draw_a, init=config.init))
-        self.b = nn.Parameter(torch.zeros((len(experts), out_features, rank), dtype=like.dtype, device=like.device))
-        self.m: nn.Parameter | None = None
-        if config.expert == "moslora":
-            self.shapes["m"] = (num_experts, rank, rank)
-            self.m = drawn("m", rank, partial(draw_m, init=config.mixer_init))
-        self.rows: DoraRows | None = None
-        if config.expert == "dora":
-            self.shapes["magnitude"] = (num_experts, out_features)
-            self.magnitude = nn.Parameter(torch.ones_like(self.b[..., 0]))
-            self.rows = DoraRows(self.a, self.b, self.magnitude, config.scale, config.gate_power)
-
-    def forward(
-        self,
-        base_TO: Tensor | None,
-        x_TD: Tensor,
-        gate_TL: Tensor,
-        selected_TL: Tensor,
-        attachment: Attachment | None = None,
-        ratio_LO: Tensor | None = None,
-        features: Sequence[Tensor | None] = (),
-    ) -> Tensor:
-        """(T, O): `base_TO + s sum_e gate_e (x a_e) m_e b_e^T` over the experts that lie here; see `RoutedExperts`.
-
-        Args:
-            base_TO, x_TD, gate_TL, selected_TL, ratio_LO: as of `routed_experts`
-            attachment: what else is done to the output
-            features: of `x_TD`, as `Projection` gives them, where the router has made them
-        """
-        a, *outgoing = typed(self.a, x_TD), typed(self.b, x_TD), typed(self.m, x_TD), ratio_LO
-        output: Tensor
-        if features:
-            gates = (gate_TL, selected_TL)
-            output = RoutedExperts.apply(base_TO, *features, *gates, *outgoing, self.scale, self.gate_power)
-        else:
-            options: dict[str, Any] = {"gate_power": self.gate_power, "forked": self.is_forked}
-            output = routed_experts(base_TO, x_TD, gate_TL, selected_TL, a, *outgoing, scale=self.scale, **options)
-        return output if attachment is None else attachment.attach(output, a, *outgoing)
+from dsmoelora.seeds import derive_seed
 
 
 class WeightReadPast(ModelError, AttributeError):
@@ -143,7 +49,7 @@ class RoutedLinear(nn.Module):
         base: Linear,
         config: AdapterConfig,
         name: str,
-        context: BatchContext,
+        context: AdapterContext,
         experts: range,
         siblings: Siblings,
         block: BlockGates | None = None,
@@ -177,7 +83,8 @@ class RoutedLinear(nn.Module):
         drops = self.training and self.dropout > 0.0
         if drops or self._is_partitioned:  # made of the input itself, for all layers that read it
             x_TD = shared.once("tokens", lambda: self._tokens(x, shared.dropout_key, drops))
-        attachment = self.context.attachment(self.name, x_TD, selected_TE) if self.training else None
+        losses = self.context.losses if self.training else None
+        attachment = losses.of_layer(self.name, x_TD, selected_TE, self.context.tokens) if losses else None
         if self._is_partitioned:
             assert self.context.exchange is not None, "partitioned experts need an exchange"
             own_experts = partial(experts, None, attachment=attachment)
@@ -210,9 +117,10 @@ class RoutedLinear(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         if not drops:
             return x_TD
-        if self.context.token_keys is None:
+        keys_BS = self.context.tokens.keys_BS
+        if keys_BS is None:
             return nn.functional.dropout(x_TD, self.dropout)
-        return keyed_dropout(x_TD, self.context.token_keys.reshape(-1), dropout_key, self.dropout)
+        return keyed_dropout(x_TD, keys_BS.reshape(-1), dropout_key, self.dropout)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoutedLinear]]:

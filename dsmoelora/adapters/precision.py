@@ -12,7 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.linear import Linear
+from dsmoelora.adapters.targets.linear import Linear
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dsmoelora.adapters.experts.function import outgoing
 from dsmoelora.adapters.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -24,8 +25,7 @@ from dsmoelora.adapters.folder import (
     read_start,
     read_weights,
 )
-from dsmoelora.adapters.function import outgoing
-from dsmoelora.adapters.svd_start import start_names
+from dsmoelora.adapters.starts.svd import start_names
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import AdapterConfig
 from dsmoelora.config.adapter_options import EXPERTS

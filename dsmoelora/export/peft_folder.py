@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from dsmoelora.adapters.base_experts import base_experts
-from dsmoelora.adapters.linear import features, is_linear
+from dsmoelora.adapters.targets.base_experts import base_experts
+from dsmoelora.adapters.targets.linear import features, is_linear
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import ConfigError, ModelError, listing
 from dsmoelora.model import model_without_weights

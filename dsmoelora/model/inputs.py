@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters.context import AdapterContext, BatchTokens
+from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.routers.prompt import prompt_tokens
-from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import Prompt, prompt_ids
 
@@ -65,7 +65,7 @@ def prompt_inputs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], dev
     return {name: sent(tensor, device) for name, tensor in batch.items()}
 
 
-def fill_context(context: BatchContext, batch: MicroBatch, seed: int, device: torch.device) -> None:
+def fill_context(context: AdapterContext, batch: MicroBatch, seed: int, device: torch.device) -> None:
     """Tell the adapted layers what the model is about to be called with.
 
     Args:
@@ -77,10 +77,12 @@ def fill_context(context: BatchContext, batch: MicroBatch, seed: int, device: to
     # what follows from the batch is computed on the device: only what `collate` has pinned is sent
     batch = batch.with_tensors(lambda tensor: sent(tensor, device))
     ids_BS, mask_BS = batch.sequence_ids, batch.attention_mask
-    context.token_keys = token_keys(seed, ids_BS, mask_BS, batch.position_ids)
-    context.real_BS = batch.real_tokens
-    context.sequences_BS = ids_BS if ids_BS.dim() == 2 else None
-    context.prompt_BS = prompt_tokens(mask_BS, batch.labels)
+    context.tokens = BatchTokens(
+        keys_BS=token_keys(seed, ids_BS, mask_BS, batch.position_ids),
+        real_BS=batch.real_tokens,
+        sequences_BS=ids_BS if ids_BS.dim() == 2 else None,
+        prompt_BS=prompt_tokens(mask_BS, batch.labels),
+    )
 
 
 def _borders(position_ids_BS: Tensor) -> tuple[Tensor, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.layer import Factor
+from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.optim.packed import PackedBuffer
 from dsmoelora.optim.rows import ShardGroup, joined_spans
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from dsmoelora.adapters.layer import Factor
+from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.config import OptimConfig
 from dsmoelora.optim.clip import RouterClip
 from dsmoelora.optim.packed import GroupStep, Part

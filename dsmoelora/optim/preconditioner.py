@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.layer import Factor
+from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.config import OptimConfig
 from dsmoelora.optim.algebra import add_gram, rmul_
 from dsmoelora.optim.packed import PackedBuffer

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dsmoelora.adapters.layer import Factor, adapted_layers
+from dsmoelora.adapters.experts.bank import Factor
+from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.adapters.routers import routers
 
 

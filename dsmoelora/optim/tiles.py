@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.layer import Factor
+from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.optim.rows import Run
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.base import described, places
+from dsmoelora.adapters.fingerprint import described, places
 from dsmoelora.adapters.folder import router_buffers
 from dsmoelora.optim.rows import trainables
 from dsmoelora.parallel import comm, zero

@@ -18,7 +18,7 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.similarity import cross_grams
+from dsmoelora.adapters.experts.similarity import cross_grams
 from dsmoelora.parallel.exchange import AllToAll, Dispatch, GatherRoute, TokenExchange
 
 

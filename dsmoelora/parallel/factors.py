@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dsmoelora.adapters.experts.similarity import ExpertCosines, cosine_matrix, largest_and_mean
 from dsmoelora.adapters.layer import adapted_layers
-from dsmoelora.adapters.similarity import ExpertCosines, cosine_matrix, largest_and_mean
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.layout import ExpertLayout
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dsmoelora.adapters.layer import Factor
+from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.config import Recipe
 from dsmoelora.errors import bad_value, listing
 from dsmoelora.optim.rows import Trainable

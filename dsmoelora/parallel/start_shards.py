@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from dsmoelora.adapters import Factor, RoutedLinear, adapted_layers
-from dsmoelora.adapters.svd_start import Dealers, StartFactors, shift_bases, start_experts, start_names
+from dsmoelora.adapters.starts.svd import Dealers, StartFactors, shift_bases, start_experts, start_names
 from dsmoelora.errors import ModelError
 from dsmoelora.optim.rows import Shard, trainables
 from dsmoelora.parallel import comm, zero

@@ -27,7 +27,8 @@ from deepspeed.utils import groups as deepspeed_groups
 from packaging.version import Version
 from torch import Tensor, nn
 
-from dsmoelora.adapters.layer import Factor, adapted_layers
+from dsmoelora.adapters.experts.bank import Factor
+from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by, whole

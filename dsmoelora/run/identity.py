@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dsmoelora.adapters.base import difference
+from dsmoelora.adapters.fingerprint import difference
 from dsmoelora.config import Recipe
 from dsmoelora.errors import CheckpointError
 

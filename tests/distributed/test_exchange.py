@@ -124,7 +124,7 @@ class OnRank:
 
 def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int | None) -> OnRank:
     """The experts of this rank and the tokens of this rank, in fp32, out of the problem of all."""
-    from dsmoelora.adapters.function import routed_experts
+    from dsmoelora.adapters.experts.function import routed_experts
     from dsmoelora.adapters.shared_input import SharedInput
     from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
     from dsmoelora.parallel import comm

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsmoelora.adapters.similarity import ExpertCosines, cosine_matrix, largest_and_mean
+from dsmoelora.adapters.experts.similarity import ExpertCosines, cosine_matrix, largest_and_mean
 from dsmoelora.config import Recipe
 from dsmoelora.data.chat import Prompt
 from tests.conftest import PoolFactory

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import load_adapter
-from dsmoelora.adapters import batch_context
+from dsmoelora.adapters import adapter_context
 from dsmoelora.config import LossesConfig, ParallelConfig, Recipe
 from dsmoelora.data.chat import Prompt
 from tests.conftest import PoolFactory, thorough
@@ -192,7 +192,7 @@ def test_a_run_goes_on_and_its_adapter_loads_under_another_layout(
     assert tensors.keys() == written.keys()
     assert all(torch.equal(tensor, written[name]) for name, tensor in tensors.items())
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
-    assert batch_context(model).exchange is None
+    assert adapter_context(model).exchange is None
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(torch.equal(found[name], value) for name, value in written.items())
     assert len({rank.answers[0] for rank in finished}) == 1

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dsmoelora.adapters.base import difference, fingerprint
+from dsmoelora.adapters.fingerprint import difference, fingerprint
 from tests.helpers import tiny_llama
 
 

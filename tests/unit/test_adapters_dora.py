@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters.dora import RescaledRows
-from dsmoelora.adapters.function import routed_experts
+from dsmoelora.adapters.experts.dora import RescaledRows
+from dsmoelora.adapters.experts.function import routed_experts
 
 NUM_TOKENS, NUM_IN, NUM_OUT, NUM_EXPERTS, RANK = 9, 7, 6, 4, 3
 

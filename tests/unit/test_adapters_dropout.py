@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoelora import AdapterConfig
-from dsmoelora.adapters.context import BatchContext
-from dsmoelora.adapters.dropout import keyed_dropout, keyed_normal
+from dsmoelora.adapters.context import AdapterContext, BatchTokens
+from dsmoelora.adapters.keyed.draws import keyed_dropout, keyed_normal
+from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.layer import RoutedLinear
 from dsmoelora.adapters.shared_input import Siblings
-from dsmoelora.adapters.token_keys import token_keys
 
 NUM_FEATURES = 256
 
@@ -112,7 +112,7 @@ def adapted_linear(probability: float) -> RoutedLinear:
         nn.Linear(NUM_FEATURES, 8).requires_grad_(False),
         config,
         "layer",
-        BatchContext(),
+        AdapterContext(),
         range(config.num_experts),
         Siblings(),
     )
@@ -123,7 +123,7 @@ def adapted_linear(probability: float) -> RoutedLinear:
 
 def test_a_recomputed_layer_drops_the_same_numbers() -> None:
     layer = adapted_linear(0.5)
-    layer.context.token_keys = token_keys(0, torch.tensor([1, 2]), torch.ones(2, 4, dtype=torch.int64))
+    layer.context.tokens = BatchTokens(token_keys(0, torch.tensor([1, 2]), torch.ones(2, 4, dtype=torch.int64)))
     x = torch.randn(2, 4, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     once = torch.autograd.grad(layer(x).square().sum(), parameters)
@@ -138,7 +138,7 @@ def test_a_recomputed_layer_drops_the_same_numbers() -> None:
 def test_a_layer_drops_the_input_of_the_experts_and_of_nothing_else() -> None:
     layer = adapted_linear(0.25)
     keys_BS = token_keys(0, torch.tensor([1]), torch.ones(1, 6, dtype=torch.int64))
-    layer.context.token_keys = keys_BS
+    layer.context.tokens = BatchTokens(keys_BS)
     x = torch.randn(1, 6, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
     _, gate_TE, _ = layer.router(x[0])
     dropped_TD = keyed_dropout(x[0], keys_BS[0], layer.dropout_key, 0.25)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
-from dsmoelora.adapters.base import fingerprint
+from dsmoelora.adapters.fingerprint import fingerprint
 from dsmoelora.adapters.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,

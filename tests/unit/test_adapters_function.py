@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.function import Projection, product_fp32, routed_experts
+from dsmoelora.adapters.experts.function import Projection, product_fp32, routed_experts
 
 SCALE = 1.5
 

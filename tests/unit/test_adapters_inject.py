@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import RoutedLinear, adapted_layers, batch_context, match_targets
-from dsmoelora.adapters.token_keys import token_keys
+from dsmoelora.adapters import RoutedLinear, adapted_layers, adapter_context, match_targets
+from dsmoelora.adapters.context import BatchTokens
+from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.model import recompute_activations
 from tests.architectures import adapt
@@ -221,7 +222,7 @@ def test_padding_on_the_left_equals_padding_on_the_right(training: bool) -> None
         for row, (place, n) in enumerate(zip(real, lengths, strict=True)):
             ids_BS[row, place] = token_ids(3)[row, :n]
             mask_BS[row, place] = 1
-        batch_context(model).token_keys = token_keys(0, torch.arange(3), mask_BS)
+        adapter_context(model).tokens = BatchTokens(token_keys(0, torch.arange(3), mask_BS))
         positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             out_BSV = model(ids_BS, attention_mask=mask_BS, position_ids=positions_BS).logits
@@ -231,7 +232,7 @@ def test_padding_on_the_left_equals_padding_on_the_right(training: bool) -> None
 
 def gradients(model: Any) -> dict[str, Tensor]:
     keys_BS = token_keys(0, torch.arange(2), torch.ones(2, 9, dtype=torch.int64))
-    batch_context(model).token_keys = keys_BS
+    adapter_context(model).tokens = BatchTokens(keys_BS)
     model.train()
     model(token_ids(), labels=token_ids()).loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -274,7 +275,7 @@ def test_every_tensor_is_made_on_the_device_of_the_model(num_experts: int, gate_
     settings: dict[str, Any] = {"num_experts": num_experts, "top_k": 1, "gate_power": gate_power, "lora_dropout": 0.1}
     adapt(model, trained=False, **settings).train()
     with AllOnOneDevice("meta") as trace:
-        batch_context(model).token_keys = token_keys(0, sequence_ids_B, mask_BS)
+        adapter_context(model).tokens = BatchTokens(token_keys(0, sequence_ids_B, mask_BS))
         model(ids_BS).logits.float().sum().backward()
     assert trace.num_operations > 100
     for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dsmoelora import AdapterConfig
-from dsmoelora.adapters import adapted_layers, batch_context
-from dsmoelora.adapters.context import BatchContext
+from dsmoelora.adapters import adapted_layers, adapter_context
+from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.adapters.routing.losses import LossWeights, WithRouterLosses
 from dsmoelora.config import LossesConfig, Recipe
@@ -34,7 +35,7 @@ def reference(network: TwoLayers, shares: list[Tensor]) -> tuple[Tensor, Tensor,
     selected: list[Tensor] = []
     x, real_BS = batch()
     handles = []
-    batch_context(network).log, network.recompute = None, False
+    adapter_context(network).log, network.recompute = None, False
     for _, layer in adapted_layers(network):
         handles.append(layer.router.register_forward_hook(lambda _, __, output: selected.append(output[2])))
         handles.append(layer.router.register_forward_pre_hook(
@@ -55,11 +56,11 @@ def run_step(network: TwoLayers, log: RoutingLog, num_parts: int, world_size: in
     """A step in several micro-batches, each as on a rank of its own: the averaged gradient of the routers' losses."""
     x, real_BS = batch()
     network.zero_grad()
-    context = batch_context(network)
+    context = adapter_context(network)
     context.log = log
     log.begin_step(int(real_BS.sum()), scale=world_size)
     for part, real in zip(x.chunk(num_parts), real_BS.chunk(num_parts), strict=True):
-        context.real_BS = real
+        context.tokens = BatchTokens(real_BS=real)
         with log.listening():
             y = network(part)
         (0.0 * y.sum()).backward()
@@ -67,10 +68,10 @@ def run_step(network: TwoLayers, log: RoutingLog, num_parts: int, world_size: in
 
 
 def test_what_sees_neither_all_tokens_nor_each_sequence_once_is_not_counted() -> None:
-    context = BatchContext(real_BS=batch()[1])
-    assert context.real_tokens(torch.empty(8 * LENGTH, 1)).sum() == context.real_tokens(torch.empty(8, 1)).sum() > 8
+    tokens = BatchTokens(real_BS=batch()[1])
+    assert tokens.counts(torch.empty(8 * LENGTH, 1)).sum() == tokens.counts(torch.empty(8, 1)).sum() > 8
     with pytest.raises(AssertionError, match="all tokens, or each sequence once"):
-        context.real_tokens(torch.empty(8 * 2, 1))
+        tokens.counts(torch.empty(8 * 2, 1))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -113,8 +114,8 @@ def test_losses_summed_over_layers_and_chosen_experts_are_as_many_times_ours() -
 
     for _, layer in adapted_layers(network):
         layer.router.register_forward_hook(add)
-    context = batch_context(network)
-    context.log, context.real_BS = log, torch.ones_like(real_BS)
+    context = adapter_context(network)
+    context.log, context.tokens = log, BatchTokens(real_BS=torch.ones_like(real_BS))
     log.begin_step(real_BS.numel(), scale=1)
     with log.listening():
         network(x)
@@ -140,8 +141,8 @@ def test_the_gradient_is_the_derivative_of_the_value() -> None:
 def test_the_balance_loss_evens_out_what_experts_get(router: Any) -> None:
     """Tokens that all prefer the same experts, and nothing but the loss to learn from."""
     network = TwoLayers(router=router)
-    context = batch_context(network)
-    context.prompt_BS = batch()[1]
+    context = adapter_context(network)
+    context.tokens = replace(context.tokens, prompt_BS=batch()[1])
     with torch.no_grad():
         for _, layer in adapted_layers(network):
             layer.router.weight[0] += 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import adapted_layers, batch_context, eject
+from dsmoelora.adapters import adapted_layers, adapter_context, eject
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.errors import ModelError
 
@@ -105,8 +106,8 @@ def test_in_training_what_comes_after_the_prompt_does_not_move_its_gates(model: 
     changed[:, 4:] += 1
     model(changed, labels=labels)
     assert torch.equal(gates[0], gates[1])
-    context = batch_context(model)
-    context.prompt_BS = torch.arange(LENGTH).expand(3, -1) < 4
+    context = adapter_context(model)
+    context.tokens = replace(context.tokens, prompt_BS=torch.arange(LENGTH).expand(3, -1) < 4)
     model(changed)
     assert torch.equal(gates[0], gates[2]), "said by the training loop"
     for _, layer in adapted_layers(model):

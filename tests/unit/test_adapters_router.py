@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from dsmoelora import AdapterConfig
-from dsmoelora.adapters.context import BatchContext
-from dsmoelora.adapters.dropout import keyed_normal
+from dsmoelora.adapters.context import AdapterContext, BatchTokens
+from dsmoelora.adapters.keyed.draws import keyed_normal
+from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.layer import RoutedLinear
 from dsmoelora.adapters.routers import BUILDERS, RouterPlace, build_router
 from dsmoelora.adapters.routers.bias import move_biases
 from dsmoelora.adapters.shared_input import Siblings
-from dsmoelora.adapters.token_keys import token_keys
 from dsmoelora.config.adapter_options import RouterName
 from dsmoelora.errors import ConfigError
 from dsmoelora.seeds import derive_seed
@@ -29,7 +29,7 @@ def make_router(router: str = "softmax_topk", num_experts: int = 6, **options: A
     """A router in training, with larger random parameters than it starts with, so that its gates differ."""
     mask_BS = torch.ones(4, NUM_TOKENS // 4, dtype=torch.int64)
     prompt_BS = torch.arange(NUM_TOKENS // 4) < torch.tensor([[1], [5], [7], [12]])
-    context = BatchContext(token_keys(3, torch.arange(4), mask_BS), prompt_BS=prompt_BS)
+    context = AdapterContext(tokens=BatchTokens(token_keys(3, torch.arange(4), mask_BS), prompt_BS=prompt_BS))
     place = RouterPlace("layer", NUM_FEATURES, num_experts, torch.empty(0), 0, context)
     module = build_router(place, AdapterConfig(num_experts=num_experts, router=router, **options))  # type: ignore[arg-type]
     with torch.no_grad():
@@ -68,7 +68,7 @@ def softmax(x_TD: Tensor, router: Any, config: dict[str, Any]) -> Tensor:
 
 
 def noisy_topk(x_TD: Tensor, router: Any, config: dict[str, Any]) -> Tensor:
-    noise_TE = keyed_normal(router._context.token_keys.flatten(), derive_seed("router noise", "layer"), 6).double()
+    noise_TE = keyed_normal(router._context.tokens.keys_BS.flatten(), derive_seed("router noise", "layer"), 6).double()
     spread_TE = softplus(x_TD.double() @ router.noise_weight.double().T)
     share_TE = (x_TD.double() @ router.weight.double().T + noise_TE * spread_TE).softmax(-1)
     return renormalised(share_TE, best(share_TE, config["top_k"]))
@@ -100,7 +100,7 @@ def sigmoid_bias(x_TD: Tensor, router: Any, config: dict[str, Any]) -> Tensor:
 
 def prompt(x_TD: Tensor, router: Any, config: dict[str, Any]) -> Tensor:
     """Sequence by sequence: the mean of the prompt decides for all its tokens."""
-    prompts_BS = router._context.prompt_BS
+    prompts_BS = router._context.tokens.prompt_BS
     gates = []
     for x_SD, prompt_S in zip(x_TD.double().view(*prompts_BS.shape, -1), prompts_BS, strict=True):
         share_1E = (x_SD[prompt_S].mean(0, keepdim=True) @ router.weight.double().T).softmax(-1)
@@ -217,7 +217,7 @@ def test_every_parameter_gets_a_gradient_when_all_tokens_go_to_the_same_experts(
     """A parameter without a gradient would make some rank wait for ever."""
     config = AdapterConfig(r=2, num_experts=4, **options)
     layer = RoutedLinear(
-        nn.Linear(16, 8).requires_grad_(False), config, "layer", BatchContext(), range(config.num_experts), Siblings()
+        nn.Linear(16, 8).requires_grad_(False), config, "layer", AdapterContext(), range(config.num_experts), Siblings()
     )
     with torch.no_grad():
         layer.experts.b.normal_(generator=torch.Generator().manual_seed(2))

@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy, silu
 from torch.utils.checkpoint import checkpoint
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import adapted_layers, batch_context, eject
-from dsmoelora.adapters.blocks import linears_of_block
+from dsmoelora.adapters import adapted_layers, adapter_context, eject
 from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.routing import RoutingLog
+from dsmoelora.adapters.targets.blocks import linears_of_block
 from dsmoelora.config import LossesConfig
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.optim import trainables
@@ -163,7 +163,7 @@ def test_the_router_is_one_tensor_of_the_block() -> None:
 def test_losses_and_counts_are_those_of_one_router_a_block(recompute: bool) -> None:
     net, x_TD = Net(recompute).train(), tokens()
     log = RoutingLog(net, LossesConfig(balance=0.7, z=0.3), torch.device("cpu"))
-    batch_context(net).log = log
+    adapter_context(net).log = log
     log.begin_step(len(x_TD), scale=1.0)
     inputs: dict[str, Tensor] = {}
     hooks = [

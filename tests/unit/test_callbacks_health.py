@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsmoelora.adapters.experts.similarity import ExpertCosines
 from dsmoelora.adapters.routing import Routing
-from dsmoelora.adapters.similarity import ExpertCosines
 from dsmoelora.callbacks import MetricsFile, RouterHealth, TrainingRun
 from dsmoelora.callbacks.health import layer_health
 from dsmoelora.callbacks.tensorboard import TensorBoard

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import adapted_layers, batch_context
+from dsmoelora.adapters import adapted_layers, adapter_context
+from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.contrastive.formula import coactive_together, experts_apart, unit_features
 from dsmoelora.adapters.contrastive.sample import sample_tokens
-from dsmoelora.adapters.similarity import cosine_matrix, cross_grams, largest_and_mean
-from dsmoelora.adapters.token_keys import token_keys
+from dsmoelora.adapters.experts.similarity import cosine_matrix, cross_grams, largest_and_mean
+from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.config import LossesConfig, Recipe
 from dsmoelora.errors import ConfigError
 from tests.helpers import tiny_llama
@@ -50,15 +51,15 @@ def run_step(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """A step in several micro-batches, each as on a rank of its own: gradients of the losses, and of the inputs."""
     network.zero_grad()
-    context = batch_context(network)
+    context = adapter_context(network)
     context.losses = losses
     losses.begin_step(NUM_ROWS, scale=world_size)
     whole = *batch(), torch.zeros(NUM_ROWS, LENGTH).long() if sequences_BS is None else sequences_BS
     grads_x = []
     for x, real, keys, sequences in zip(*(each.chunk(num_parts) for each in whole), strict=True):
         longest = int(real.sum(-1).max())  # as micro-batches are cut
-        context.real_BS, context.token_keys = real[:, :longest], keys[:, :longest]
-        context.sequences_BS = None if sequences_BS is None else sequences[:, :longest]
+        of_sequences = None if sequences_BS is None else sequences[:, :longest]
+        context.tokens = BatchTokens(keys[:, :longest], real[:, :longest], of_sequences)
         x = x[:, :longest].clone().requires_grad_()
         (0.0 * network(x).sum()).backward()
         grads_x.append(nn.functional.pad(x.grad, (0, 0, 0, LENGTH - longest)))
@@ -68,7 +69,7 @@ def run_step(
 
 def reference(network: TwoLayers, losses: LossesConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses in fp64 from outputs of all experts for all tokens, and the inputs they depend on."""
-    batch_context(network).losses, network.recompute = None, False
+    adapter_context(network).losses, network.recompute = None, False
     seen: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
     handles = []
     for name, layer in adapted_layers(network):
@@ -125,7 +126,7 @@ def test_values_and_gradients_are_those_of_the_formulas(
 def test_every_router_says_which_outputs_take_part(router: str) -> None:
     top_k = TOP_K if router in ("noisy_topk", "sigmoid_bias", "prompt") else None
     network = TwoLayers(router=router, top_k=top_k)
-    batch_context(network).prompt_BS = batch()[1]
+    adapter_context(network).tokens = BatchTokens(prompt_BS=batch()[1])
     losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), top_k or NUM_EXPERTS)
     run_step(network, losses, 1)
     apart, together, _ = reference(network, LOSSES)
@@ -250,9 +251,9 @@ def test_no_tensor_has_tokens_experts_and_out_features() -> None:
     network = nn.Sequential(layer)
     inject(network, AdapterConfig(r=2, num_experts=NUM_EXPERTS, top_k=2, target_modules=["0"]))
     losses = ContrastiveLosses(network, LossesConfig(contrastive=1, contrastive_coactive=1), torch.device("cpu"), TOP_K)
-    context = batch_context(network)
-    context.real_BS = torch.ones(1, num_tokens, dtype=torch.bool)
-    context.token_keys = token_keys(0, torch.arange(1), context.real_BS)
+    context = adapter_context(network)
+    real_BS = torch.ones(1, num_tokens, dtype=torch.bool)
+    context.tokens = BatchTokens(token_keys(0, torch.arange(1), real_BS), real_BS)
     sizes = []
     for attached in (None, losses):
         context.losses = attached
@@ -272,9 +273,9 @@ def test_layers_of_a_block_take_part_and_plain_ones_do_not(tmp_path: Path) -> No
     inject(model, AdapterConfig(r=2, num_experts=4, top_k=2, lora_modules=["q_proj"], **settings))
     losses = ContrastiveLosses(model.train(), LOSSES, torch.device("cpu"), TOP_K)
     losses.begin_step(2, scale=1)
-    context, tokens_BS = batch_context(model), torch.arange(2 * LENGTH).view(2, LENGTH)
-    context.losses, context.real_BS = losses, torch.ones_like(tokens_BS).bool()
-    context.token_keys = token_keys(0, torch.arange(2), context.real_BS)
+    context, tokens_BS = adapter_context(model), torch.arange(2 * LENGTH).view(2, LENGTH)
+    real_BS = torch.ones_like(tokens_BS).bool()
+    context.losses, context.tokens = losses, BatchTokens(token_keys(0, torch.arange(2), real_BS), real_BS)
     model(tokens_BS).logits.sum().backward()
     # at b = 0 all cosines are 0, and every selected expert has two unselected ones to be told from
     _, together = losses.loss_values(losses.sums).tolist()
@@ -285,8 +286,9 @@ def test_recomputed_layers_keep_no_tokens_for_it() -> None:
     network = TwoLayers(recompute=True, top_k=TOP_K)
     losses = ContrastiveLosses(network, LOSSES, torch.device("cpu"), TOP_K)
     losses.begin_step(NUM_ROWS, scale=1)
-    context = batch_context(network)
-    x, context.real_BS, context.token_keys = batch()
+    context = adapter_context(network)
+    x, real_BS, keys_BS = batch()
+    context.tokens = BatchTokens(keys_BS, real_BS)
     context.losses = losses
     y = network(x.requires_grad_())
     shape = (NUM_ROWS, LOSSES.contrastive_tokens)
@@ -319,14 +321,14 @@ def mean_cosine_after_training(config: LossesConfig) -> float:
         network[0].base.weight.zero_()  # type: ignore[union-attr]
         experts.a.copy_(experts.a[:1] + 0.1 * experts.a)
     losses = ContrastiveLosses(network.train(), config, torch.device("cpu"), TOP_K)
-    context = batch_context(network)
+    context = adapter_context(network)
     context.losses = losses
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=0.02)
     for step in range(100):
         x = centres[torch.randint(2, (4, 16), generator=generator)]
         x = x + 0.3 * torch.randn(x.shape, generator=generator)
-        context.real_BS = torch.ones(4, 16, dtype=torch.bool)
-        context.token_keys = token_keys(0, 4 * step + torch.arange(4), context.real_BS)
+        real_BS = torch.ones(4, 16, dtype=torch.bool)
+        context.tokens = BatchTokens(token_keys(0, 4 * step + torch.arange(4), real_BS), real_BS)
         losses.begin_step(4, scale=1)
         optimizer.zero_grad()
         (network(x) - x @ target).square().mean().backward()

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
-from dsmoelora.adapters.base import fingerprint
+from dsmoelora.adapters.fingerprint import fingerprint
 from dsmoelora.adapters.folder import WEIGHTS_FILE, write_adapter
-from dsmoelora.adapters.svd_start import start_experts
+from dsmoelora.adapters.starts.svd import start_experts
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import CheckpointError, ConfigError, ModelError
 from dsmoelora.export import ExpertFactors, peft_base, read_experts
@@ -262,7 +262,7 @@ def chat_of(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], range]:
 
 def nll(model: Any, ids: list[int], answer: range) -> float:
     for _, layer in adapted_layers(model):
-        layer.context.prompt_BS = torch.arange(len(ids))[None] < answer.start
+        layer.context.tokens = replace(layer.context.tokens, prompt_BS=torch.arange(len(ids))[None] < answer.start)
     with torch.no_grad():
         logits_SV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return -sum(float(logits_SV[place - 1, ids[place]]) for place in answer)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_flash_attention_utils
 
 from dsmoelora import AdapterConfig, inject
-from dsmoelora.adapters import BatchContext, adapted_layers, batch_context
-from dsmoelora.adapters.token_keys import token_keys
+from dsmoelora.adapters import AdapterContext, adapted_layers, adapter_context
+from dsmoelora.adapters.context import BatchTokens
+from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.config import DataConfig, Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.loader import Row, collate
@@ -93,7 +94,9 @@ def alone(batch: MicroBatch) -> list[MicroBatch]:
 def logits_of(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """(B, S, V), with the dropout masks of these sequences where the model is adapted."""
     if any(True for _ in adapted_layers(model)):
-        batch_context(model).token_keys = token_keys(0, batch.sequence_ids, batch.attention_mask, batch.position_ids)
+        adapter_context(model).tokens = BatchTokens(
+            token_keys(0, batch.sequence_ids, batch.attention_mask, batch.position_ids)
+        )
     logits: Tensor = model(**model_inputs(batch, model.config._attn_implementation, CPU)).logits
     return logits
 
@@ -229,14 +232,14 @@ def test_the_host_waits_for_nothing_that_it_sends(monkeypatch: pytest.MonkeyPatc
     batch, meta, context, waits = (
         packed_batch().with_tensors(Tensor.pin_memory),
         torch.device("meta"),
-        BatchContext(),
+        AdapterContext(),
         HostWaits(),
     )
     of_batch = len(pinned)
     with waits:
         inputs = model_inputs(batch, "flash_attention_2", meta)
         fill_context(context, batch, 0, meta)
-    found = [value for value in (*inputs.values(), *vars(context).values()) if isinstance(value, Tensor)]
+    found = [value for value in (*inputs.values(), *vars(context.tokens).values()) if isinstance(value, Tensor)]
     assert [tensor.device for tensor in found] == [meta] * 8
     assert waits.copies and all(waits.copies)
     assert len(pinned) == of_batch + 1, "nothing is pinned in the step but the borders that this attention alone wants"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.similarity import cosine_matrix, largest_and_mean
+from dsmoelora.adapters.experts.similarity import cosine_matrix, largest_and_mean
 
 
 def factors(num_experts: int = 5, d: int = 7, o: int = 9, r: int = 3) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive.formula import coactive_together, experts_apart, unit_features
 from dsmoelora.adapters.contrastive.sample import TokenSample, sample_tokens
-from dsmoelora.adapters.function import outgoing, side_by_side
+from dsmoelora.adapters.experts.function import outgoing, side_by_side
+from dsmoelora.adapters.experts.similarity import cross_grams
 from dsmoelora.adapters.layer import adapted_layers
-from dsmoelora.adapters.similarity import cross_grams
 from dsmoelora.config import LossesConfig
 from dsmoelora.seeds import derive_seed
 
@@ -164,7 +165,7 @@ def _layers(model: nn.Module) -> list[str]:
 
 
 class ContrastiveLosses:
-    """The contrastive losses of all layers of a model (see `BatchContext.losses`).
+    """The contrastive losses of all layers of a model (see `AdapterContext.losses`).
 
     Args:
         model: adapted; layers with one expert take no part
@@ -215,9 +216,7 @@ class ContrastiveLosses:
         layer: str,
         x_TD: Tensor,
         selected_TE: Tensor,
-        keys_BS: Tensor,
-        real_BS: Tensor,
-        sequences_BS: Tensor | None,
+        tokens: BatchTokens,
     ) -> ContrastOfTokens | None:
         """What a layer has to attach to its output; None where no loss is switched on.
 
@@ -225,11 +224,13 @@ class ContrastiveLosses:
             layer: name
             x_TD: tokens as the experts see them
             selected_TE: bool
-            keys_BS, real_BS, sequences_BS: see `sample_tokens`
+            tokens: of the micro-batch, at least their keys and which are real
         """
         if not self.loss_names or layer not in self._keys:
             return None
-        sample = sample_tokens(keys_BS, real_BS, sequences_BS, self._keys[layer], self._config.contrastive_tokens)
+        assert tokens.keys_BS is not None and tokens.real_BS is not None, "losses of outputs need to know the tokens"
+        known = (tokens.keys_BS, tokens.real_BS, tokens.sequences_BS)
+        sample = sample_tokens(*known, self._keys[layer], self._config.contrastive_tokens)
         places_N = sample.places_BN.flatten()
         x_BND = x_TD.index_select(0, places_N).view(*sample.places_BN.shape, -1)
         selected_BNE = selected_TE.index_select(0, places_N).view(*sample.places_BN.shape, -1)

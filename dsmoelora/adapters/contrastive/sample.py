@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.token_keys import hash_columns
+from dsmoelora.adapters.keyed.keys import hash_columns
 
 _LAST = 1 << 40  # behind every hash
 

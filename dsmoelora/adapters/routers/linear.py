@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.dropout import keyed_normal
+from dsmoelora.adapters.keyed.draws import keyed_normal
 from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.seeds import derive_seed
@@ -61,9 +61,10 @@ class NoisyRouter(TokenRouter):
         return x_TD, *self._report.decide(logits_TE, self._rule, self.training), *features
 
     def _noise_like(self, logits_TE: Tensor) -> Tensor:
-        if self._context.token_keys is None:
+        keys_BS = self._context.tokens.keys_BS
+        if keys_BS is None:
             return torch.randn_like(logits_TE)
-        return keyed_normal(self._context.token_keys.reshape(-1), self._noise_key, logits_TE.shape[-1])
+        return keyed_normal(keys_BS.reshape(-1), self._noise_key, logits_TE.shape[-1])
 
 
 class ThresholdRouter(TokenRouter):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.context import BatchContext
-from dsmoelora.adapters.function import Projection
+from dsmoelora.adapters.context import AdapterContext
+from dsmoelora.adapters.experts.function import Projection
 from dsmoelora.adapters.precision import typed
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.seeds import empty_start, generator
@@ -33,7 +33,7 @@ class RouterPlace:
     num_experts: int
     like: Tensor
     seed: int
-    context: BatchContext
+    context: AdapterContext
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,7 +95,7 @@ class Report:
         log = self._context.log
         if log is None or not training:
             return rule(logits_NE)
-        num_tokens_N = self._context.real_tokens(logits_NE)
+        num_tokens_N = self._context.tokens.counts(logits_NE)
         gate_NE, selected_NE = rule(log.with_losses(self._layer, logits_NE, num_tokens_N))
         log.add(self._layer, gate_NE, selected_NE, num_tokens_N)
         return gate_NE, selected_NE

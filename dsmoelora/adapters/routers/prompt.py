@@ -7,15 +7,16 @@ where the call goes on from a key-value cache, the last prompt's gates hold.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.utils.hooks import RemovableHandle
 
-from dsmoelora.adapters.context import PromptMemory
-from dsmoelora.adapters.function import product_fp32
+from dsmoelora.adapters.experts.function import product_fp32
 from dsmoelora.adapters.routers.parts import Report, RouterPlace
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.errors import ModelError
@@ -69,12 +70,34 @@ def _of_sequence(mask_BS: Tensor, like: Tensor) -> Tensor:
     return (mask_BS.unsqueeze(-1) * eye_BB.unsqueeze(1)).flatten(0, 1)
 
 
+@dataclass
+class PromptMemory:
+    """The last prompt that a model was called with, shared by its routers.
+
+    Args:
+        prompt_BS: bool, which tokens of the call at hand are the prompt
+        gates: by layer, the gates (B, E) and selected experts (B, E) of that prompt, once it was routed
+        goes_on: the call at hand goes on from the prompt: its gates hold
+        is_generating: `generate` runs, all whose calls but the first go on
+        watch: the hook of the model that fills this in
+    """
+
+    prompt_BS: Tensor | None = None
+    gates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    goes_on: bool = False
+    is_generating: bool = False
+    watch: RemovableHandle | None = None
+
+
 class PromptRouter(nn.Module):
     """One choice of experts for a sequence, from the mean state of its prompt.
 
     Args:
         place: where it stands
         rule: from logits to gates
+
+    Attributes:
+        memory: set by `watch_prompts`
     """
 
     def __init__(self, place: RouterPlace, rule: Rule) -> None:
@@ -83,11 +106,12 @@ class PromptRouter(nn.Module):
         self.weight = place.uniform_start()
         self._layer, self._context = place.layer, place.context
         self._rule, self._report = rule, Report(place)
+        self.memory = PromptMemory()
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool, the same for a sequence."""
-        memory = self._context.prompts
-        if self._context.prompt_BS is None and memory.goes_on:
+        memory = self.memory
+        if self._context.tokens.prompt_BS is None and memory.goes_on:
             gate_BE, selected_BE = memory.gates[self._layer]
         else:
             x_TD, logits_BE = PromptLogits.apply(x_TD, self.weight, self._prompt(x_TD))
@@ -98,9 +122,9 @@ class PromptRouter(nn.Module):
         return x_TD, _for_all_tokens(gate_BE, num_tokens), _for_all_tokens(selected_BE, num_tokens)
 
     def _prompt(self, x_TD: Tensor) -> Tensor:
-        prompt_BS = self._context.prompt_BS
+        prompt_BS = self._context.tokens.prompt_BS
         if prompt_BS is None:
-            prompt_BS = self._context.prompts.prompt_BS
+            prompt_BS = self.memory.prompt_BS
         if prompt_BS is None or prompt_BS.numel() != len(x_TD):
             raise ModelError(
                 f"{self._layer} has the router `prompt`, but does not know which of its {len(x_TD)} tokens are the "
@@ -113,24 +137,34 @@ def _for_all_tokens(value_BE: Tensor, num_tokens: int) -> Tensor:
     return value_BE.unsqueeze(1).expand(-1, num_tokens, -1).flatten(0, 1)
 
 
-def watch_prompts(model: nn.Module, memory: PromptMemory) -> None:
+def watch_prompts(model: nn.Module) -> None:
     """Let routers know, whenever the model is called, which tokens are the prompt or that they go on from one.
 
     Args:
-        model: a causal language model of transformers with this router in it
-        memory: what these routers read
+        model: a causal language model of transformers, with this router in it or without
     """
+    routers = _prompt_routers(model)
+    if not routers:
+        return
+    memory = PromptMemory()
+    for router in routers:
+        router.memory = memory
     memory.watch = model.register_forward_pre_hook(partial(_before_call, memory), with_kwargs=True)
     if hasattr(model, "generate"):
         # Of this model alone: a copy of the model gets one of its own.
         model.generate = partial(_generate_from_one_prompt, memory, model)  # type: ignore[assignment]
 
 
-def unwatch_prompts(model: nn.Module, memory: PromptMemory) -> None:
-    """Undo `watch_prompts`, if it was called."""
-    if memory.watch is not None:
-        memory.watch.remove()
-        vars(model).pop("generate", None)  # that of its class is there again
+def unwatch_prompts(model: nn.Module) -> None:
+    """Undo `watch_prompts`."""
+    for router in _prompt_routers(model):
+        if router.memory.watch is not None:
+            router.memory.watch.remove()
+            vars(model).pop("generate", None)  # that of its class is there again
+
+
+def _prompt_routers(model: nn.Module) -> list[PromptRouter]:
+    return [module for module in model.modules() if isinstance(module, PromptRouter)]
 
 
 def _before_call(memory: PromptMemory, _: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:

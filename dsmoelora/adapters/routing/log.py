@@ -18,7 +18,7 @@ from dsmoelora.config import LossesConfig
 
 
 class RoutingLog:
-    """Listens to all routers of a model while it is open (see `BatchContext.log`).
+    """Listens to all routers of a model while it is open (see `AdapterContext.log`).
 
     Args:
         model: adapted; a layer here is a router, whether it serves one linear layer or a whole block

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.function import product_fp32, side_by_side
-from dsmoelora.adapters.linear import Linear
+from dsmoelora.adapters.experts.function import product_fp32, side_by_side
 from dsmoelora.adapters.precision import of_base, typed
+from dsmoelora.adapters.targets.linear import Linear
 
 # Opens weights for reading: inside the block they are whole.
 Gathered = Callable[[Iterable[Any]], AbstractContextManager[None]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.token_keys import hash_columns
+from dsmoelora.adapters.keyed.keys import hash_columns
 
 
 def keyed_dropout(x_TD: Tensor, keys_T: Tensor, layer_key: int, probability: float) -> Tensor:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
-from dsmoelora.adapters.linear import Linear, features
 from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.targets import layer_config
+from dsmoelora.adapters.targets.linear import Linear, features
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ConfigError, ModelError, bad_value, listing
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from dsmoelora.adapters.base_experts import base_experts
-from dsmoelora.adapters.linear import is_linear
+from dsmoelora.adapters.targets.base_experts import base_experts
+from dsmoelora.adapters.targets.linear import is_linear
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ConfigError, bad_value, listing
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from dsmoelora.adapters.linear import Linear, features, is_linear
 from dsmoelora.adapters.targets import match_targets
+from dsmoelora.adapters.targets.linear import Linear, features, is_linear
 from dsmoelora.errors import ConfigError, bad_value, listing
 
 # What a module is called with when tokens see one another in it.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from dsmoelora.adapters.linear import features, is_linear
+from dsmoelora.adapters.targets.linear import features, is_linear
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 

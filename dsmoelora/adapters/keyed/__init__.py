@@ -1,0 +1,1 @@
+"""Random numbers that are functions of where a token stands."""
