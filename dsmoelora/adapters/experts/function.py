@@ -42,8 +42,7 @@ def routed_experts(
 
 def side_by_side(factor_EXR: Tensor) -> Tensor:
     """(E, X, R) -> (X, F): the experts' columns next to one another, for one dense product."""
-    num_experts, num_rows, rank = factor_EXR.shape
-    return factor_EXR.permute(1, 0, 2).reshape(num_rows, num_experts * rank)
+    return _joined(factor_EXR.unbind(0))
 
 
 def _per_expert(grad_FX: Tensor, num_experts: int) -> Tensor:
@@ -89,7 +88,7 @@ class Projection(torch.autograd.Function):
         grad_x, grad_a, grad_weights = grad_TD, None, [None] * len(weights_ED)
         columns_TP = _joined([*to_x, *parts]) if to_x or parts else None
         if need_x and columns_TP is not None:
-            rows_PD = _rows(a_EDR if to_x else None, weights_ED, len(parts))
+            rows_PD = _columns(a_EDR if to_x else None, weights_ED, len(parts)).t()
             grad_x = columns_TP @ rows_PD if grad_TD is None else torch.addmm(grad_TD, columns_TP, rows_PD)
         if columns_TP is not None and (need_a or any(need_weights)):
             if for_a_TF is not None:
@@ -110,33 +109,29 @@ class Projection(torch.autograd.Function):
 def _down(x_TD: Tensor, a_EDR: Tensor | None, weights_ED: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """Features in the dtype of `x` and logits in fp32, of one product where the device lets it be."""
     if a_EDR is None:
-        return None, product_fp32(x_TD, _below_one_another(weights_ED).t())
-    a_DF = side_by_side(a_EDR)
+        return None, product_fp32(x_TD, _columns(None, weights_ED))
     if not weights_ED:
-        return x_TD @ a_DF, None
-    weight_ED = _below_one_another(weights_ED)
+        return x_TD @ side_by_side(a_EDR), None
     is_wide = x_TD.dtype.itemsize >= torch.float32.itemsize
     if not is_wide and (x_TD.dtype == torch.float16 or _leaves_rounding_out(x_TD.device, x_TD.dtype)):
-        return x_TD @ a_DF, product_fp32(x_TD, weight_ED.t())
-    both_TP = x_TD @ torch.cat((a_DF, weight_ED.t()), dim=1)
-    features_TF, rounded_TE = both_TP.split([a_DF.shape[1], weight_ED.shape[0]], dim=1)
+        return x_TD @ side_by_side(a_EDR), product_fp32(x_TD, _columns(None, weights_ED))
+    columns_DP = _columns(a_EDR, weights_ED)
+    num_features = a_EDR.shape[0] * a_EDR.shape[2]
+    both_TP = x_TD @ columns_DP
+    features_TF, rounded_TE = both_TP[:, :num_features], both_TP[:, num_features:]
     if is_wide:
         return features_TF, rounded_TE
-    return features_TF, _with_remainder(rounded_TE, x_TD, weight_ED.t())
+    return features_TF, _with_remainder(rounded_TE, x_TD, columns_DP[:, num_features:])
 
 
-def _rows(a_EDR: Tensor | None, weights_ED: Sequence[Tensor], num_parts: int) -> Tensor:
-    """(P, D): what the gradients of features and logits meet on their way to `x`."""
-    rows = [] if a_EDR is None else [side_by_side(a_EDR).t()]
-    return _joined([*rows, *num_parts * list(weights_ED)], dim=0)
+def _columns(a_EDR: Tensor | None, weights_ED: Sequence[Tensor], num_parts: int = 1) -> Tensor:
+    """(D, P): what `x` meets on its way to features and logits, and their gradients on the way back, in one copy."""
+    of_features = () if a_EDR is None else a_EDR.unbind(0)
+    return _joined([*of_features, *num_parts * [weight_ED.t() for weight_ED in weights_ED]])
 
 
-def _joined(tensors: Sequence[Tensor], dim: int = 1) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
-
-
-def _below_one_another(weights_ED: Sequence[Tensor]) -> Tensor:
-    return _joined(weights_ED, dim=0)
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim=1)
 
 
 def product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:
