@@ -1,14 +1,16 @@
-"""Kernels of an adapted layer, forward and backward, for every kind of expert and router, beside PEFT's LoRA.
+"""Kernels of an adapted layer, and the bytes it keeps, for every kind of expert and router, beside PEFT's LoRA.
 
     python benchmarks/layer_kernels.py
 
-Counted by a dispatch mode: operations that only look at memory in another way are left out. The layer is called as the
-engine does, with the routers' log on.
+Kernels are counted by a dispatch mode: operations that only look at memory in another way are left out. Bytes are those
+that the backward pass of a layer needs for a token, beside the layer's input and the parameters. The layer is called as
+the engine does, with the routers' log on.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoelora import AdapterConfig, inject
@@ -27,6 +29,7 @@ from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.config import LossesConfig
 
 NUM_SEQUENCES, LENGTH, WIDTH = 4, 32, 64
+NUM_EXPERTS, RANK = 8, 4
 # besides views: memory that is only set aside, and names that only check or pass on
 _FREE = {
     "empty",
@@ -58,10 +61,28 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def layer_kernels(
-    losses: LossesConfig | None = None, dtype: torch.dtype = torch.float32, **adapter: Any
-) -> tuple[list[str], list[str]]:
-    """Kernels of a forward and of a backward pass through one layer.
+@dataclass(frozen=True)
+class Cost:
+    """Of one layer.
+
+    Args:
+        forward: kernels
+        backward: kernels
+        kept_bytes: a token
+    """
+
+    forward: list[str]
+    backward: list[str]
+    kept_bytes: float
+
+    def __str__(self) -> str:
+        forward, backward = len(self.forward), len(self.backward)
+        kernels = f"kernels: forward {forward:3d}, backward {backward:3d}, both {forward + backward:3d}"
+        return f"{kernels}; kept: {self.kept_bytes:5.0f} bytes a token"
+
+
+def layer_cost(losses: LossesConfig | None = None, dtype: torch.dtype = torch.float32, **adapter: Any) -> Cost:
+    """Of a forward and a backward pass through one layer.
 
     Args:
         losses: of routers
@@ -69,7 +90,7 @@ def layer_kernels(
         adapter: keys of `AdapterConfig`
     """
     device = torch.device("cpu")
-    config = AdapterConfig(**{"num_experts": 8, "r": 4, "target_modules": "all-linear"} | adapter)
+    config = AdapterConfig(**{"num_experts": NUM_EXPERTS, "r": RANK, "target_modules": "all-linear"} | adapter)
     model = _linear(dtype)
     inject(model, config)
     context = adapter_context(model)
@@ -83,9 +104,9 @@ def layer_kernels(
         return _forward_and_backward(model.train())
 
 
-def peft_kernels(dtype: torch.dtype = torch.float32) -> tuple[list[str], list[str]]:
-    """The same of PEFT's LoRA."""
-    config = peft.LoraConfig(r=32, target_modules=["0"])
+def peft_cost(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Cost:
+    """The same of PEFT's LoRA of rank E R."""
+    config = peft.LoraConfig(r=NUM_EXPERTS * RANK, target_modules=["0"], lora_dropout=dropout)
     return _forward_and_backward(peft.inject_adapter_in_model(config, _linear(dtype)).to(dtype).train())
 
 
@@ -94,7 +115,7 @@ def _linear(dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)).to(dtype).requires_grad_(False)
 
 
-def _forward_and_backward(model: Any) -> tuple[list[str], list[str]]:
+def _forward_and_backward(model: Any) -> Cost:
     """Of a layer among many: what is made once for all of them has been made."""
     x_BSD = torch.randn(NUM_SEQUENCES, LENGTH, WIDTH, dtype=next(model.parameters()).dtype, requires_grad=True)
     model(x_BSD)
@@ -103,26 +124,45 @@ def _forward_and_backward(model: Any) -> tuple[list[str], list[str]]:
     grad_BSO = torch.randn_like(y_BSO)
     with Kernels() as backward:
         y_BSO.backward(grad_BSO)
-    return forward.names, backward.names
+    return Cost(forward.names, backward.names, _kept_bytes(model, x_BSD))
+
+
+def _kept_bytes(model: Any, x_BSD: Tensor) -> float:
+    """A token, beside the input, the parameters and what all layers share."""
+    free = {tensor.untyped_storage().data_ptr() for tensor in (x_BSD, *model.parameters())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in free and len(tensor) >= NUM_SEQUENCES:  # not a number of the layer
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y_BSO = model(x_BSD)
+    del y_BSO
+    return sum(kept.values()) / (NUM_SEQUENCES * LENGTH)
 
 
 def main() -> None:
     """Print a table."""
 
-    def line(name: str, counted: tuple[list[str], list[str]]) -> None:
-        forward, backward = map(len, counted)
-        print(f"{name:44s} forward {forward:3d}  backward {backward:3d}  both {forward + backward:3d}")
+    def line(name: str, cost: Cost) -> None:
+        print(f"{name:38s} {cost}")
 
-    line("PEFT LoRA", peft_kernels())
-    line("lora, one expert", layer_kernels(num_experts=1))
+    print(f"E = {NUM_EXPERTS}, R = {RANK}, fp32 where nothing else is said")
+    line("PEFT LoRA of rank E R", peft_cost())
+    line("PEFT LoRA of rank E R, bf16", peft_cost(torch.bfloat16))
+    line("PEFT LoRA of rank E R, dropout", peft_cost(dropout=0.1))
+    line("lora, one expert", layer_cost(num_experts=1))
     for router in BUILDERS:
-        line(f"lora, {router}", layer_kernels(router=router))
+        line(f"lora, {router}", layer_cost(router=router))
     for expert in ("moslora", "dora"):
-        line(f"{expert}, softmax_topk", layer_kernels(expert=expert))
-    line("lora, softmax_topk, balance and z", layer_kernels(LossesConfig(balance=0.01, z=0.001)))
-    line("lora, softmax_topk, dropout", layer_kernels(lora_dropout=0.1))
-    line("lora, softmax_topk, gate_power 0.5", layer_kernels(gate_power=0.5))
-    line("lora, softmax_topk, bf16", layer_kernels(dtype=torch.bfloat16))
+        line(f"{expert}, softmax_topk", layer_cost(expert=expert))
+    line("lora, softmax_topk, balance and z", layer_cost(LossesConfig(balance=0.01, z=0.001)))
+    line("lora, softmax_topk, dropout", layer_cost(lora_dropout=0.1))
+    line("lora, softmax_topk, gate_power 0.5", layer_cost(gate_power=0.5))
+    line("lora, softmax_topk, bf16", layer_cost(dtype=torch.bfloat16))
 
 
 if __name__ == "__main__":

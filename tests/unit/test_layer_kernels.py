@@ -1,4 +1,4 @@
-"""Kernels of a layer, as `benchmarks/layer_kernels.py` counts them, stay as few as they are."""
+"""Kernels of a layer and what it keeps, as `benchmarks/layer_kernels.py` counts them, stay as few as they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.layer_kernels import layer_kernels
+from benchmarks.layer_kernels import NUM_EXPERTS, RANK, layer_cost, peft_cost
 from dsmoelora.config import LossesConfig
 
 LOSSES = LossesConfig(balance=0.01, z=0.001)
@@ -16,13 +16,20 @@ LOSSES = LossesConfig(balance=0.01, z=0.001)
 @pytest.mark.parametrize(
     ("at_most", "losses", "settings"),
     [
-        pytest.param(16, None, {"num_experts": 1}, id="one-expert"),
-        pytest.param(35, None, {}, id="routed"),
-        pytest.param(53, LOSSES, {}, id="losses"),
-        pytest.param(50, None, {"dtype": torch.bfloat16}, id="bf16"),
-        pytest.param(48, None, {"lora_dropout": 0.1}, id="dropout"),
+        pytest.param(15, None, {"num_experts": 1}, id="one-expert"),
+        pytest.param(30, None, {}, id="routed"),
+        pytest.param(42, LOSSES, {}, id="losses"),
+        pytest.param(45, None, {"dtype": torch.bfloat16}, id="bf16"),
+        pytest.param(46, None, {"lora_dropout": 0.1}, id="dropout"),
     ],
 )
 def test_a_layer_launches_no_more_kernels(at_most: int, losses: LossesConfig | None, settings: dict[str, Any]) -> None:
-    forward, backward = layer_kernels(losses, **settings)
-    assert 0 < len(forward) + len(backward) <= at_most, (forward, backward)
+    cost = layer_cost(losses, **settings)
+    assert 0 < len(cost.forward) + len(cost.backward) <= at_most, (cost.forward, cost.backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_keeps_gates_and_logits_beside_what_peft_keeps(dtype: torch.dtype) -> None:
+    features, gates, logits = NUM_EXPERTS * RANK * dtype.itemsize, 4 * NUM_EXPERTS, dtype.itemsize * NUM_EXPERTS
+    assert peft_cost(dtype).kept_bytes == features
+    assert features < layer_cost(dtype=dtype).kept_bytes <= features + gates + logits

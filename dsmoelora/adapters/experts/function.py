@@ -210,7 +210,8 @@ class RoutedExperts(torch.autograd.Function):
                 `where(selected, gate ** gate_power, 0)`; without `for_a_TF` those of `x` too, as in the code that
                 Sun et al. released
         """
-        ctx.save_for_backward(gate_TE, selected_TE, features_TF, b_EOR, m_ERR, ratio_EO)  # type: ignore[arg-type]
+        mask_TE = None if gate_power == 1.0 else selected_TE  # otherwise the gates say it all
+        ctx.save_for_backward(gate_TE, mask_TE, features_TF, b_EOR, m_ERR, ratio_EO)  # type: ignore[arg-type]
         ctx.scale, ctx.gate_power, ctx.is_forked = scale, gate_power, for_a_TF is not None  # type: ignore[attr-defined]
         out_OF = side_by_side(outgoing(b_EOR, m_ERR, ratio_EO))
         return _scaled_product(_weigh(features_TF, gate_TE), out_OF.t(), scale, base_TO)

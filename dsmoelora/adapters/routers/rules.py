@@ -41,7 +41,7 @@ def softmax_over(scores_TE: Tensor, selected_TE: Tensor) -> Tensor:
 
 def largest(scores_TE: Tensor, top_k: int) -> Tensor:
     """(T, E) bool: the K largest scores of each token; among equal ones some, never more than K."""
-    chosen_TK = scores_TE.topk(top_k, dim=-1).indices
+    chosen_TK = scores_TE.detach().topk(top_k, dim=-1).indices
     return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-1, chosen_TK, True)
 
 

@@ -64,7 +64,7 @@ class HealthWindow:
             self._names,
             [part.tolist() for part in choices.split(self._sizes)],
             [part.tolist() for part in gates.split(self._sizes)],
-            entropy.tolist(),
+            [float(part.sum()) for part in entropy.split(self._sizes)],
             [[int(steps) for steps in part.tolist()] for part in idle.split(self._sizes)],
         )
         self._window.zero_()

@@ -67,6 +67,7 @@ class RoutingLog:
             yield
         finally:
             self._is_open = False
+            self._sums.finish_forward()
 
     def with_losses(self, layer: str, logits_NE: Tensor, num_tokens_N: Tensor) -> Tensor:
         """The logits, through whose gradient the losses speak. Recomputed layers must come by here as well."""
@@ -76,7 +77,7 @@ class RoutingLog:
         if self._is_open:
             with torch.no_grad():
                 log_total_N1 = logits_NE.logsumexp(-1, keepdim=True)
-                self._sums.add_logits(place, (logits_NE - log_total_N1).exp(), log_total_N1, num_tokens_N)
+                self._sums.add_logits(place, logits_NE.softmax(-1), log_total_N1, num_tokens_N)
         return self._losses.attach(place, logits_NE, num_tokens_N)
 
     def add(self, layer: str, gate_NE: Tensor, selected_NE: Tensor, num_tokens_N: Tensor) -> None:

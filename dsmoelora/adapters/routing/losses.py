@@ -57,16 +57,21 @@ class WithRouterLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_NE: Tensor) -> tuple[Tensor, None, None, None]:
-        """`p_e (balance (f_e - sum_f f_f p_f) + 2 z logsumexp)` for every token, added to what comes from above."""
+        """`p_e (balance (f_e - sum_f f_f p_f) + 2 z logsumexp)` for every token, added to what comes from above.
+
+        The first term is what a softmax gives back for the gradient `balance f_e` of its outputs.
+        """
         logits_NE, num_tokens_N, shares_E = ctx.saved_tensors  # type: ignore[attr-defined]
         weights: LossWeights = ctx.weights  # type: ignore[attr-defined]
-        log_total_N1 = logits_NE.logsumexp(-1, keepdim=True)
-        share_NE = (logits_NE - log_total_N1).exp()
-        per_share_NE = 2 * weights.z * log_total_N1
+        num_tokens_N1, share_NE = num_tokens_N.unsqueeze(-1), logits_NE.softmax(-1)
         if weights.balance:
-            mean_N1 = (share_NE * shares_E).sum(-1, keepdim=True)
-            per_share_NE = per_share_NE + weights.balance * (shares_E - mean_N1)
-        return torch.addcmul(grad_NE, share_NE * num_tokens_N.unsqueeze(-1), per_share_NE), None, None, None
+            of_shares_NE = num_tokens_N1 * shares_E
+            of_logits_NE = torch.ops.aten._softmax_backward_data(of_shares_NE, share_NE, -1, share_NE.dtype)
+            grad_NE = torch.add(grad_NE, of_logits_NE, alpha=weights.balance)
+        if weights.z:
+            log_total_N1 = logits_NE.logsumexp(-1, keepdim=True)
+            grad_NE = torch.addcmul(grad_NE, share_NE, log_total_N1 * num_tokens_N1, value=2 * weights.z)
+        return grad_NE, None, None, None
 
 
 class RouterLosses:

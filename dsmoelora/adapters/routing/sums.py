@@ -16,7 +16,7 @@ class Totals(NamedTuple):
         choices: (sum of all E,), how many tokens used each expert
         gates: of each expert's gate
         probabilities: of each expert's share of the softmax over all logits
-        entropy: (routers,), of the gates' entropy, in nats
+        entropy: of each expert's share of the gates' entropy, `-gate log gate`, in nats
         z: of the squared logarithm of the sum of the exponentials
     """
 
@@ -30,8 +30,9 @@ class Totals(NamedTuple):
 class RoutingSums:
     """All sums in one fp64 tensor, so that one all-reduce brings those of all ranks together.
 
-    A router's numbers lie side by side, so that a forward pass adds them in two kernels: what it decided (choices,
-    gates, entropy) and what its logits were (probabilities, z).
+    A router's numbers lie side by side, so that it adds them in two products: what it decided (choices, gates, entropy)
+    and what its logits were (probabilities, z). The sums of one forward pass are taken in fp32, all of them are moved
+    to `flat` at once when it is over.
 
     Args:
         sizes: number of experts of each router
@@ -42,12 +43,12 @@ class RoutingSums:
     """
 
     def __init__(self, sizes: list[int], device: torch.device) -> None:
-        lengths = [3 * size + 2 for size in sizes]
+        lengths = [4 * size + 1 for size in sizes]
         self.flat = torch.zeros(sum(lengths), dtype=torch.float64, device=device)
+        self._of_forward = self.flat.float()
         # Views are made once: to cut them in each layer's forward would take time that grows with the layers' square.
-        pairs = [
-            block.split([2 * size + 1, size + 1]) for block, size in zip(self.flat.split(lengths), sizes, strict=True)
-        ]
+        blocks = zip(self._of_forward.split(lengths), sizes, strict=True)
+        pairs = [block.split([3 * size, size + 1]) for block, size in blocks]
         self._decided, self._logits = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         begins = [sum(lengths[:router]) for router in range(len(sizes))]
 
@@ -58,9 +59,9 @@ class RoutingSums:
         self._places = Totals(
             choices=places(lambda size: range(size)),
             gates=places(lambda size: range(size, 2 * size)),
-            probabilities=places(lambda size: range(2 * size + 1, 3 * size + 1)),
-            entropy=places(lambda size: range(2 * size, 2 * size + 1)),
-            z=places(lambda size: range(3 * size + 1, 3 * size + 2)),
+            probabilities=places(lambda size: range(3 * size, 4 * size)),
+            entropy=places(lambda size: range(2 * size, 3 * size)),
+            z=places(lambda size: range(4 * size, 4 * size + 1)),
         )
 
     def totals(self, flat: Tensor) -> Totals:
@@ -76,8 +77,8 @@ class RoutingSums:
             selected_NE: bool
             num_tokens_N: fp32, how many real tokens each of them stands for
         """
-        entropy_N1 = torch.special.entr(gate_NE).sum(-1, keepdim=True)
-        self._decided[router].add_(torch.cat((selected_NE, gate_NE, entropy_N1), -1).t() @ num_tokens_N)
+        decided_NX = torch.cat((selected_NE, gate_NE, torch.special.entr(gate_NE)), -1)
+        self._decided[router].addmv_(decided_NX.t(), num_tokens_N)
 
     def add_logits(self, router: int, share_NE: Tensor, log_total_N1: Tensor, num_tokens_N: Tensor) -> None:
         """Count what a router's logits were.
@@ -88,7 +89,12 @@ class RoutingSums:
             log_total_N1: the logarithm of the sum of their exponentials
             num_tokens_N: as of `add_decisions`
         """
-        self._logits[router].add_(torch.cat((share_NE, log_total_N1.square()), -1).t() @ num_tokens_N)
+        self._logits[router].addmv_(torch.cat((share_NE, log_total_N1.square()), -1).t(), num_tokens_N)
+
+    def finish_forward(self) -> None:
+        """Move the sums of a forward pass to `flat`."""
+        self.flat += self._of_forward
+        self._of_forward.zero_()
 
 
 class ExpertsOfRouters:
