@@ -21,6 +21,7 @@ from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.experts.similarity import ExpertCosines
 from dsmoelora.adapters.folder import write_adapter
+from dsmoelora.adapters.keyed.draws import settle_dropout
 from dsmoelora.adapters.routing import Routing, RoutingLog
 from dsmoelora.adapters.starts.svd import uniform_gates
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
@@ -116,6 +117,8 @@ class Engine:
         self.layout = zero.make_layout(recipe)
         self._can_keep_logits = can_keep_logits(model)
         self._adapt(resumes)
+        dropout = recipe.adapter.lora_dropout
+        comm.together(lambda: settle_dropout(recipe.train.compile, dropout, self.device, recipe.model.torch_dtype))
         self._chunked_loss = ChunkedLoss.of(model, recipe.train.loss_chunk)
         self._initialise(deepspeed_config)
         self.watch = AdapterWatch(self.optimizer)

@@ -15,12 +15,13 @@ from dsmoelora.config.checks import require
 from dsmoelora.config.data import DataConfig, DataSource
 from dsmoelora.config.dtype import DTYPES
 from dsmoelora.config.optim import OptimConfig
-from dsmoelora.config.run import TRACKERS, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from dsmoelora.config.run import TRACKERS, CompileChoice, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 
 __all__ = [
     "DTYPES",
     "TRACKERS",
     "AdapterConfig",
+    "CompileChoice",
     "DataConfig",
     "DataSource",
     "InitName",

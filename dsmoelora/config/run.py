@@ -11,6 +11,7 @@ import torch
 from dsmoelora.config.checks import expanded, require, require_positive, require_unset
 from dsmoelora.config.dtype import DTYPES
 
+CompileChoice = Literal["auto", "on", "off"]
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
 
 
@@ -102,6 +103,8 @@ class TrainConfig:
         dead_after: optimizer steps without a token after which an expert counts as dead
         activation_checkpointing: recompute activations in the backward pass
         loss_chunk: targets whose logits the output head makes at a time, 0 for all at once
+        compile: have `torch.compile` fuse what makes many passes over wide tensors, which is `adapter.lora_dropout`:
+            one pass instead of a dozen, the same numbers. `auto` does so on an accelerator where there is a compiler
         num_samples: held-out prompts that are answered before and after training
         sample_max_new_tokens: tokens of such an answer at most
         max_skipped_steps: steps in a row without a finite loss and gradient after which the run ends
@@ -121,6 +124,7 @@ class TrainConfig:
     dead_after: int = 50
     activation_checkpointing: bool = False
     loss_chunk: int = 256
+    compile: CompileChoice = "auto"
     num_samples: int = 0
     sample_max_new_tokens: int = 64
     max_skipped_steps: int = 20

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from dsmoelora import AdapterConfig
 from dsmoelora.adapters.context import AdapterContext, BatchTokens
-from dsmoelora.adapters.keyed.draws import keyed_dropout, keyed_normal
+from dsmoelora.adapters.keyed import draws
+from dsmoelora.adapters.keyed.draws import keyed_dropout, keyed_normal, settle_dropout
 from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.layer import RoutedLinear
 from dsmoelora.adapters.shared_input import Siblings
+from dsmoelora.errors import ConfigError
 
 NUM_FEATURES = 256
+CPU = torch.device("cpu")
 
 
 def keep_mask(
@@ -173,3 +180,56 @@ def test_noise_belongs_to_sequence_position_and_layer() -> None:
     assert torch.equal(noise(first_sequence=5, num_sequences=3), whole[5 * 64 :]), "however the batch is split"
     for other in (noise(first_sequence=8, num_sequences=8), noise(layer_key=8, num_sequences=8)):
         assert abs(torch.corrcoef(torch.stack((whole.flatten(), other.flatten())))[0, 1]) < 5 * whole.numel() ** -0.5
+
+
+def dropped_and_gradient(num_tokens: int, num_features: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x_TD, grad_TD = (torch.randn(num_tokens, num_features, generator=generator).to(dtype) for _ in range(2))
+    keys_T = torch.randint(-(2**31), 2**31 - 1, (num_tokens,), dtype=torch.int32, generator=generator)
+    dropped_TD = keyed_dropout(x_TD.requires_grad_(), keys_T, 123, 0.3)
+    dropped_TD.backward(grad_TD)
+    assert x_TD.grad is not None
+    return [dropped_TD.detach(), x_TD.grad]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which torch.compile calls")
+def test_compiled_dropout_gives_the_same_bits_from_one_graph_a_width() -> None:
+    shapes = [(64, 96), (33, 96), (2, 96)]
+    expected = [dropped_and_gradient(*shape, torch.float32) for shape in shapes]
+    settle_dropout("on", 0.3, CPU, torch.float32)
+    before = counters["stats"]["unique_graphs"]
+    try:
+        for shape, tensors in zip(shapes, expected, strict=True):
+            for found, wanted in zip(dropped_and_gradient(*shape, torch.float32), tensors, strict=True):
+                assert torch.equal(found, wanted), shape
+        assert before > 0 and counters["stats"]["unique_graphs"] == before + 1, "one for each width"
+    finally:
+        settle_dropout("off", 0.3, CPU, torch.float32)
+
+
+def test_without_a_compiler_dropout_stays_as_it_is_or_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("found no Triton\nand more")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    vars(draws._dropped).pop("_compiled", None)
+    accelerator = torch.device("meta")
+    with pytest.raises(
+        ConfigError, match=r"train.compile is 'on', but it must be .* found no Triton\).* set it to auto"
+    ):
+        settle_dropout("on", 0.3, accelerator, torch.float32)
+    settle_dropout("auto", 0.3, accelerator, torch.float32)
+    assert "torch.compile does not work here: RuntimeError: found no Triton" in caplog.text
+    assert all(bool(tensor.any()) for tensor in dropped_and_gradient(8, 16, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("choice", "probability", "device"), [("off", 0.3, "meta"), ("auto", 0.3, "cpu"), ("on", 0.0, "cpu")]
+)
+def test_nothing_is_compiled_where_nothing_is_won(
+    choice: Any, probability: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", None)
+    settle_dropout(choice, probability, torch.device(device), torch.float32)

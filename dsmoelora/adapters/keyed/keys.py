@@ -47,14 +47,19 @@ def token_keys(
 
 def hash_columns(keys_T: Tensor, layer_key: int, num_columns: int) -> Tensor:
     """(T, num_columns) int32, uniform in its high bits: a hash of the token's key, the layer's key and the column."""
-    hashed = keys_T.unsqueeze(-1) ^ _columns(layer_key, num_columns, keys_T.device)
+    return hash_of_columns(keys_T, key_columns(layer_key, num_columns, keys_T.device))
+
+
+def hash_of_columns(keys_T: Tensor, columns_C: Tensor) -> Tensor:
+    """(T, C) int32: as `hash_columns`, with what `key_columns` gave."""
+    hashed = keys_T.unsqueeze(-1) ^ columns_C
     hashed.mul_(0x7FEB352D)  # int32 arithmetic wraps around, as a hash wants
     hashed.bitwise_xor_(hashed >> 15).mul_(0x3C6EF372)
     return hashed.bitwise_xor_(hashed >> 13).mul_(0x2C1B3C6D)  # the high bits are used, so no last shift is wanted
 
 
 @functools.lru_cache(maxsize=4096)
-def _columns(layer_key: int, num_columns: int, device: torch.device) -> Tensor:
+def key_columns(layer_key: int, num_columns: int, device: torch.device) -> Tensor:
     """(num_columns,) int32: hashes of the layer's key and the column, made once for every layer."""
     columns = torch.arange(num_columns, device=device, dtype=torch.int64)
     return _as_int32(_mix(_mix(columns) ^ (layer_key & _MASK_32)))
