@@ -56,7 +56,7 @@ def settle_dropout(choice: CompileChoice, probability: float, device: torch.devi
     x_TD = torch.ones(3, 5, device=device, dtype=dtype, requires_grad=True)
     keys_T, columns_D = (torch.arange(size, dtype=torch.int32, device=device) for size in x_TD.shape)
     try:
-        # of this very probability: its numbers become constants of the code, which is slow with variables in their place
+        # of this very probability, whose numbers become constants of the code: with variables it would be slow
         _dropped.use_compiled((x_TD, keys_T, columns_D, *_threshold_and_scale(probability)))
     except Exception as error:  # whatever torch's compilers raise
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
