@@ -4,7 +4,9 @@
 
 Four ranks, ZeRO-3, three layers that read one input (as q, k and v do), random routers, `ep_size` 4. Bytes are
 what a rank puts into its collectives in a forward pass, counted by DeepSpeed's comms logger (for `ep_size` 1: gathering
-the experts), beside what `parallel.exchange` expects. Times are of forward and backward over gloo on this machine.
+the experts), beside what `parallel.exchange` expects. Times are of forward and backward over gloo on this machine;
+beside them, in turn in one run, the same with every collective waited for where it starts, as a share: above 1 the
+overlap with the base layer saves time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any, cast
 import deepspeed
 import deepspeed.comm as dist
 import torch
+from blocking import collectives_through, waited_for
 from deepspeed.comm.comm import comms_logger
 from machine import DTYPE, DTYPE_NAME, setting
 from timing import seconds
@@ -27,13 +30,8 @@ from dsmoelora.adapters import inject
 from dsmoelora.config import AdapterConfig, ModelConfig, OptimConfig, ParallelConfig, Recipe, TrainConfig
 from dsmoelora.optim import ShardOptimizer, trainables
 from dsmoelora.parallel import comm, zero
-from dsmoelora.parallel.exchange import (
-    ALL_TO_ALL_LOG,
-    GATHER_LOG,
-    TokenExchange,
-    all_to_all_bytes,
-    gather_bytes,
-)
+from dsmoelora.parallel.exchange import TokenExchange, all_to_all_bytes, gather_bytes
+from dsmoelora.parallel.transfer import ALL_TO_ALL_LOG, GATHER_LOG
 from dsmoelora.parallel.zero_config import merge_config
 
 WORLD_SIZE = 4
@@ -65,11 +63,13 @@ class Measured:
         mebibytes: that a rank puts into its collectives, forward, in the mean over ranks
         expected: by the formulas
         milliseconds: of forward and backward
+        blocking: the same without overlap, as a share of it
     """
 
     mebibytes: float
     expected: float
     milliseconds: float
+    blocking: float
 
 
 def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) -> tuple[Measured, str]:
@@ -105,7 +105,12 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
 
     for _ in range(3):  # ZeRO learns the order of its parameters
         forward_and_backward()
-    milliseconds = 1e3 * min(seconds(forward_and_backward) for _ in range(5))
+    overlapping, blocking = [], []
+    for _ in range(5):
+        overlapping.append(seconds(forward_and_backward))
+        with collectives_through(waited_for):
+            blocking.append(seconds(forward_and_backward))
+    times = 1e3 * min(overlapping), min(blocking) / min(overlapping)
     dist.configure(enabled=True, prof_all=True, verbose=False)
     comms_logger.comms_dict = {}
     engine(x_TD)
@@ -117,7 +122,7 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
     if way == "ep_size 1":
         num_bytes = WORLD_SIZE * sum(n for name, n in logged.items() if "all_gather" in name) - base_bytes()
         expected = NUM_LAYERS * ITEMSIZE * num_experts * (2 * WIDTH * rank + WIDTH)  # factors, router
-        return Measured(mean_over_ranks(num_bytes) / 2**20, expected / 2**20, milliseconds), ""
+        return Measured(mean_over_ranks(num_bytes) / 2**20, expected / 2**20, *times), ""
     num_bytes = WORLD_SIZE * logged.get(GATHER_LOG, 0) + logged.get(ALL_TO_ALL_LOG, 0)
     both = {
         "gather": gather_bytes(*sizes, NUM_LAYERS),
@@ -125,7 +130,7 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
     }
     exchange.kind = "auto"
     chosen = exchange.kind_for(WIDTH, WIDTH, ITEMSIZE)
-    return Measured(mean_over_ranks(num_bytes) / 2**20, both[way] / 2**20, milliseconds), chosen
+    return Measured(mean_over_ranks(num_bytes) / 2**20, both[way] / 2**20, *times), chosen
 
 
 def mean_over_ranks(value: float) -> float:
@@ -138,28 +143,29 @@ def base_bytes() -> int:
     return NUM_LAYERS * WIDTH * WIDTH * ITEMSIZE
 
 
-def worker() -> None:
-    """Measure all rows, print on rank 0."""
+def worker(*num_tokens: str) -> None:
+    """Measure all rows for some numbers of tokens a rank, print on rank 0."""
     if comm.rank() == 0:
         print(
             f"{setting()}\n\n"
-            "| tokens a rank | E, K, R | way | MiB | formula | off by | ms | auto takes |\n"
-            "|---|---|---|---|---|---|---|---|"
+            "| tokens a rank | E, K, R | way | MiB | formula | off by | ms | blocking | auto takes |\n"
+            "|---|---|---|---|---|---|---|---|---|"
         )
     num_wrong = 0
-    for num_tokens, (num_experts, top_k, rank) in product(NUM_TOKENS, EXPERTS):
-        rows = {
-            way: measure(num_tokens, num_experts, top_k, rank, way) for way in ("gather", "all_to_all", "ep_size 1")
-        }
+    for tokens, (num_experts, top_k, rank) in product(map(int, num_tokens), EXPERTS):
+        rows = {way: measure(tokens, num_experts, top_k, rank, way) for way in ("gather", "all_to_all", "ep_size 1")}
         cheaper = min(("gather", "all_to_all"), key=lambda way: rows[way][0].mebibytes)
         for way, (found, chosen) in rows.items():
-            takes = "" if way == "ep_size 1" else f"{chosen} ({'cheaper' if chosen == cheaper else 'DEARER'})"
+            takes = blocking = ""
+            if chosen:
+                takes = f"{chosen} ({'cheaper' if chosen == cheaper else 'DEARER'})"
+                blocking = f"{found.blocking:.2f}x"
             num_wrong += abs(found.mebibytes / found.expected - 1) > TOLERANCE or chosen not in ("", cheaper)
             if comm.rank() == 0:
                 print(
-                    f"| {num_tokens} | {num_experts}, {top_k}, {rank} | {way} | {found.mebibytes:.2f} "
+                    f"| {tokens} | {num_experts}, {top_k}, {rank} | {way} | {found.mebibytes:.2f} "
                     f"| {found.expected:.2f} | {100 * (found.mebibytes / found.expected - 1):+.1f}% "
-                    f"| {found.milliseconds:.0f} | {takes} |",
+                    f"| {found.milliseconds:.0f} | {blocking} | {takes} |",
                     flush=True,
                 )
     if num_wrong:
@@ -168,8 +174,9 @@ def worker() -> None:
 
 def main() -> None:
     """Start the ranks."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    run_ranks(__file__, WORLD_SIZE)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=NUM_TOKENS, help="of a rank")
+    run_ranks(__file__, WORLD_SIZE, *map(str, parser.parse_args().tokens))
 
 
 if __name__ == "__main__":

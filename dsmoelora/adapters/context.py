@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.shared_input import SharedInput
+from dsmoelora.adapters.shared_input import Once
 
 if TYPE_CHECKING:
     from dsmoelora.adapters.contrastive import ContrastiveLosses
@@ -19,26 +19,35 @@ if TYPE_CHECKING:
 LocalExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class Visit(Protocol):
+    """Tokens of a layer on their way to the experts of all ranks."""
+
+    @property
+    def have_left(self) -> bool:
+        """Whether another layer has sent them before: what takes long is the way back."""
+
+    def through(self, experts: LocalExperts) -> Callable[[], Tensor]:
+        """Wait for the tokens, apply this rank's experts, and send sums on their way back.
+
+        Returns:
+            what waits for these: (T, O), for this rank's tokens the sums over the experts of all ranks
+        """
+
+
 class Exchange(Protocol):
     """How tokens reach experts on other ranks (see `parallel.exchange`)."""
 
-    def __call__(
-        self,
-        shared: SharedInput,
-        x_TD: Tensor,
-        gate_TE: Tensor,
-        selected_TE: Tensor,
-        experts: LocalExperts,
-        out_features: int,
-    ) -> Tensor:
-        """(T, O): sums over the experts of all ranks for this rank's tokens.
+    def depart(
+        self, of_input: Once, of_decision: Once, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor, out_features: int
+    ) -> Visit:
+        """Send a layer's tokens and gates on their way.
 
         Args:
-            shared: the input, for what its other readers have sent already
-            x_TD: this rank's tokens, the same tensor for all readers of `shared`
+            of_input: what was made of the input by all layers that read it
+            of_decision: what was made of gates and selection by all layers that follow them
+            x_TD: this rank's tokens, the same tensor for all readers of an input
             gate_TE: fp32, for the experts of all ranks
             selected_TE: bool
-            experts: this rank's part of the layer
             out_features: O
         """
 

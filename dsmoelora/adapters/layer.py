@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -15,11 +15,14 @@ from dsmoelora.adapters.precision import compute_dtype, of_base, without_autocas
 from dsmoelora.adapters.routers import RouterPlace, build_router
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
 from dsmoelora.adapters.routers.parts import TokenRouter
-from dsmoelora.adapters.shared_input import SharedInput, Siblings
+from dsmoelora.adapters.shared_input import Once, SharedInput, Siblings
 from dsmoelora.adapters.targets.linear import Linear, features
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError
 from dsmoelora.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from dsmoelora.adapters.contrastive.losses import ContrastOfTokens
 
 
 class WeightReadPast(ModelError, AttributeError):
@@ -79,19 +82,41 @@ class RoutedLinear(nn.Module):
 
     def _forward(self, x: Tensor, shared: SharedInput) -> Tensor:
         x_TD, gate_TE, selected_TE, *features = self.router(x.reshape(-1, x.shape[-1]))
-        base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
-        drops = self.training and self.dropout > 0.0
+        drops, tokens_TD = self.training and self.dropout > 0.0, x_TD
         if drops or self._is_partitioned:  # made of the input itself, for all layers that read it
-            x_TD = shared.once("tokens", lambda: self._tokens(x, shared.dropout_key, drops))
+            tokens_TD = shared.once("dropped", lambda: self._tokens(x, shared.dropout_key, drops))
         losses = self.context.losses if self.training else None
-        attachment = losses.of_layer(self.name, x_TD, selected_TE, self.context.tokens) if losses else None
+        attachment = losses.of_layer(self.name, tokens_TD, selected_TE, self.context.tokens) if losses else None
         if self._is_partitioned:
-            assert self.context.exchange is not None, "partitioned experts need an exchange"
-            own_experts = partial(experts, None, attachment=attachment)
-            y_TO = base_TO + self.context.exchange(shared, x_TD, gate_TE, selected_TE, own_experts, base_TO.shape[-1])
+            y_TO = self._with_others(x_TD, gate_TE, selected_TE, tokens_TD, shared, attachment)
         else:
-            y_TO = experts(base_TO, x_TD, gate_TE, selected_TE, attachment=attachment, features=features)
+            base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
+            y_TO = experts(base_TO, tokens_TD, gate_TE, selected_TE, attachment=attachment, features=features)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    def _with_others(
+        self,
+        x_TD: Tensor,
+        gate_TE: Tensor,
+        selected_TE: Tensor,
+        tokens_TD: Tensor,
+        shared: SharedInput,
+        attachment: ContrastOfTokens | None,
+    ) -> Tensor:
+        """(T, O) where experts lie on other ranks: the base layer computes while the longer trip is under way.
+
+        That is the tokens' for the layer that sends them, and the sums' for those that find them there.
+        """
+        assert self.context.exchange is not None, "partitioned experts need an exchange"
+        decided = self.router.gates.once if isinstance(self.router, BlockRouter) else Once()
+        visit = self.context.exchange.depart(
+            shared.once, decided, tokens_TD, gate_TE, selected_TE, features(self.base)[1]
+        )
+        if visit.have_left and self.experts.rows is None:
+            sums = visit.through(partial(self.experts, None, attachment=attachment))
+            return of_base(self.base, x_TD) + sums()
+        base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
+        return base_TO + visit.through(partial(experts, None, attachment=attachment))()
 
     def __getattr__(self, name: str) -> Any:
         """Refuse to hand out the base's weight: to compute with it leaves the experts out, and nobody would notice."""

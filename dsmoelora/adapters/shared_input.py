@@ -11,6 +11,24 @@ from torch import Tensor, nn
 Made = TypeVar("Made")
 
 
+class Once:
+    """Things that several layers need, made at the first call that asks for them by name."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, what: str, make: Callable[[], Made]) -> Made:
+        """The thing of that name."""
+        if what not in self._made:
+            self._made[what] = make()
+        made: Made = self._made[what]
+        return made
+
+    def __contains__(self, what: str) -> bool:
+        """Whether it has been made."""
+        return what in self._made
+
+
 class SharedInput:
     """An input and what was made of it: its dropped-out copy, its tokens on other ranks.
 
@@ -19,12 +37,15 @@ class SharedInput:
     Args:
         x: the input of the first layer that reads it
         dropout_key: of that layer, which also names it; all readers see one dropout mask
+
+    Attributes:
+        once: what was made of it
     """
 
     def __init__(self, x: Tensor, dropout_key: int) -> None:
         self._storage = x.untyped_storage()  # nobody else gets this memory as long as it is here
         self._state = _state_of(x)
-        self._made: dict[str, Any] = {}
+        self.once = Once()
         self.dropout_key = dropout_key
         self._readers = {dropout_key}
 
@@ -36,13 +57,6 @@ class SharedInput:
         is_new = dropout_key not in self._readers
         self._readers.add(dropout_key)
         return is_new and x.untyped_storage() is self._storage and self._state == _state_of(x)
-
-    def once(self, what: str, make: Callable[[], Made]) -> Made:
-        """The thing of that name, made at the first call."""
-        if what not in self._made:
-            self._made[what] = make()
-        made: Made = self._made[what]
-        return made
 
 
 class Siblings:

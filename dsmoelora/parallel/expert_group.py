@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from dsmoelora.adapters.experts.similarity import cross_grams
-from dsmoelora.parallel.exchange import AllToAll, Dispatch, GatherRoute, TokenExchange
+from dsmoelora.parallel.exchange import TokenExchange
+from dsmoelora.parallel.routes import GatherRoute
+from dsmoelora.parallel.transfer import Transfer
 
 
 class SumOverGroup(torch.autograd.Function):
@@ -57,33 +59,30 @@ class PartitionedExperts:
 
     def to_experts(self, x_TD: Tensor) -> Tensor:
         """(P longest, D): the tokens of all ranks, as many places for each as the rank with most has."""
-        sent: Tensor = Dispatch.apply(x_TD, self._route())
-        return sent
+        route = self._route(self._num_tokens())
+        return Transfer(x_TD, route.send, route.sum_back).result()
 
     def from_experts(self, features_MLR: Tensor) -> Tensor:
         """(T, E, R): from (P longest, L, R)."""
-        num_local, rank = features_MLR.shape[1:]
-        num_ranks, num_own = self._layout.ep_size, self._num_tokens()[self._layout.ep_rank]
-        counts = [len(features_MLR) // num_ranks] * num_ranks
-        back = AllToAll.apply(features_MLR.flatten(1).contiguous(), counts, counts, self._layout.expert_group)
-        by_rank = back.view(num_ranks, counts[0], num_local, rank)
-        by_token: Tensor = by_rank.transpose(0, 1).flatten(1, 2)[:num_own]
-        return by_token
+        num_tokens = self._num_tokens()
+        route = self._route(num_tokens)
+        back_MLR = Transfer(features_MLR, route.swap, route.swap).result()
+        by_rank_PTLR = back_MLR.unflatten(0, (self._layout.ep_size, route.longest))
+        return by_rank_PTLR.transpose(0, 1).flatten(1, 2)[: num_tokens[self._layout.ep_rank]]
 
     def cross_grams(self, b_LOR: Tensor) -> Tensor:
         """(E, E, R, R) fp32."""
-        num_local, out_features, rank = b_LOR.shape
-        num_ranks, group = self._layout.ep_size, self._layout.expert_group
+        num_ranks, out_features = self._layout.ep_size, b_LOR.shape[1]
         share = -(-out_features // num_ranks)
         padded_OLR = torch.nn.functional.pad(b_LOR.transpose(0, 1), (0, 0, 0, 0, 0, num_ranks * share - out_features))
-        counts = [share] * num_ranks
-        mine = AllToAll.apply(padded_OLR.flatten(1).contiguous(), counts, counts, group)
-        mine_EOR = mine.view(num_ranks, share, num_local, rank).transpose(1, 2).flatten(0, 1)
-        total: Tensor = SumOverGroup.apply(cross_grams(mine_EOR), group)
+        route = self._route([share] * num_ranks)
+        mine_OLR = Transfer(padded_OLR, route.swap, route.swap).result()
+        mine_EOR = mine_OLR.unflatten(0, (num_ranks, share)).transpose(1, 2).flatten(0, 1)
+        total: Tensor = SumOverGroup.apply(cross_grams(mine_EOR), self._layout.expert_group)
         return total
 
     def _num_tokens(self) -> list[int]:
         return [self._tokens_per_row * rows for rows in self._exchange.num_rows]
 
-    def _route(self) -> GatherRoute:
-        return GatherRoute(self._num_tokens(), self._layout.ep_rank, self._layout.expert_group)
+    def _route(self, counts: list[int]) -> GatherRoute:
+        return GatherRoute(counts, self._layout.ep_rank, self._layout.expert_group)

@@ -125,7 +125,7 @@ class OnRank:
 def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int | None) -> OnRank:
     """The experts of this rank and the tokens of this rank, in fp32, out of the problem of all."""
     from dsmoelora.adapters.experts.function import routed_experts
-    from dsmoelora.adapters.shared_input import SharedInput
+    from dsmoelora.adapters.shared_input import Once
     from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.exchange import TokenExchange
@@ -141,7 +141,7 @@ def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int
     exchange = TokenExchange(layout, kind, TOP_K)
     exchange.announce(num_tokens[comm.rank()], num_rows=1)
     x = x_TD[own].float().requires_grad_()
-    shared, ys, leaves, loss = SharedInput(x, 0), [], [], torch.zeros(())
+    of_input, ys, leaves, loss = Once(), [], [], torch.zeros(())
     forward: list[Message] = []
     with listening(forward):
         for layer in layers:
@@ -151,7 +151,7 @@ def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int
             def experts(x_ND: Tensor, gate_NL: Tensor, selected_NL: Tensor, a: Tensor = a, b: Tensor = b) -> Any:
                 return routed_experts(None, x_ND, gate_NL, selected_NL, a, b, None, None, scale=SCALE)
 
-            y = exchange(shared, x, gate, layer.selected_TE[own], experts, b.shape[1])
+            y = exchange.depart(of_input, Once(), x, gate, layer.selected_TE[own], b.shape[1]).through(experts)()
             ys.append(y.detach())
             leaves.append((gate, a, b))
             loss = loss + (y * layer.weight_TO[own].float()).sum()
@@ -245,7 +245,34 @@ def test_as_many_bytes_travel_as_the_formulas_say(worker_pool: PoolFactory, kind
     choices = list(combinations(range(NUM_EXPERTS), TOP_K))
     q = sum(min(choice) < NUM_LOCAL for choice in choices) / len(choices)
     q_n = 1 - (1 - q) ** num_layers
-    places, counts = num_tokens * q * 4 * (num_layers - 1), 8 * (2 * num_layers - 1)
+    places, counts = num_tokens * q * 4 * (num_layers - 1), 4 * num_ranks * (2 * num_layers - 1)
     expected = num_ranks * (num_tokens * (q_n * 4 * IN + q * (gates + outs)) + places + counts)
     assert sum(forward) / num_ranks == pytest.approx(expected, rel=0.02)
-    assert sum(backward) / num_ranks == pytest.approx(expected - num_ranks * counts, rel=0.02)
+    assert sum(backward) / num_ranks == pytest.approx(expected - num_ranks * (places + counts), rel=0.02)
+
+
+def sums_on_rank() -> list[Tensor]:
+    """What two tokens get back from all ranks in bf16, of which the second has been sent to all but the first."""
+    from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
+    from dsmoelora.parallel import comm
+    from dsmoelora.parallel.routes import GatherRoute, chosen_routes
+    from dsmoelora.parallel.zero import make_layout
+
+    adapter = AdapterConfig(num_experts=NUM_EXPERTS, top_k=TOP_K)
+    layout = make_layout(Recipe(adapter=adapter, parallel=ParallelConfig(4, "all_to_all")))
+    (chosen,) = chosen_routes([torch.tensor([[True, True, True, True], [False, True, True, True]])], layout)
+    gather = GatherRoute([2] * 4, layout.ep_rank, layout.expert_group)
+    mine = [1.0, 2.0**-8, 2.0**-8, 2.0**-9][comm.rank()]
+    sums = []
+    for route, num_rows in ((gather, 8), (chosen, 4 if comm.rank() == 0 else 8)):
+        sums.append(route.sum_back(torch.full((num_rows, 3), mine, dtype=torch.bfloat16)).wait())
+    return sums
+
+
+def test_sums_are_rounded_once(worker_pool: PoolFactory) -> None:
+    """Added up in bf16, 1 would stay 1."""
+    for gathered, chosen in worker_pool(4).run(sums_on_rank):
+        whole = torch.tensor(1 + 2.0**-7 + 2.0**-9).bfloat16()
+        assert gathered.tolist() == [[whole.item()] * 3] * 2
+        part = torch.tensor(2.0**-7 + 2.0**-9).bfloat16()
+        assert chosen.tolist() == [[whole.item()] * 3, [part.item()] * 3]

@@ -86,7 +86,8 @@ def test_bytes_are_those_of_the_formulas(num_experts: int, ep_size: int, top_k: 
     )
     once, any_layer = (share_wanted(num_experts, ep_size, top_k, count) for count in (1, num_layers))
     rows = any_layer * d * itemsize + once * gates_and_outputs + once * 4 * (num_layers - 1)
-    counts = 8 * (2 * num_layers - 1)  # an int64 to each rank, for the rows and, after the first layer, for the gates
+    # an int32 for each rank, told to all ranks: of rows and, after the first layer, of those that are not there yet
+    counts = 4 * ep_size * (2 * num_layers - 1)
     found = all_to_all_bytes(tokens, layout, d, o, itemsize, top_k, num_layers)
     assert found == pytest.approx(ep_size * (tokens * rows + counts))
 

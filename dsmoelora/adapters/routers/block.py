@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dsmoelora.adapters.shared_input import Once
 from dsmoelora.errors import ModelError
 
 
@@ -20,10 +21,13 @@ class BlockGates:
 
     Args:
         name: of the block in the model
+
+    Attributes:
+        once: what was made of the decision by the layers that follow it
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.once = name, Once()
         self._decision: tuple[Tensor, Tensor] | None = None
         self._hooks: list[Any] = []
 
@@ -70,12 +74,12 @@ class BlockGates:
                 "is no feed-forward block that adapter.style ffn_block can route. Set adapter.style to per_linear."
             )
         x_TD, *decision = block.router(x.reshape(-1, num_inputs))
-        self._decision = tuple(decision)
+        self._decision, self.once = tuple(decision), Once()
         routed = x_TD.view(x.shape)
         return ((routed, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): routed})
 
     def _forget(self, *_: Any) -> None:
-        self._decision = None
+        self._decision, self.once = None, Once()
 
 
 class BlockRouter(nn.Module):
