@@ -1,7 +1,8 @@
-"""What travels between the ranks in the optimizer's step, counted while the engine trains."""
+"""What travels between the ranks in the optimizer's step, and what its host waits for, counted as the engine trains."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from dsmoelora.optim.preconditioner import Preconditioner
 from tests.engine_ranks import Job, batches_of, build_engine
+from tests.host_waits import host_reads
 
 
 @dataclass(frozen=True)
@@ -46,23 +48,30 @@ def _ranks_of_group(args: Any) -> list[int]:
 
 @dataclass
 class Counts:
-    """What a rank has counted: the collectives of each call of `step`, and how often gradients were preconditioned."""
+    """What a rank has counted.
+
+    Args:
+        collectives: of each call of `step`
+        reads: what its host waited for, in all calls of `step`
+        num_applied: how often gradients were preconditioned
+        reports: of each step
+    """
 
     collectives: list[list[Collective]] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
     num_applied: int = 0
     reports: list[dict[str, float]] = field(default_factory=list)
 
 
 def train_and_count(job: Job) -> Counts:
-    engine, counts, recorder = build_engine(job), Counts(), Collectives()
+    engine, counts, recorders = build_engine(job), Counts(), ExitStack()
 
     def open_step(*_: Any) -> None:
-        recorder.found = []
-        recorder.__enter__()
+        counts.collectives.append(recorders.enter_context(Collectives()).found)
+        recorders.callback(counts.reads.extend, recorders.enter_context(host_reads()))
 
     def close_step(*_: Any) -> None:
-        recorder.__exit__(None, None, None)
-        counts.collectives.append(recorder.found)
+        recorders.close()
 
     engine.optimizer.register_step_pre_hook(open_step)
     engine.optimizer.register_step_post_hook(close_step)

@@ -22,6 +22,8 @@ from dsmoelora.optim.packed import GroupStep, Part
 from dsmoelora.optim.preconditioner import Preconditioner, RouterReport, StepReport
 from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, joined_spans, trainables, whole
 
+_Alike = tuple[float, torch.device]  # numbers that one call updates: with one multiplier, on one device
+
 
 def lr_multiplier(config: OptimConfig, factor: Factor) -> float:
     """Learning rate of a role as a multiple of `optim.lr`."""
@@ -58,7 +60,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         self._reporters: list[Preconditioner | RouterReport] = []
         self.skip = False
         self.num_steps = 0
-        self._spans: dict[Tensor, dict[float, list[slice]]] = {}
+        self._spans: dict[_Alike, list[tuple[Tensor, slice]]] = {}
         self._group_steps: dict[Tensor, GroupStep] = {}
 
     @property
@@ -84,7 +86,9 @@ class ShardOptimizer(torch.optim.Optimizer):
             if shard.tensor.dtype != torch.float32:
                 raise ValueError(f"master values are {shard.tensor.dtype}, but must be fp32: load the model in fp32")
             flat = shard.tensor.detach().view(-1)
-            self._spans[shard.tensor] = self._spans_by_multiplier(shard.runs)
+            for multiplier, spans in self._spans_by_multiplier(shard.runs).items():
+                alike = self._spans.setdefault((multiplier, flat.device), [])
+                alike += [(shard.tensor, span) for span in spans]
             self.state[shard.tensor] = {name: torch.zeros_like(flat) for name in self.state_names}
 
     def _parts_of(self, group: ShardGroup) -> list[Part]:
@@ -124,7 +128,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._spans or self.skip:
+        if not self.shards or self.skip:
             return loss
         group = self.param_groups[0]
         if group["params"][0] is self.shards[0].tensor:  # the first process group opens the step
@@ -137,9 +141,7 @@ class ShardOptimizer(torch.optim.Optimizer):
                 self._group_steps[tensor].apply()
         for tensor in absent:
             tensor.grad = None
-        for tensor in group["params"]:
-            if tensor.grad is not None:
-                self._update(tensor, tensor.grad, group["lr"])
+        self._update({tensor for tensor in group["params"] if tensor.grad is not None}, group["lr"])
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,11 +153,15 @@ class ShardOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self.num_steps = int(state_dict["num_steps"])
 
-    def _update(self, tensor: Tensor, grad: Tensor, lr: float) -> None:
-        value, grad = tensor.detach().view(-1), grad.view(-1)
-        for multiplier, spans in self._spans[tensor].items():
-            moments = {name: [self.state[tensor][name][span] for span in spans] for name in self.state_names}
-            values, grads = [value[span] for span in spans], [grad[span] for span in spans]
+    def _update(self, tensors: set[Tensor], lr: float) -> None:
+        """Move shards by their gradients, in one call for all numbers with one learning rate."""
+        for (multiplier, _), places in self._spans.items():
+            here = [(tensor, span) for tensor, span in places if tensor in tensors]
+            if not here:
+                continue
+            values = [tensor.detach().view(-1)[span] for tensor, span in here]
+            grads = [tensor.grad.view(-1)[span] for tensor, span in here]  # type: ignore[union-attr]
+            moments = {name: [self.state[tensor][name][span] for tensor, span in here] for name in self.state_names}
             if self.config.name == "adamw":
                 self._adamw(values, grads, moments, lr * multiplier)
             else:

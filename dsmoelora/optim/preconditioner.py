@@ -17,8 +17,8 @@ from dsmoelora.config import OptimConfig
 from dsmoelora.optim.algebra import add_gram, rmul_
 from dsmoelora.optim.packed import PackedBuffer
 from dsmoelora.optim.riemannian import Mixers, RowFactors, row_factors
-from dsmoelora.optim.rows import Run, Shard, ShardGroup, joined_spans
-from dsmoelora.optim.tiles import Tile, tiles
+from dsmoelora.optim.rows import JoinedShards, Run, ShardGroup, joined_spans
+from dsmoelora.optim.tiles import tiles
 
 _PAIRED = (Factor.A, Factor.B, Factor.M)  # the others, routers and magnitudes, are left as they are
 
@@ -29,14 +29,14 @@ class StepReport:
 
     Args:
         condition: largest condition number of a damped Gram matrix, estimated from below; 0 without any (scalar tensor)
-        num_fallbacks: matrices that wanted an eigendecomposition
+        num_fallbacks: matrices that Cholesky could not take (scalar tensor)
         square_norm: squared norm of the new gradient of this rank's shards, routers included, a share of it where other
             ranks hold the same (scalar tensor): a sum over ranks counts every number once
         num_ranks: how many ranks report the same matrices
     """
 
     condition: Tensor
-    num_fallbacks: int
+    num_fallbacks: Tensor
     square_norm: Tensor
     num_ranks: int = 1
 
@@ -53,26 +53,6 @@ class _Places:
 
     def unpack(self, source: Tensor, flat: Tensor) -> None:
         flat[self.in_shard] = source.reshape(-1)[self.in_buffer]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One shard of this rank, and where its rows are."""
-
-    shard: Shard
-    tiles: list[Tile]
-    cut: _Places
-    mixers: _Places
-    others: list[slice]
-
-    @property
-    def value(self) -> Tensor:
-        return self.shard.tensor.detach().view(-1)
-
-    @property
-    def grad(self) -> Tensor:
-        assert self.shard.tensor.grad is not None, "every trainable tensor takes part in every step"
-        return self.shard.tensor.grad.view(-1)
 
 
 class Preconditioner:
@@ -98,7 +78,9 @@ class Preconditioner:
         device = group.shards[0].tensor.device
         cut_slots = [self._slot(of.layer, of.factor, row // of.shape[1]) for of, row in group.cut_rows]
         self._cut_slots = torch.tensor(cut_slots, dtype=torch.int64, device=device)
-        self._parts = [self._part(shard, group.cut_rows, device) for shard in group.shards]
+        self._shards = JoinedShards(group.shards)
+        self._tiles = tiles(self._shards.runs, self._first_slot, device)
+        self._find_places(group.cut_rows, device)
         square = (rank, rank)
         shapes: dict[str, tuple[int, ...]] = {"grams": (2 * self._num_pairs, *square)}
         if self._needs_cross:
@@ -116,19 +98,20 @@ class Preconditioner:
     def _slot(self, layer: str, factor: Factor, expert: int) -> int:
         return self._first_slot[layer, factor] + expert
 
-    def _part(self, shard: Shard, cut_rows: list[tuple], device: torch.device) -> _Part:
+    def _find_places(self, cut_rows: list[tuple], device: torch.device) -> None:
+        """Where numbers lie that are no whole rows of factors."""
         number = {(of.name, row): index for index, (of, row) in enumerate(cut_rows)}
         cut: list[tuple[int, int, int]] = []  # first number in the shard, in the buffer, how many
         mixers: list[tuple[int, int, int]] = []
-        for run in shard.runs:
+        runs = self._shards.runs
+        for run in runs:
             if run.of.factor in (Factor.A, Factor.B):
                 cut += _cut_pieces(run, number)
             elif run.of.factor is Factor.M:
                 first = self._first_slot[run.of.layer, Factor.A] * run.of.row_size**2
                 mixers.append((run.offset, first + run.start, run.stop - run.start))
-        own_tiles = tiles(shard.runs, self._first_slot, device)
-        others = joined_spans(run for run in shard.runs if run.of.factor not in _PAIRED)
-        return _Part(shard, own_tiles, _places(cut, device), _places(mixers, device), others)
+        self._cut, self._mixers = _places(cut, device), _places(mixers, device)
+        self._others = joined_spans(run for run in runs if run.of.factor not in _PAIRED)
 
     def finish(self, buffer: PackedBuffer) -> None:
         """Precondition the gradients at hand with what all ranks packed."""
@@ -137,21 +120,23 @@ class Preconditioner:
         mixers = Mixers(buffer["m"], buffer["grad_m"]) if self._has_mixers else None
         cross = buffer["cross"] if self._needs_cross else None
         factors = row_factors(self._config, gram_a, gram_b, cross, mixers)
-        square_norm = self._multiply(buffer, factors)
+        value, grad = self._shards.value, self._shards.grad
+        square_norm = self._multiply(buffer, factors, value, grad)
+        self._shards.put_grad(grad)
         self.report = StepReport(factors.condition, factors.num_fallbacks, square_norm, self._num_ranks)
 
     def pack(self, buffer: PackedBuffer) -> None:
         """Everything this rank has to say, into the zeroed buffer."""
-        for part in self._parts:
-            for tile in part.tiles:
-                add_gram(buffer["grams"], tile, part.value, part.value)
-                if self._needs_cross and tile.factor is Factor.A:
-                    add_gram(buffer["cross"], tile, part.value, part.grad)
-            part.cut.pack(part.value, buffer["cut_values"])
-            part.cut.pack(part.grad, buffer["cut_grads"])
-            if self._has_mixers:
-                part.mixers.pack(part.value, buffer["m"])
-                part.mixers.pack(part.grad, buffer["grad_m"])
+        value, grad = self._shards.value, self._shards.grad
+        for tile in self._tiles:
+            add_gram(buffer["grams"], tile, value, value)
+            if self._needs_cross and tile.factor is Factor.A:
+                add_gram(buffer["cross"], tile, value, grad)
+        self._cut.pack(value, buffer["cut_values"])
+        self._cut.pack(grad, buffer["cut_grads"])
+        if self._has_mixers:
+            self._mixers.pack(value, buffer["m"])
+            self._mixers.pack(grad, buffer["grad_m"])
 
     def _count_cut_rows(self, buffer: PackedBuffer) -> None:
         """The cut rows, whole now, enter the sums once."""
@@ -162,22 +147,19 @@ class Preconditioner:
             products = of_a * values.unsqueeze(-1) * grads.unsqueeze(-2)
             buffer["cross"].index_add_(0, self._cut_slots % self._num_pairs, products)
 
-    def _multiply(self, buffer: PackedBuffer, factors: RowFactors) -> Tensor:
-        """Put the new gradients in place; returns this rank's share of their squared norm, with routers (scalar)."""
+    def _multiply(self, buffer: PackedBuffer, factors: RowFactors, value: Tensor, grad: Tensor) -> Tensor:
+        """New gradients in place of those at hand; this rank's share of their squared norm, with routers (scalar)."""
         values, grads = buffer["cut_values"], buffer["cut_grads"]
         new_cut = torch.bmm(grads.unsqueeze(1), factors.times[self._cut_slots])
         if factors.minus is not None:
             new_cut.baddbmm_(values.unsqueeze(1), factors.minus[self._cut_slots], alpha=-1)
-        shares = []
-        for part in self._parts:
-            squares = [rmul_(part.grad, tile, factors.times, part.value, factors.minus) for tile in part.tiles]
-            part.cut.unpack(new_cut, part.grad)
-            if factors.grad_m is not None:
-                part.mixers.unpack(factors.grad_m, part.grad)
-            rest: list[Tensor | slice] = [part.cut.in_shard, part.mixers.in_shard, *part.others]
-            squares.append(torch.stack(torch._foreach_norm([part.grad[where] for where in rest])).square().sum())
-            shares.append(torch.stack(squares).sum() / part.shard.num_copies)
-        return torch.stack(shares).sum()
+        squares = [rmul_(grad, tile, factors.times, value, factors.minus) for tile in self._tiles]
+        self._cut.unpack(new_cut, grad)
+        if factors.grad_m is not None:
+            self._mixers.unpack(factors.grad_m, grad)
+        rest: list[Tensor | slice] = [self._cut.in_shard, self._mixers.in_shard, *self._others]
+        squares.append(torch.stack(torch._foreach_norm([grad[where] for where in rest])).square().sum())
+        return torch.stack(squares).sum() / self._shards.num_copies
 
 
 class RouterReport:
@@ -192,7 +174,8 @@ class RouterReport:
     """
 
     def __init__(self, group: ShardGroup) -> None:
-        self._spans = [(shard.tensor, joined_spans(shard.runs)) for shard in group.shards]
+        self._spans = [(shard.tensor, span) for shard in group.shards for span in joined_spans(shard.runs)]
+        self._zero = group.shards[0].tensor.new_zeros(())
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.report: StepReport | None = None
 
@@ -201,10 +184,9 @@ class RouterReport:
 
     def finish(self, buffer: PackedBuffer) -> None:
         """Take the norm of the gradients as they are."""
-        zero = self._spans[0][0].new_zeros(())
-        grads = [tensor.grad.view(-1)[span] for tensor, spans in self._spans for span in spans]  # type: ignore[union-attr]
-        square_norm = sum((grad.square().sum() for grad in grads), start=zero)
-        self.report = StepReport(zero, 0, square_norm)
+        grads = [tensor.grad.view(-1)[span] for tensor, span in self._spans]  # type: ignore[union-attr]
+        square_norm = torch.stack(torch._foreach_norm(grads)).square().sum() if grads else self._zero
+        self.report = StepReport(self._zero, self._zero, square_norm)
 
 
 def _pair_up(group: ShardGroup) -> tuple[dict[tuple[str, Factor], int], int]:

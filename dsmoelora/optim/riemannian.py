@@ -44,14 +44,14 @@ class RowFactors:
         minus: Q of every a, then of every b, (2S, R, R), or None where it is zero
         grad_m: (S, R, R) or None
         condition: the largest condition number met, estimated from below by (max / min diagonal of Cholesky's L)^2
-        num_fallbacks: matrices that Cholesky could not take and an eigendecomposition did
+        num_fallbacks: matrices that Cholesky could not take, see `damped_inverse` (scalar tensor)
     """
 
     times: Tensor
     minus: Tensor | None
     grad_m: Tensor | None
     condition: Tensor
-    num_fallbacks: int
+    num_fallbacks: Tensor
 
 
 def row_factors(
@@ -89,19 +89,27 @@ def row_factors(
     return RowFactors(torch.cat((times_a, times_b)), minus, grad_m, condition, num_fallbacks)
 
 
-def damped_inverse(gram: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor, int]:
+# Where the damping adds a hundred roundings of fp32, as a share of the trace, Cholesky takes whatever is finite.
+_CERTAIN_SHARE = 1e-5
+
+
+def damped_inverse(gram: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor, Tensor]:
     """`(G + d I)^-1` of symmetric positive semidefinite matrices, all at once.
+
+    Cholesky fails where the damping leaves a matrix singular. Only with a damping so small that this may happen does
+    the host ask whether it has, and an eigendecomposition gives the pseudo-inverse: directions without weight count as
+    zero. With any other it takes all that is finite; should it fail all the same, the mean eigenvalue stands for all.
 
     Args:
         gram: (N, R, R)
         config: `damping` (times trace(G) / R) and `damping_abs`
 
     Returns:
-        the inverses (N, R, R); the largest condition estimate (scalar); how many matrices needed an
-        eigendecomposition because Cholesky failed (for these, directions without weight count as zero)
+        the inverses (N, R, R); the largest condition estimate; how many matrices Cholesky failed for (both scalar)
     """
     rank = gram.shape[-1]
-    damping = config.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + config.damping_abs
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    damping = config.damping * mean + config.damping_abs
     identity = torch.eye(rank, dtype=gram.dtype, device=gram.device)
     damped = gram + damping[:, None, None] * identity
     cholesky, info = torch.linalg.cholesky_ex(damped)
@@ -111,10 +119,12 @@ def damped_inverse(gram: Tensor, config: OptimConfig) -> tuple[Tensor, Tensor, i
     condition = torch.where(failed, torch.zeros_like(estimate), estimate).amax()
     # (L L^T)^-1 = L^-T L^-1, symmetric to the last bit. One batched solve and one batched product: `cholesky_inverse`
     # of a batch is a loop of solver calls on some devices.
-    whole = torch.where(failed[:, None, None], identity, cholesky)
+    of_mean = (mean + damping).sqrt()[:, None, None] * identity
+    whole = torch.where(failed[:, None, None], of_mean, cholesky)
     root = torch.linalg.solve_triangular(whole, identity, upper=False)
     inverse = root.mT @ root
-    num_failed = int(failed.sum())  # read by the host, once for each process group of a step
-    if num_failed:
+    num_failed = failed.sum()
+    may_fail = config.damping < _CERTAIN_SHARE * rank or not config.damping_abs
+    if may_fail and num_failed:  # read by the host, once for each process group of a step
         inverse[failed] = torch.linalg.pinv(damped[failed], hermitian=True)
     return inverse, condition, num_failed

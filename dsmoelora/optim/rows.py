@@ -9,8 +9,9 @@ experts**, whatever the world size or the placement. Optimizer, ZeRO and checkpo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -93,6 +94,55 @@ class ShardGroup:
     all_reduce: Callable[[torch.Tensor], None] | None = None
     experts: range | None = None
     num_ranks: int = 1
+
+
+class JoinedShards:
+    """The shards of a group as one flat shard, so that what repeats from shard to shard is worked on at once.
+
+    Args:
+        shards: of one group
+
+    Attributes:
+        runs: of all, behind one another
+        num_copies: ranks that hold these same numbers
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        (self.num_copies,) = {shard.num_copies for shard in shards}
+        self._tensors = [shard.tensor for shard in shards]
+        starts = accumulate((tensor.numel() for tensor in self._tensors), initial=0)
+        self.runs = [
+            replace(run, offset=start + run.offset)
+            for start, shard in zip(starts, shards, strict=False)
+            for run in shard.runs
+        ]
+
+    @property
+    def value(self) -> torch.Tensor:
+        """(N,): the shard itself, or a copy of several."""
+        return _flat([tensor.detach() for tensor in self._tensors])
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """(N,): likewise."""
+        return _flat(self._grads())
+
+    def put_grad(self, grad: torch.Tensor) -> None:
+        """Make it the shards' gradient, which it is already where there is one shard."""
+        if len(self._tensors) > 1:
+            own = self._grads()
+            parts = grad.split([tensor.numel() for tensor in own])
+            torch._foreach_copy_(own, [part.view_as(tensor) for part, tensor in zip(parts, own, strict=True)])
+
+    def _grads(self) -> list[torch.Tensor]:
+        grads = [tensor.grad for tensor in self._tensors if tensor.grad is not None]
+        assert len(grads) == len(self._tensors), "every trainable tensor takes part in every step"
+        return grads
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    flats = [tensor.view(-1) for tensor in tensors]
+    return flats[0] if len(flats) == 1 else torch.cat(flats)
 
 
 def joined_spans(runs: Iterable[Run]) -> list[slice]:

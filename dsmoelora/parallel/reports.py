@@ -20,8 +20,8 @@ def over_ranks(reports: Sequence[StepReport]) -> dict[str, float]:
     # a rank reports what its whole process group met
     square_norm = torch.stack([report.square_norm for report in reports]).double().sum()
     condition = torch.stack([report.condition for report in reports]).double().amax()
-    num_fallbacks = sum(report.num_fallbacks / report.num_ranks for report in reports)
-    own = torch.stack([square_norm, condition, torch.full_like(condition, num_fallbacks)])
+    num_fallbacks = torch.stack([report.num_fallbacks / report.num_ranks for report in reports]).double().sum()
+    own = torch.stack([square_norm, condition, num_fallbacks])
     square_norms, conditions, fallbacks = zip(*comm.all_gather_numbers(own), strict=True)
     return {
         "preconditioned_norm": sum(square_norms) ** 0.5,

@@ -234,6 +234,7 @@ def test_a_step_preconditions_once_with_one_all_reduce(
     for counts in worker_pool(world_size).run(train_and_count, job):
         assert counts.num_applied == 4, "once a step, not once a micro-batch"
         assert len(counts.collectives) == 4
+        assert counts.reads == []
         for found in counts.collectives:
             assert [each.name for each in found] == (["allreduce_.default"] if world_size > 1 else [])
             for each in found:

@@ -11,8 +11,8 @@ from tests.host_waits import HostWaits
 
 def test_reports_of_all_groups_are_read_at_once() -> None:
     reports = [
-        StepReport(torch.tensor(7.0), 2, torch.tensor(9.0)),
-        StepReport(torch.tensor(8.0), 1, torch.tensor(16.0)),
+        StepReport(torch.tensor(7.0), torch.tensor(2), torch.tensor(9.0)),
+        StepReport(torch.tensor(8.0), torch.tensor(1), torch.tensor(16.0)),
     ]
     with HostWaits() as waits:
         found = over_ranks(reports)

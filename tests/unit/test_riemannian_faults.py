@@ -14,7 +14,7 @@ from dsmoelora.adapters import Factor
 from dsmoelora.optim import OptimConfig, ShardGroup, ShardOptimizer, build_optimizer, trainables
 from dsmoelora.optim.riemannian import damped_inverse
 from dsmoelora.optim.rows import whole
-from tests.host_waits import HostWaits
+from tests.host_waits import host_reads
 from tests.riemannian_formula import relative_error
 from tests.riemannian_problems import Network, Problem, as_problem, by_hand, random_problem
 
@@ -75,11 +75,17 @@ def test_the_condition_is_estimated_from_below() -> None:
         assert condition == pytest.approx(10.0**exponent), "the largest of all matrices"
 
 
-def test_inverting_waits_once_for_the_accelerator() -> None:
-    """For whether a factorisation failed, which decides what runs next."""
-    with HostWaits() as waits:
-        damped_inverse(torch.eye(3).double().expand(4, 3, 3), UNDAMPED)
-    assert (waits.copies, waits.num_reads) == ([], 1)
+def test_what_no_damping_mends_is_counted_without_waiting() -> None:
+    """No Gram matrix is one: with eigenvalues 3 and -1, or not finite. Never the identity in silence."""
+    indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    grams = torch.stack((indefinite, torch.full((2, 2), torch.nan), torch.eye(2)))
+    with host_reads() as reads:
+        inverse, _, num_failed = damped_inverse(grams, replace(UNDAMPED, damping=0.25, damping_abs=0.25))
+    assert reads == []
+    assert num_failed == 2
+    assert inverse[0] == pytest.approx(torch.eye(2) / 1.5), "of the mean eigenvalue and the damping"
+    assert inverse[1].isnan().all()
+    assert inverse[2] == pytest.approx(torch.eye(2) / 1.5)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])

@@ -194,32 +194,3 @@ def test_random_cuts(seed: int) -> None:
     problem = random_problem(sizes, num_experts=num_experts, rank=rank, mixers=rng.random() < 0.3, seed=seed)
     rule: Rule = rng.choice(["scaled", "tangent"])
     assert_a_step_equals_the_reference(problem, rule, random_cuts(problem, rng.randint(1, 6), rng))
-
-
-class Kernels(TorchDispatchMode):
-    """Counts the operations that run inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def num_kernels(num_layers: int, num_experts: int, world_size: int) -> int:
-    """Of a whole step on the first rank."""
-    problem = random_problem([(12, 8), (8, 12)] * num_layers, num_experts=num_experts, rank=2)
-    layout = per_parameter(problem.trainables, world_size)[:1]
-    config = OptimConfig(preconditioner="tangent", lr_router=1e-3, max_grad_norm_router=0.1)
-    _, (optimizer,) = sharded_optimizers(problem, config, layout)
-    with Kernels() as kernels:
-        optimizer.step()
-    return kernels.count
-
-
-def test_the_number_of_kernels_does_not_grow_with_layers_or_experts() -> None:
-    for world_size in (1, 3):
-        assert num_kernels(2, 3, world_size) == num_kernels(11, 3, world_size)
-    assert num_kernels(2, 3, 1) == num_kernels(2, 24, 1)
