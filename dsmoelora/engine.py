@@ -44,7 +44,7 @@ from dsmoelora.parallel.reports import over_ranks
 from dsmoelora.parallel.start_shards import StartShards
 from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.parallel.watch import AdapterWatch
-from dsmoelora.parallel.zero_config import keep_adapters_whole, merge_config
+from dsmoelora.parallel.zero_config import keep_whole_what_fits, merge_config
 from dsmoelora.seeds import derive_seed
 from dsmoelora.signs_of_life.heartbeat import Heartbeat, Phase
 
@@ -153,7 +153,7 @@ class Engine:
         if self.layout.ep_size == 1:  # experts of an expert-parallel group are no one's to keep whole
             trained = {id(parameter) for _, parameter in found}
             frozen = [zero.full_numel(one) for one in self.model.parameters() if id(one) not in trained]
-            keep_adapters_whole(config, [parameter.numel() for _, parameter in found], frozen)
+            keep_whole_what_fits(config, [parameter.numel() for _, parameter in found], frozen)
         zero.place_experts(found, self.layout)
         zero.gather_joined_factors(self.model)
         self._deepspeed, *_ = deepspeed.initialize(

@@ -27,7 +27,7 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.engine import Engine
 from dsmoelora.model import random_model
 from dsmoelora.parallel import comm, ranks, zero
-from dsmoelora.parallel.zero_config import keep_adapters_whole, merge_config
+from dsmoelora.parallel.zero_config import keep_whole_what_fits, merge_config
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 4096,
@@ -94,7 +94,7 @@ def by_peft(recipe: Recipe, model: Any, config: dict[str, Any], batch: MicroBatc
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     merged = merge_config(recipe, config, comm.world_size())
     count = sum(zero.full_numel(parameter) for parameter in trained)
-    keep_adapters_whole(merged, [zero.full_numel(parameter) for parameter in trained], [])
+    keep_whole_what_fits(merged, [zero.full_numel(parameter) for parameter in trained], [])
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     engine, *_ = deepspeed.initialize(model=adapted, optimizer=optimizer, model_parameters=trained, config=merged)
     ids = batch.input_ids.to(engine.device)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
@@ -43,16 +45,17 @@ _ONE_SUB_GROUP = int(1e12)
 
 
 _THRESHOLD_KEY = "stage3_param_persistence_threshold"
-# DeepSpeed's own threshold, and the most numbers that may stay whole on a rank for the sake of the adapters
+# DeepSpeed's own threshold, and the most numbers that may stay whole on a rank
 _SMALL, _MAX_KEPT_WHOLE = 100_000, 1 << 28
 
 
-def keep_adapters_whole(config: dict[str, Any], trained: list[int], frozen: list[int]) -> None:
-    """Have ZeRO-3 keep adapters gathered between steps, where the user sets no threshold and it is cheap.
+def keep_whole_what_fits(config: dict[str, Any], trained: list[int], frozen: list[int]) -> None:
+    """Have ZeRO-3 keep adapters gathered between steps, and of the base what fits beside them.
 
-    Above the threshold every layer gathers its factors anew, in each forward and backward pass of each micro-batch;
-    kept ones are gathered together, once a step. Masters, moments and gradients stay in pieces. Not done where what
-    would stay, of the base too, is more than 2^28 numbers (half a GiB in 16 bits).
+    Above the threshold every layer gathers its weights anew, in each forward and backward pass of each micro-batch;
+    those below it are gathered together, once a step. Masters, moments and gradients stay in pieces. Done where the
+    user sets no threshold, and as far as no more than 2^28 numbers stay (half a GiB in 16 bits): all of a small model,
+    the adapters and smaller weights of a large one, or only what DeepSpeed keeps itself where not even adapters fit.
 
     Args:
         config: from `merge_config`, written to
@@ -62,9 +65,11 @@ def keep_adapters_whole(config: dict[str, Any], trained: list[int], frozen: list
     zero = config["zero_optimization"]
     if zero["stage"] != 3 or zero.get(_THRESHOLD_KEY, "auto") != "auto":
         return
-    threshold = max(_SMALL, *trained)
-    kept = sum(numel for numel in (*trained, *frozen) if numel <= threshold)
-    zero[_THRESHOLD_KEY] = threshold if kept <= _MAX_KEPT_WHOLE else _SMALL
+    counts = sorted(Counter((*trained, *frozen)).items())
+    kept = accumulate(numel * count for numel, count in counts)
+    fitting = [numel for (numel, _), total in zip(counts, kept, strict=True) if total <= _MAX_KEPT_WHOLE]
+    threshold = max([_SMALL, *fitting])
+    zero[_THRESHOLD_KEY] = threshold if threshold >= max(trained) else _SMALL
 
 
 def merge_config(recipe: Recipe, user_config: dict[str, Any], world_size: int) -> dict[str, Any]:

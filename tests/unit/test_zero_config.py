@@ -12,7 +12,7 @@ import torch
 from dsmoelora.config import AdapterConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel import zero, zero_config
-from dsmoelora.parallel.zero_config import keep_adapters_whole, merge_config
+from dsmoelora.parallel.zero_config import keep_whole_what_fits, merge_config
 
 
 def skip_without_stage(stage: Any) -> None:
@@ -181,20 +181,31 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
     ("given", "trained", "frozen", "threshold"),
     [
         ({}, [327_680] * 128, [4096 * 4096] * 128, 327_680),
-        ({"stage3_param_persistence_threshold": "auto"}, [327_680], [4096 * 4096], 327_680),
+        ({"stage3_param_persistence_threshold": "auto"}, [327_680], [4096 * 4096] * 2, 4096 * 4096),
         ({}, [300], [4096], 100_000),
+        ({}, [46_080] * 120, [576 * 1536] * 90 + [49_152 * 576], 49_152 * 576),
+        ({}, [327_680] * 32, [2048 * 512] * 32 + [2048 * 2048] * 64, 2048 * 512),
         ({"stage3_param_persistence_threshold": 7}, [327_680], [4096 * 4096], 7),
         ({}, [4096 * 4096] * 4, [4096 * 4096] * 128, 100_000),
         ({"stage": 2}, [327_680], [4096 * 4096], None),
     ],
-    ids=["adapters-of-7b", "auto", "small-model", "the-users-own", "the-base-would-stay-too", "stage-2"],
+    ids=[
+        "adapters-of-7b",
+        "auto",
+        "little",
+        "all-of-a-small-model",
+        "smaller-weights-of-a-larger-one",
+        "the-users-own",
+        "more-than-fits",
+        "stage-2",
+    ],
 )
-def test_adapters_stay_whole_where_that_is_cheap(
+def test_what_fits_stays_whole(
     given: dict[str, Any], trained: list[int], frozen: list[int], threshold: int | None
 ) -> None:
     skip_without_stage(given.get("stage"))
     config = merge_config(make_recipe(), with_zero(**given), 1)
-    keep_adapters_whole(config, trained, frozen)
+    keep_whole_what_fits(config, trained, frozen)
     assert config["zero_optimization"].get("stage3_param_persistence_threshold") == threshold
 
 
