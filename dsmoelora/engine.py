@@ -40,6 +40,7 @@ from dsmoelora.parallel.dtype import settle_dtype
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.factors import expert_cosines
+from dsmoelora.parallel.gradient_start import StartReport, start_from_gradients
 from dsmoelora.parallel.reports import over_ranks
 from dsmoelora.parallel.start_shards import StartShards
 from dsmoelora.parallel.stopping import StopRequest
@@ -95,6 +96,8 @@ class Engine:
         adapted_layers: names of the layers with experts
         num_trainable: trainable numbers, of all experts
         base_fingerprint: see `adapters.base`
+        awaits_start: neither `draw_start` nor `load` has given the experts the start that `adapter.init: gradient` asks
+            for
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Engine:
         model.register_forward_pre_hook(lambda *_: self._heartbeat.beat())
         model.register_forward_pre_hook(lambda *_: self.stop.poll())
         self.step = self.skipped_steps = 0
+        self.awaits_start = recipe.adapter.init == "gradient"
         self.layout = zero.make_layout(recipe)
         self._can_keep_logits = can_keep_logits(model)
         self._adapt(resumes)
@@ -191,6 +195,27 @@ class Engine:
         """Where batches go."""
         return torch.device(get_accelerator().current_device_name())
 
+    def draw_start(self, micro_batches: list[MicroBatch]) -> StartReport:
+        """With `adapter.init: gradient`: let `a` start from the gradient of these rows, and `b` at 0.
+
+        The base, routers, moments, and everything that is counted stay as they are.
+
+        Args:
+            micro_batches: of this rank, as many on every rank
+
+        Raises:
+            HopelessError: the gradient is not finite
+            Stopped: between two micro-batches; there is no start then
+        """
+        self._heartbeat.enter(Phase.TRAIN, self.step)
+        self._deepspeed.train()
+        with self._context.unheard():
+            passes = [partial(self._backward, micro_batch) for micro_batch in micro_batches]
+            report = start_from_gradients(self._deepspeed, self.optimizer, passes, self.recipe)
+        self._context.tokens = BatchTokens()
+        self.awaits_start = False
+        return report
+
     def train_step(self, micro_batches: list[MicroBatch]) -> StepResult:
         """One optimizer step on this rank's share of a global batch.
 
@@ -200,6 +225,7 @@ class Engine:
         Raises:
             Stopped: between two micro-batches; no weight has moved and `step` is that of before
         """
+        assert not self.awaits_start, "with adapter.init = gradient a run begins with `draw_start`, or with `load`"
         self._heartbeat.enter(Phase.TRAIN, self.step)
         torch.manual_seed(derive_seed("step", self.recipe.run.seed, self.step, comm.rank()))
         self._deepspeed.train()
@@ -229,16 +255,19 @@ class Engine:
         self._routing.begin_step(micro_batches[0].num_tokens_global, scale)
         self._contrast.begin_step(self.recipe.train.batch_size, scale)
         for micro_batch in micro_batches:
-            weight = comm.world_size() / micro_batch.num_supervised_global
-            with self._routing.listening():
-                nll = self._nll_sum(micro_batch, weight * zero.loss_scale(self._deepspeed))
-            loss = nll * weight
-            self._deepspeed.backward(loss, scale_wrt_gas=False)
-            sums[0] += nll.detach()
+            sums[0] += self._backward(micro_batch)
             sums[1] += micro_batch.real_tokens.sum()
             if micro_batch is not micro_batches[-1]:
                 zero.step(self._deepspeed)  # counts the micro-batch
         return sums
+
+    def _backward(self, micro_batch: MicroBatch) -> Tensor:
+        """Forward and backward pass; returns the sum of negative log likelihoods."""
+        weight = comm.world_size() / micro_batch.num_supervised_global
+        with self._routing.listening():
+            nll = self._nll_sum(micro_batch, weight * zero.loss_scale(self._deepspeed))
+        self._deepspeed.backward(nll * weight, scale_wrt_gas=False)
+        return nll.detach()
 
     def _apply(self, loss_is_finite: bool) -> tuple[bool, float]:
         """Let weights move by the gradients at hand, where these and the loss are finite on all ranks.
@@ -356,6 +385,7 @@ class Engine:
         self._heartbeat.enter(Phase.LOAD, self.step)
         state = load_checkpoint(folder, self._shard_states(), lambda state: check(state["caller"]))
         own = state["engine"]
+        self.awaits_start = False
         if self._start is not None:
             self._start.shift()
         zero.push_master_weights(self._deepspeed)

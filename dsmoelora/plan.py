@@ -346,6 +346,10 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         plan.add("router", ", ".join([config.router + style, *losses]))
     if config.init == "svd":
         plan.add("start", f"{len(layers)} singular value decompositions before the first step; they shift the base")
+    if config.init == "gradient":
+        spread = "a layer's" if config.init_spread == "joint" else "each expert's"
+        rows = f"{config.init_samples} training row{'s' * (config.init_samples > 1)}"
+        plan.add("start", f"the gradient of {rows} before the first step; {spread} directions are orthogonal")
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
 
 

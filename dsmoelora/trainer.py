@@ -22,7 +22,7 @@ from dsmoelora.callbacks import (
     Summary,
     TrainingRun,
 )
-from dsmoelora.data import InstructionDataset, MicroBatch, Packing, eval_micro_batches, train_steps
+from dsmoelora.data import InstructionDataset, MicroBatch, Packing, eval_micro_batches, first_micro_batches, train_steps
 from dsmoelora.data.streaming import Peers, StreamedSets
 from dsmoelora.engine import Engine, StepResult
 from dsmoelora.errors import HopelessError, bad_value
@@ -115,6 +115,8 @@ class Trainer:
         self._mark(DONE_FILE, None)
         self._check_finite()
         self._memory.start()
+        if self._engine.recipe.adapter.init == "gradient" and resume_from is None:
+            self._draw_start()
         self._call("on_train_begin")
         steps = self._steps()
         if run.first_row == run.step:
@@ -133,15 +135,32 @@ class Trainer:
         self._mark(DONE_FILE, "")  # what follows is talk: a request to stop may cut it short
         self._call("on_train_end")
 
+    def _draw_start(self) -> None:
+        """Let the experts start from the gradient of the rows that training begins with, and will learn from too."""
+        recipe, data = self._engine.recipe, self.train_data
+        num_rows = recipe.adapter.init_samples
+        if isinstance(data, StreamedSets):
+            state = data.state()
+            batches = next(self._streamed_steps(data, num_rows))
+            comm.together(lambda: data.load_state(state))
+        else:
+            layout, seed = self._layout(), recipe.run.seed
+            batches = first_micro_batches(data, num_rows=num_rows, seed=seed, packing=self._packing, **layout)
+        report = self._engine.draw_start(batches)
+        if comm.rank() == 0:
+            text = "adapter.init gradient: %d directions of experts are those of the gradient of %d rows, %d are drawn"
+            logger.info(text, report.num_directions - report.num_drawn, num_rows, report.num_drawn)
+
+    def _streamed_steps(self, stream: StreamedSets, batch_size: int) -> Iterator[list[MicroBatch]]:
+        peers = Peers(comm.rank(), comm.world_size(), comm.together, comm.all_reduce_sum, comm.gather_objects)
+        layout = self._layout()
+        sizes = {"batch_size": batch_size, "micro_batch_size": layout["micro_batch_size"]}
+        return stream.steps(**sizes, peers=peers, pad_token_id=layout["pad_token_id"])
+
     def _steps(self) -> Iterator[list[MicroBatch]]:
         recipe, layout = self._engine.recipe, self._layout()
         if isinstance(self.train_data, StreamedSets):
-            return self.train_data.steps(
-                batch_size=recipe.train.batch_size,
-                micro_batch_size=layout["micro_batch_size"],
-                peers=Peers(comm.rank(), comm.world_size(), comm.together, comm.all_reduce_sum, comm.gather_objects),
-                pad_token_id=layout["pad_token_id"],
-            )
+            return self._streamed_steps(self.train_data, recipe.train.batch_size)
         return train_steps(
             self.train_data,
             seed=recipe.run.seed,

@@ -33,6 +33,7 @@ class Job:
         load_from: checkpoint to go on from
         save_to: where a checkpoint is written after the last step
         loss_scale: by which ZeRO multiplies the loss, as it does for fp16
+        start_passes: micro-batches of a rank for the gradient that experts start from; None for as many as of a step
     """
 
     recipe: Recipe
@@ -46,6 +47,7 @@ class Job:
     load_from: Path | None = None
     save_to: Path | None = None
     loss_scale: float = 1.0
+    start_passes: int | None = None
 
 
 @dataclass
@@ -98,6 +100,11 @@ def batches_of(job: Job, step: int) -> Any:
     return [_with_filler(batch) for batch in batches] if job.fillers else batches
 
 
+def start_batches_of(job: Job) -> Any:
+    """This rank's micro-batches for the gradient that experts start from: the first global batch."""
+    return batches_of(replace(job, accumulation=job.start_passes or job.accumulation), 0)
+
+
 def _with_filler(batch: MicroBatch) -> MicroBatch:
     """One more row, of a single token that is not learned."""
     row = torch.zeros_like(batch.input_ids[:1])
@@ -120,6 +127,8 @@ def train_on_rank(job: Job) -> Share:
         engine._deepspeed.optimizer.loss_scaler.cur_scale = job.loss_scale
     if job.load_from:
         assert engine.load(job.load_from) == {"next": job.first_step}
+    if engine.awaits_start:
+        engine.draw_start(start_batches_of(job))
     last_step = job.last_step or job.recipe.train.max_steps
     results = [engine.train_step(batches_of(job, step)) for step in range(job.first_step, last_step)]
     assert not any(result.skipped for result in results)

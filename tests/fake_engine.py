@@ -16,6 +16,7 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import Prompt
 from dsmoelora.data.mixing import Mixture
 from dsmoelora.engine import StepResult
+from dsmoelora.parallel.gradient_start import StartReport
 from dsmoelora.parallel.stopping import StopRequest
 
 Message = dict[str, str]
@@ -73,6 +74,11 @@ class FakeEngine:
         self.stop.look()
         num_tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
         return StepResult(math.nan if skipped else loss, 1.0, 1e-3, skipped, num_tokens, num_tokens // 2)
+
+    def draw_start(self, micro_batches: list[MicroBatch]) -> StartReport:
+        rows = sorted(int(row) for batch in micro_batches for row in batch.sequence_ids)
+        self.calls.append(f"draw_start of {rows} at {self.step}")
+        return StartReport(12, 3)
 
     def check_packing(self) -> None:
         self.calls.append(f"check_packing at {self.step}")

@@ -28,6 +28,7 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.optim.reference import precondition
 from tests.helpers import tiny_llama
 from tests.plain_contrastive import PlainContrastive
+from tests.plain_gradient_start import start_plainly
 from tests.plain_router_losses import PlainRouterLosses
 
 ROLES = ("experts.a.", "experts.b.", "experts.m.", "experts.magnitude.", "router.")
@@ -134,6 +135,8 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
     """Follow a recipe in plain torch: one process, one forward pass a step, torch's optimizers and clipping."""
     model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=dtype)
     inject(model, recipe.adapter)
+    if recipe.adapter.init == "gradient":
+        start_plainly(model, recipe.adapter, lambda: mean_loss(model.train(), 0, recipe.run.seed))
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = _torch_optimizer(trainable, recipe.optim)
     gaps = _watch_gaps(model, recipe.adapter.top_k or recipe.adapter.num_experts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -101,3 +102,13 @@ class AdapterContext:
     log: RoutingLog | None = None
     losses: ContrastiveLosses | None = None
     tokens: BatchTokens = field(default_factory=BatchTokens)
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """Inside the block nobody hears what routers do, and no loss is attached to an output."""
+        log, losses = self.log, self.losses
+        self.log = self.losses = None
+        try:
+            yield
+        finally:
+            self.log, self.losses = log, losses

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 
-from dsmoelora.config.adapter import AdapterConfig, InitName, LossesConfig
+from dsmoelora.config.adapter import AdapterConfig, InitName, LossesConfig, SpreadName
 from dsmoelora.config.adapter_options import check_losses
 from dsmoelora.config.checks import require
 from dsmoelora.config.data import DataConfig, DataSource
@@ -31,6 +31,7 @@ __all__ = [
     "ParallelConfig",
     "Recipe",
     "RunConfig",
+    "SpreadName",
     "TrainConfig",
 ]
 

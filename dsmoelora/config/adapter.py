@@ -8,7 +8,8 @@ from typing import Any, Literal
 from dsmoelora.config.adapter_options import ExpertName, MixerInit, RouterName, settle_options
 from dsmoelora.config.checks import require, require_known, require_positive, require_unset
 
-InitName = Literal["kaiming", "gaussian", "svd"]
+InitName = Literal["kaiming", "gaussian", "svd", "gradient"]
+SpreadName = Literal["joint", "per_expert"]
 
 
 @dataclass
@@ -44,7 +45,11 @@ class AdapterConfig:
         bias_rate: of router `sigmoid_bias`: how far a bias moves in a step; `null` means 0.001
         init: what the factors start from; `b` starts at 0 and `a` at random: uniform in +-1/sqrt(in-features)
             (`kaiming`), or normal with standard deviation 1/R (`gaussian`). With `svd` both start from singular vectors
-            of the base weight, which is shifted to make up for it (PiSSA; with more than one expert GOAT's segments)
+            of the base weight, which is shifted to make up for it (PiSSA; with more than one expert GOAT's segments).
+            With `gradient` `a` starts from the gradient of the first training rows and `b` at 0
+        init_spread: of init `gradient`: whether the directions of all experts of a layer are orthogonal to each other
+            (`joint`), or those of each expert (`per_expert`)
+        init_samples: of init `gradient`: the training rows whose gradient is taken, those that training begins with
         seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
     """
 
@@ -65,11 +70,13 @@ class AdapterConfig:
     top_p: float | None = None
     bias_rate: float | None = None
     init: InitName = "kaiming"
+    init_spread: SpreadName = "joint"
+    init_samples: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_known("adapter", self)
-        require_positive("adapter", self, "r", "num_experts")
+        require_positive("adapter", self, "r", "num_experts", "init_samples")
         settle_options(self)
         require(
             0.0 <= self.lora_dropout < 1.0,
@@ -86,9 +93,11 @@ class AdapterConfig:
             self.init != "svd" or self.expert == "lora",
             "adapter.init",
             self.init,
-            f"kaiming or gaussian with adapter.expert = {self.expert}",
+            f"kaiming, gaussian or gradient with adapter.expert = {self.expert}",
             "Only experts of two factors and nothing else (lora) can start as a part of the base weight.",
         )
+        if self.init != "gradient":
+            require_unset("adapter", self, f"where adapter.init is {self.init}", "init_spread", "init_samples")
         if self.target_modules == ["all-linear"]:
             self.target_modules = "all-linear"
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":

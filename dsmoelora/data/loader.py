@@ -142,6 +142,29 @@ def _row(dataset: InstructionDataset, packing: Packing | None, number: int, plac
     return Row(samples, place * packing.capacity, int(dataset.num_tokens[samples].sum()))
 
 
+def first_micro_batches(
+    dataset: InstructionDataset,
+    *,
+    num_rows: int,
+    seed: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    pad_token_id: int,
+    packing: Packing | None = None,
+) -> list[MicroBatch]:
+    """This rank's share of the rows that training begins with, as of `eval_micro_batches`.
+
+    Args:
+        dataset, seed, packing: as of `train_steps`
+        num_rows: how many, whatever the batch size of a step
+        micro_batch_size, rank, world_size, pad_token_id: as of `train_steps`
+    """
+    numbers = _RowStream(dataset.mixture if packing is None else packing.mixture, seed).rows(0, num_rows)
+    rows = [_row(dataset, packing, number, place) for place, number in enumerate(numbers.tolist())]
+    return _once(dataset, rows, micro_batch_size, rank, world_size, pad_token_id, packed=packing is not None)
+
+
 def eval_micro_batches(
     dataset: InstructionDataset, *, micro_batch_size: int, rank: int, world_size: int, pad_token_id: int
 ) -> list[MicroBatch]:
@@ -150,7 +173,21 @@ def eval_micro_batches(
     Every rank gets the same number of micro-batches of the same shape (B), because a forward under ZeRO-3 is
     collective: where rows run out, one is repeated with all labels -100.
     """
-    rows = by_length([_row(dataset, None, i, i) for i in range(len(dataset))])
+    rows = [_row(dataset, None, i, i) for i in range(len(dataset))]
+    return _once(dataset, rows, micro_batch_size, rank, world_size, pad_token_id, packed=False)
+
+
+def _once(
+    dataset: InstructionDataset,
+    rows: list[Row],
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    pad_token_id: int,
+    *,
+    packed: bool,
+) -> list[MicroBatch]:
+    rows = by_length(rows)
     whole = len(rows) - len(rows) % (micro_batch_size * world_size)
     shares = _deal(rows[:whole], micro_batch_size, rank, world_size)
     if rest := rows[whole:]:
@@ -158,8 +195,9 @@ def eval_micro_batches(
         filler = replace(rest[-1], counts=False)
         filled = rest + [filler] * (per_rank * world_size - len(rest))
         shares += _deal(filled, per_rank, rank, world_size)
-    totals = int(dataset.num_supervised.sum()), int(dataset.num_tokens.sum())
-    return [collate(dataset, share, pad_token_id, totals, packed=False) for share in shares]
+    samples = np.concatenate([row.samples for row in rows])
+    totals = int(dataset.num_supervised[samples].sum()), int(dataset.num_tokens[samples].sum())
+    return [collate(dataset, share, pad_token_id, totals, packed=packed) for share in shares]
 
 
 def padding_share(num_tokens: np.ndarray, mixture: Mixture, seed: int, batch_size: int, micro_batch_size: int) -> float:

@@ -195,21 +195,20 @@ class StreamedSets:
         """Yield this rank's micro-batches of one optimizer step after the other, without end (collective).
 
         Args:
-            batch_size: places of all ranks per step, a multiple of `micro_batch_size * world_size`
-            micro_batch_size: places of one rank per forward
+            batch_size: places of all ranks per step
+            micro_batch_size: places of one rank per forward; fewer in the last where the batch size is no multiple
             peers: of this rank
             pad_token_id: fills the shorter rows
 
         Raises:
             DataError: a set cannot be read, a row is wrong, or an epoch has nothing to learn; on all ranks
         """
-        per_forward = micro_batch_size * peers.world_size
-        assert batch_size % per_forward == 0, (batch_size, micro_batch_size, peers.world_size)
+        num_forwards = -(-batch_size // (micro_batch_size * peers.world_size))
         empty_since: int | None = None  # the epoch in which the last batch with something to learn was
         while True:
             epoch = self._stream.epoch
             share = peers.together(lambda: self._read(batch_size, peers))
-            groups = share.groups(batch_size // per_forward, micro_batch_size, pad_token_id)
+            groups = share.groups(num_forwards, micro_batch_size, pad_token_id)
             totals = self._count(share, peers)
             if totals[0]:
                 empty_since = None

@@ -48,6 +48,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         trainables: the trainable tensors, of all experts and all ranks
         shards: what this rank holds of them, once bound
         skip: while True, `step()` leaves values and state alone
+        keeps_sketches: while True, `step()` does nothing but put the gradient of every `a` in its place
         num_steps: steps applied, the `t` of Adam's bias correction
     """
 
@@ -58,7 +59,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         self.trainables = [trainable for trainable, _ in found]
         self.shards: list[Shard] = []
         self._reporters: list[Preconditioner | RouterReport] = []
-        self.skip = False
+        self.skip = self.keeps_sketches = False
         self.num_steps = 0
         self._spans: dict[_Alike, list[tuple[Tensor, slice]]] = {}
         self._group_steps: dict[Tensor, GroupStep] = {}
@@ -128,8 +129,11 @@ class ShardOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.shards or self.skip:
-            return loss
+        if self.shards and not self.skip:
+            self._keep_sketches() if self.keeps_sketches else self._step()
+        return loss
+
+    def _step(self) -> None:
         group = self.param_groups[0]
         if group["params"][0] is self.shards[0].tensor:  # the first process group opens the step
             self.num_steps += 1
@@ -142,7 +146,13 @@ class ShardOptimizer(torch.optim.Optimizer):
         for tensor in absent:
             tensor.grad = None
         self._update({tensor for tensor in group["params"] if tensor.grad is not None}, group["lr"])
-        return loss
+
+    def _keep_sketches(self) -> None:
+        for shard in self.shards:
+            if shard.tensor.grad is not None:
+                value, grad = shard.tensor.detach().view(-1), shard.tensor.grad.view(-1)
+                for span in joined_spans(run for run in shard.runs if run.of.factor is Factor.A):
+                    value[span] = grad[span]
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer of torch, with the number of steps."""

@@ -433,6 +433,20 @@ def step(engine: deepspeed.DeepSpeedEngine) -> None:
         scaler.update_scale(overflow)
 
 
+@contextmanager
+def own_accumulation(engine: deepspeed.DeepSpeedEngine) -> Iterator[Callable[[bool], None]]:
+    """Inside the block one step may have as many micro-batches as it likes; outside nothing has counted them.
+
+    The function that the block gets is called before each forward pass, with whether it is the last before the step.
+    """
+    micro_steps = engine.micro_steps
+    try:
+        yield engine.set_gradient_accumulation_boundary
+    finally:
+        engine.micro_steps = micro_steps
+        engine.set_gradient_accumulation_boundary(None)
+
+
 def step_was_applied(engine: deepspeed.DeepSpeedEngine) -> bool:
     """Whether the last step went through; ZeRO drops a step whose gradient norm is not finite on any rank."""
     return bool(engine.was_step_applied())

@@ -59,6 +59,8 @@ EARLY: dict[str, Case] = {
     "a start from the base weight for experts with a mixer": override(
         "--adapter.init", "svd", "--adapter.expert", "moslora"
     ),
+    "rows for a gradient that nothing starts from": override("--adapter.init_samples", 8),
+    "no row for a start from the gradient": override("--adapter.init", "gradient", "--adapter.init_samples", 0),
     "`momentum` with `adamw`": override("--optim.momentum", 0.9),
     "no `bias_correction` with `sgd`": override("--optim.name", "sgd", "--optim.bias_correction", "false"),
     "`betas` with `sgd`": override("--optim.name", "sgd", "--optim.betas", "[0.7, 0.8]"),

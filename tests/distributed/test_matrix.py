@@ -14,7 +14,7 @@ from dsmoelora.config import InitName, LossesConfig, OptimConfig, Recipe
 from dsmoelora.config.adapter_options import EXPERTS, ROUTERS
 from dsmoelora.errors import ConfigError
 from tests.conftest import PoolFactory, release
-from tests.engine_ranks import Job, batches_of, build_engine
+from tests.engine_ranks import Job, batches_of, build_engine, start_batches_of
 from tests.expert_parallel import DAMPED, partitioned
 from tests.plain_training import make_base, make_recipe
 
@@ -53,6 +53,8 @@ def losses_of(recipes: list[Recipe]) -> list[list[float]]:
     for recipe in recipes:
         job = Job(recipe)
         engine = build_engine(job)
+        if engine.awaits_start:
+            engine.draw_start(start_batches_of(job))
         results = [engine.train_step(batches_of(job, 0)) for _ in range(NUM_STEPS)]
         assert not any(result.skipped for result in results), recipe.adapter
         found.append([*(result.loss for result in results), engine.evaluate(batches_of(job, 0))])

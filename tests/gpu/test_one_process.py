@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tests.gpu_engine import (
     waits_of_a_step,
 )
 from tests.helpers_distributed import WorkerPool
-from tests.plain_training import METHODS, make_base, make_recipe
+from tests.plain_training import METHODS, SGD, make_base, make_recipe
 
 TIMEOUT_S = 600.0
 NUM_DOCUMENTED_WAITS = 2  # the step's own sums, and the norm of the gradient that ZeRO clips by
@@ -65,6 +66,18 @@ def test_fp32_is_that_of_a_cpu(pool: WorkerPool, worker_pool: PoolFactory, recip
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=0)
     torch.testing.assert_close(found.grad_norms, expected.grad_norms, rtol=1e-3, atol=0)
     torch.testing.assert_close(found.final_loss, expected.final_loss, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_experts_start_from_the_gradient_as_on_a_cpu(
+    pool: WorkerPool, worker_pool: PoolFactory, base: Path, dtype: Any
+) -> None:
+    """In fp16 after a search for a loss scale."""
+    adapter = {"init": "gradient", "num_experts": 4, "top_k": 4, "shared_experts": 1}
+    recipe = make_recipe(base, adapter=adapter, optim=SGD, max_steps=4)
+    (expected,) = worker_pool(1).run(train_on_rank, Job(recipe))
+    (found,) = pool.run(train_on_rank, Job(replace(recipe, model=replace(recipe.model, dtype=dtype))))
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4 if dtype == "fp32" else 0.02, atol=0)
 
 
 def test_bf16_stays_within_two_percent_of_fp32(pool: WorkerPool, recipe: Recipe) -> None:

@@ -20,6 +20,8 @@ from tests.conftest import PoolFactory
 from tests.forked import Program
 from tests.launched import ROOT, Ranks, make_workshop
 
+PACKED = ("--data.packing", "true", "--train.batch_size", "2")
+STREAMED = ("--data.streaming", "true", "--data.shuffle_buffer", "8", "--data.on_bad_row", "skip")
 COMPARED = ("step", "loss", "grad_norm", "lr", "eval/loss")
 
 
@@ -72,10 +74,12 @@ def test_a_resumed_run_repeats_the_interrupted_one_to_the_last_bit(
 @pytest.mark.parametrize(
     "mode",
     [
-        ("--data.packing", "true", "--train.batch_size", "2"),
-        ("--data.streaming", "true", "--data.shuffle_buffer", "8", "--data.on_bad_row", "skip"),
+        PACKED,
+        (*PACKED, "--adapter.init", "gradient", "--adapter.init_samples", "3"),
+        STREAMED,
+        (*STREAMED, "--adapter.init", "gradient"),
     ],
-    ids=["packed", "streamed"],
+    ids=["packed", "packed-gradient", "streamed", "streamed-gradient"],
 )
 def test_an_interrupted_run_goes_on_with_the_same_samples(
     mode: tuple[str, ...], workshop: Path, worker_pool: PoolFactory, tmp_path: Path

@@ -212,7 +212,7 @@ def test_a_weight_that_another_module_has_too_is_refused(tmp_path: Path) -> None
 
 def test_experts_with_a_mixer_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"adapter\.init is 'svd'.*kaiming or gaussian with adapter\.expert = moslora"
+        ConfigError, match=r"adapter\.init is 'svd'.*kaiming, gaussian or gradient with adapter\.expert = moslora"
     ):
         config_of(expert="moslora")
 

@@ -15,6 +15,7 @@ from dsmoelora.data import (
     MicroBatch,
     Packing,
     eval_micro_batches,
+    first_micro_batches,
     load_instructions,
     train_steps,
 )
@@ -237,6 +238,40 @@ def test_evaluation_puts_rows_of_similar_length_together(dataset: InstructionDat
     batches = eval_micro_batches(dataset, micro_batch_size=4, rank=0, world_size=1, pad_token_id=PAD)
     lengths = [length for batch in batches for length in batch.attention_mask.sum(1).tolist()]
     assert lengths[:NUM_ROWS] == sorted(dataset.num_tokens.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["apart", "packed"])
+@pytest.mark.parametrize(("world_size", "micro", "num_rows"), [(1, 4, 16), (2, 4, 5), (3, 2, 13), (4, 4, 3)])
+def test_the_first_rows_are_those_that_training_begins_with(
+    dataset: InstructionDataset, world_size: int, micro: int, num_rows: int, packed: bool
+) -> None:
+    """Each once over all ranks, with equal work, whatever the batch size of a step is."""
+    packing = packing_of(dataset) if packed else None
+    ranks = [
+        first_micro_batches(
+            dataset,
+            num_rows=num_rows,
+            seed=3,
+            micro_batch_size=micro,
+            rank=rank,
+            world_size=world_size,
+            pad_token_id=PAD,
+            packing=packing,
+        )
+        for rank in range(world_size)
+    ]
+    assert all([len(b.labels) for b in batches] == [len(b.labels) for b in ranks[0]] for batches in ranks)
+    everything = [batch for batches in ranks for batch in batches]
+    (step,) = steps(dataset, 1, batch_size=num_rows, micro=num_rows, packing=packing)
+    assert rows_of([_counted(batch) for batch in everything]) == rows_of(step)
+    assert {(b.num_supervised_global, b.num_tokens_global) for b in everything} == {
+        (step[0].num_supervised_global, step[0].num_tokens_global)
+    }
+
+
+def _counted(batch: MicroBatch) -> MicroBatch:
+    counts = batch.counts
+    return batch if counts is None else batch.with_tensors(lambda rows: rows[counts])
 
 
 def test_targets_are_counted_as_the_loss_sees_them() -> None:

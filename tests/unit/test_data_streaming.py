@@ -121,6 +121,19 @@ def test_what_a_step_learns_does_not_depend_on_ranks(
     assert [sorted(rows_of(step)) for step in found] == [list(range(8 * n, 8 * n + 8)) for n in range(6)]
 
 
+@pytest.mark.parametrize(("world_size", "micro"), [(2, 4), (3, 2), (4, 4)])
+def test_a_batch_that_is_no_multiple_has_the_same_rows(
+    sources: list[DataSource], tokenizer: PreTrainedTokenizerBase, world_size: int, micro: int
+) -> None:
+    """Of 5 rows; every rank makes as many forward passes as the next."""
+    (expected, _), (found, _) = (
+        steps(sources, tokenizer, 2, world_size=number, micro=size, batch_size=5)
+        for number, size in ((1, 5), (world_size, micro))
+    )
+    assert [rows_of(step) for step in found] == [rows_of(step) for step in expected]
+    assert all(len(step) % world_size == 0 for step in found)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_batches_after_a_resume_are_equal_at_any_number_of_ranks(
     sources: list[DataSource], tokenizer: PreTrainedTokenizerBase, world_size: int

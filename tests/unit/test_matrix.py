@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsmoelora import AdapterConfig, inject
+from dsmoelora.adapters.starts.gradient import gradient_start
 from dsmoelora.config import InitName
 from dsmoelora.config.adapter_options import ExpertName, RouterName
 from dsmoelora.errors import ConfigError
@@ -39,7 +40,8 @@ def train(optim: OptimConfig, **settings: Any) -> tuple[list[float], list[str]]:
     """The losses of a few steps, and the names of tensors that did not move."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    inject(model, AdapterConfig(r=2, num_experts=4, **settings))
+    config = AdapterConfig(r=2, num_experts=4, **settings)
+    inject(model, config)
     optimizer = build_optimizer(model, optim)
     before = {of.name: parameter.detach().clone() for of, parameter in trainables(model)}
     ids_BS = torch.randint(0, 32, (6, 10))
@@ -49,7 +51,10 @@ def train(optim: OptimConfig, **settings: Any) -> tuple[list[float], list[str]]:
         optimizer.zero_grad()
         loss = model.train()(input_ids=ids_BS, labels=labels_BS).loss
         loss.backward()
-        optimizer.step()
+        if config.init == "gradient" and not losses:
+            gradient_start(model, config)
+        else:
+            optimizer.step()
         losses.append(loss.item())
     return losses, [of.name for of, parameter in trainables(model) if torch.equal(parameter, before[of.name])]
 

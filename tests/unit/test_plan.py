@@ -69,6 +69,13 @@ def test_the_plan_counts_the_start_that_checkpoints_keep(recipe: Recipe) -> None
     assert rows["disk"].startswith(f"{(trainable * ((4 * 3 + 2) * 3 + 2 * 2)) / 1024:.1f} KiB wanted")
 
 
+def test_the_plan_says_what_experts_start_from(recipe: Recipe) -> None:
+    recipe.adapter.init, recipe.adapter.init_samples = "gradient", 1
+    rows = dict(make_plan(recipe, ZERO_3, world_size=2, resume="none").rows)
+    assert rows["start"] == "the gradient of 1 training row before the first step; a layer's directions are orthogonal"
+    assert "the start" not in rows["checkpoint"]
+
+
 def test_the_printed_plan_shows_every_row_and_note(recipe: Recipe) -> None:
     recipe.data.eval, recipe.optim.warmup_steps = [], 1000
     plan = make_plan(recipe, ZERO_3, world_size=1, resume="none")

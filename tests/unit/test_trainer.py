@@ -101,7 +101,7 @@ def test_the_batch_that_the_gap_is_measured_on_is_learned_from_too(tmp_path: Pat
     (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "{i}", "completion": "x"}}\n' for i in range(9)))
     tokenizer, options = tiny_tokenizer(tmp_path / "tokenizer"), TokeniseOptions(60)
     found = []
-    for init in ("kaiming", "svd"):
+    for init in ("kaiming", "svd", "gradient"):
         recipe = make_recipe(max_steps=5)
         recipe.adapter.init = init
         data = StreamedSets([DataSource(str(tmp_path / "a.jsonl"))], "data.train", tokenizer, options, 0, 4)
@@ -110,9 +110,31 @@ def test_the_batch_that_the_gap_is_measured_on_is_learned_from_too(tmp_path: Pat
         Trainer(cast(Any, FakeEngine(recipe)), folder, data, None, [MetricsFile()]).fit()
         state = json.loads((folder / "checkpoint-2" / "state.json").read_text())["caller"]["stream"]
         found.append((losses(folder), state))
-    (kaiming, its_state), (svd, state) = found
+    (kaiming, its_state), (svd, state), from_gradient = found
+    assert from_gradient == (kaiming, its_state)
     assert svd.pop(0) == (None, None) and 0 not in kaiming  # the line of the gap
     assert svd == kaiming and state == its_state
+
+
+def test_experts_start_from_the_first_rows_which_are_learned_from_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before anything else, once in a run, and no row is lost by it."""
+    found = []
+    for init in ("kaiming", "gradient"):
+        recipe = make_recipe(max_steps=4)
+        recipe.adapter.init, recipe.adapter.init_samples = init, 5  # type: ignore[assignment]
+        engine = FakeEngine(recipe)
+        with caplog.at_level("INFO"):
+            make_trainer(engine, tmp_path / init, [MetricsFile()]).fit()
+        found.append((engine.calls, losses(tmp_path / init)))
+    (calls, expected), (with_start, learned) = found
+    assert with_start == ["draw_start of [0, 1, 2, 3, 4] at 0", *calls] and learned == expected
+    assert "9 directions of experts are those of the gradient of 5 rows, 3 are drawn" in caplog.text
+
+    engine = FakeEngine(recipe)
+    make_trainer(engine, tmp_path / "on", []).fit(tmp_path / "gradient" / "checkpoint-2")
+    assert not any(call.startswith("draw_start") for call in engine.calls)
 
 
 def calls_at(engine: FakeEngine, what: str) -> list[int]:

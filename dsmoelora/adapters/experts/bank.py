@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from dsmoelora.adapters.experts.dora import DoraRows
 from dsmoelora.adapters.experts.function import RoutedExperts, routed_experts
 from dsmoelora.adapters.precision import typed
-from dsmoelora.adapters.starts.draws import draw_a, draw_m
+from dsmoelora.adapters.starts.draws import draw_a, draw_b, draw_m, drawn
 from dsmoelora.config import AdapterConfig
-from dsmoelora.seeds import empty_start, generator
 
 if TYPE_CHECKING:
     from dsmoelora.adapters.contrastive.losses import ContrastOfTokens
@@ -32,7 +31,7 @@ class Factor(Enum):
 
 
 class ExpertBank(nn.Module):
-    """The factors of this rank's experts of a layer: `a` (L, D, R) random, `b` (L, O, R) zero.
+    """The factors of this rank's experts of a layer: `a` (L, D, R) and `b` (L, O, R), see `starts`.
 
     Experts of kind `moslora` have a mixer `m` (L, R, R) between them, those of kind `dora` a `magnitude` (L, O) and the
     module `rows` that reads it.
@@ -65,18 +64,16 @@ class ExpertBank(nn.Module):
         self.gate_power = config.gate_power
         self.is_forked = config.gate_power != 1.0 and config.gate_power_scope == "factors"
 
-        def drawn(name: str, num_rows: int, draw: Callable[..., None]) -> nn.Parameter:
-            start_LXR = empty_start((len(experts), num_rows, rank))
-            for expert, start_XR in zip(experts, start_LXR, strict=True):
-                draw(start_XR, rng=generator(config.seed, layer_name, name, expert))
+        def start(name: str, num_rows: int, draw: Callable[[Tensor, torch.Generator], None]) -> nn.Parameter:
+            start_LXR = drawn((config.seed, layer_name, name), experts, num_rows, rank, draw)
             return nn.Parameter(start_LXR.to(like.dtype).to(like.device))
 
-        self.a = drawn("a", in_features, partial(draw_a, init=config.init))
-        self.b = nn.Parameter(torch.zeros((len(experts), out_features, rank), dtype=like.dtype, device=like.device))
+        self.a = start("a", in_features, partial(draw_a, init=config.init))
+        self.b = start("b", out_features, partial(draw_b, init=config.init))
         self.m: nn.Parameter | None = None
         if config.expert == "moslora":
             self.shapes["m"] = (num_experts, rank, rank)
-            self.m = drawn("m", rank, partial(draw_m, init=config.mixer_init))
+            self.m = start("m", rank, partial(draw_m, init=config.mixer_init))
         self.rows: DoraRows | None = None
         if config.expert == "dora":
             self.shapes["magnitude"] = (num_experts, out_features)
