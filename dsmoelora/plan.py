@@ -332,7 +332,8 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         kinds[kind] = kinds.get(kind, 0) + 1
     plan.add("adapted layers", f"{len(layers)}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     for_a_token = "" if config.top_k is None else f", {config.top_k} for a token"
-    plan.add("experts", f"{config.num_experts} of rank {config.r} a layer{for_a_token}")
+    shared = f"; {config.shared_experts} more for every token" if config.shared_experts else ""
+    plan.add("experts", f"{config.num_experts} of rank {config.r} a layer{for_a_token}{shared}")
     if config.lora_modules:
         num_plain = sum(layer_config(config, name).num_experts == 1 for name in layers)
         plan.add("plain LoRA", f"{num_plain} of the layers have one expert of rank {config.r} and no router")

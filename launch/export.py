@@ -68,7 +68,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     average = parser.add_argument_group("--format average")
     average.add_argument("--data", help="data file on which gates and losses are measured; best one not trained on")
-    average.add_argument("--rank", type=int, help="rank of the adapter; default: num_experts x r, which drops nothing")
+    average.add_argument("--rank", type=int, help="rank of the adapter; default: that of all, which drops nothing")
     average.add_argument("--num-samples", type=int, help=f"rows used at most; default: {DEFAULTS['num_samples']}")
     average.add_argument("--max-length", type=int, help=f"tokens of a row at most; default: {DEFAULTS['max_length']}")
     options = parser.parse_args(argv)
@@ -101,7 +101,8 @@ def export_experts(options: argparse.Namespace, base: str) -> None:
     if config.init == "svd":
         print(f"Trained were experts of rank {config.r}; the rest takes their start off the base (adapter.init: svd).")
     if config.num_experts > 1:
-        print(f"{NOT_THE_MIXTURE}: each of these is one expert alone, with gate 1.")
+        company = " with the shared ones" if config.shared_experts else " alone"
+        print(f"{NOT_THE_MIXTURE}: each of these is one expert{company}, with gate 1.")
     print_use(base, first, next(iter(loras.values())))
 
 

@@ -48,7 +48,8 @@ def _gates(layer: Any, config: AdapterConfig, x_TD: Tensor) -> Tensor:
     logits_TE = x_TD @ layer.router.weight.detach().double().T
     last_T1 = logits_TE.topk(config.num_used).values[:, -1:]
     gate_TE = logits_TE.masked_fill(logits_TE < last_T1, -torch.inf).softmax(-1)
-    return torch.where(gate_TE > 0, gate_TE**config.gate_power, 0.0)
+    gate_TE = torch.where(gate_TE > 0, gate_TE**config.gate_power, 0.0)
+    return torch.cat((gate_TE, gate_TE.new_ones(len(x_TD), config.shared_experts)), dim=1)
 
 
 def polar(z_DC: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def inject(
         base = model.get_submodule(name)
         assert is_linear(base)
         own = layer_config(config, name)
-        experts = range(1) if own.num_experts == 1 else local_experts or range(own.num_experts)
+        experts = range(1) if own.num_experts == 1 else local_experts or range(own.num_in_layer)
         block = blocks.get(block_of.get(name, ""))
         wrapped = RoutedLinear(base, own, name, context, experts, siblings[_parent(name)], block)
         wrapped.train(base.training)

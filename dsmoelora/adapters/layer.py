@@ -34,6 +34,8 @@ class RoutedLinear(nn.Module):
 
         y = x W0^T + s sum_e gate_e(x) (x a_e) b_e^T
 
+    Shared experts come after the routed ones, with gate 1.
+
     The parameters are read only inside `router.forward` and `experts.forward`: ZeRO-3 gathers a parameter when the
     module that owns it is called.
 
@@ -69,7 +71,8 @@ class RoutedLinear(nn.Module):
         place = RouterPlace(name, in_features, config.num_experts, like, config.seed, context)
         self.router = BlockRouter(name, block) if block else build_router(place, config)
         self.experts = ExpertBank(in_features, out_features, config, name, like, experts)
-        self._is_partitioned = len(experts) < config.num_experts
+        self._num_shared = config.shared_experts
+        self._is_partitioned = len(experts) < config.num_in_layer
         if isinstance(self.router, TokenRouter) and not self.dropout and not self._is_partitioned:
             self.router.join(self.experts)
 
@@ -82,6 +85,10 @@ class RoutedLinear(nn.Module):
 
     def _forward(self, x: Tensor, shared: SharedInput) -> Tensor:
         x_TD, gate_TE, selected_TE, *features = self.router(x.reshape(-1, x.shape[-1]))
+        if self._num_shared:  # experts behind the routed ones, which no router knows of
+            gate_TE, selected_TE = (
+                nn.functional.pad(one, (0, self._num_shared), value=1) for one in (gate_TE, selected_TE)
+            )
         drops, tokens_TD = self.training and self.dropout > 0.0, x_TD
         if drops or self._is_partitioned:  # made of the input itself, for all layers that read it
             tokens_TD = shared.once("dropped", lambda: self._tokens(x, shared.dropout_key, drops))

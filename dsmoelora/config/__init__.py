@@ -62,6 +62,13 @@ class Recipe:
             f"Possible are {', '.join(map(str, divisors))}.",
         )
         require(
+            ep_size == 1 or not self.adapter.shared_experts,
+            "parallel.ep_size",
+            ep_size,
+            "1 with adapter.shared_experts: every token would travel to the rank that has them",
+            "Drop it, or the shared experts.",
+        )
+        require(
             self.optim.max_grad_norm_router is None or self.adapter.num_experts > 1,
             "optim.max_grad_norm_router",
             self.optim.max_grad_norm_router,

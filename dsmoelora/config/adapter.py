@@ -28,6 +28,7 @@ class AdapterConfig:
         style: `per_linear` gives each of the target modules a router, `ffn_block` each feed-forward block one, which
             reads the block's input and serves all target modules in it (MixLoRA)
         num_experts: E, the experts of one layer
+        shared_experts: more experts of the same kind in each layer with a router, which every token uses with gate 1
         top_k: K, the experts that a token uses, for routers that select a fixed number (softmax_topk, noisy_topk,
             sigmoid_bias, prompt); `null` means half of the experts
         gate_power: power of the gate in the gradients of the factors: 1 is the chain rule, 1/2 the rescaling of
@@ -61,6 +62,7 @@ class AdapterConfig:
     lora_modules: list[str] = field(default_factory=list)
     style: Literal["per_linear", "ffn_block"] = "per_linear"
     num_experts: int = 20
+    shared_experts: int = 0
     top_k: int | None = None
     gate_power: float = 1.0
     gate_power_scope: Literal["factors", "factors_and_input"] = "factors"
@@ -96,6 +98,7 @@ class AdapterConfig:
             f"kaiming, gaussian or gradient with adapter.expert = {self.expert}",
             "Only experts of two factors and nothing else (lora) can start as a part of the base weight.",
         )
+        self._check_shared()
         if self.init != "gradient":
             require_unset("adapter", self, f"where adapter.init is {self.init}", "init_spread", "init_samples")
         if self.target_modules == ["all-linear"]:
@@ -115,15 +118,34 @@ class AdapterConfig:
         require(not (one and self.style == "ffn_block"), "adapter.num_experts", 1, f"{more}adapter.style is ffn_block",
                  "Drop adapter.style: one expert needs no router.")  # fmt: skip
 
+    def _check_shared(self) -> None:
+        """Whether experts with gate 1 can stand beside the routed ones."""
+        count, key = self.shared_experts, "adapter.shared_experts"
+        require(count >= 0, key, count, "0 or more", "The usual value is 1.")
+        if not count:
+            return
+        reasons = {
+            "where adapter.num_experts is 1: that one has gate 1 already": self.num_experts == 1,
+            "with adapter.expert = dora: no row of a weight has the lengths of two at once": self.expert == "dora",
+            "with adapter.init = svd, whose shift of the base goes by gates of 1 / num_experts": self.init == "svd",
+        }
+        for reason, holds in reasons.items():
+            require(not holds, key, count, f"0 {reason}", "Drop it, or change the other key.")
+
     def plain(self) -> AdapterConfig:
         """The same with one expert and no router."""
         routing: dict[str, Any] = {"router": "softmax_topk", "top_k": 1, "top_p": None, "bias_rate": None}
         routing |= {"gate_power": 1.0, "gate_power_scope": "factors"}
-        return replace(self, num_experts=1, style="per_linear", lora_modules=[], **routing)
+        return replace(self, num_experts=1, shared_experts=0, style="per_linear", lora_modules=[], **routing)
+
+    @property
+    def num_in_layer(self) -> int:
+        """The experts of a routed layer: E that the router chooses from, then those that are shared."""
+        return self.num_experts + self.shared_experts
 
     @property
     def num_used(self) -> int:
-        """How many experts a token of a routed layer uses at most."""
+        """How many experts a router chooses for a token at most."""
         return self.top_k or self.num_experts
 
     @property

@@ -17,6 +17,7 @@ class AdapterSettings(Protocol):
     """The part of `AdapterConfig` that is looked at here."""
 
     num_experts: int
+    shared_experts: int
     router: RouterName
     top_k: int | None
     top_p: float | None
@@ -129,6 +130,9 @@ def check_losses(config: AdapterSettings, losses: Mapping[str, float]) -> None:
         if weight and config.num_experts == 1:
             why = "0 where adapter.num_experts is 1, for there are no routers"
             raise bad_value(f"losses.{name}", weight, why, "Drop it.")
+        if weight and config.shared_experts and name.startswith("contrastive"):
+            why = "0 with adapter.shared_experts, for it tells the experts of a token from others, and these are of all"
+            raise bad_value(f"losses.{name}", weight, why, "Drop the loss, or the shared experts.")
     uses_all = config.router == "softmax" or config.top_k == config.num_experts
     reason = ROUTERS[config.router].no_balance
     if config.top_k == config.num_experts:

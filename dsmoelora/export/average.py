@@ -53,7 +53,7 @@ def average_experts(model: Any, folder: Path, samples: InstructionDataset, num_s
         folder: adapter folder
         samples: tokenised data file
         num_samples: how many of its first rows are used
-        rank: of the adapter; 0 for E * R (twice that with `adapter.init: svd`), which loses nothing against the average
+        rank: of the adapter; 0 for that of all experts (with `adapter.init: svd` twice that), which loses nothing
 
     Raises:
         ConfigError: a rank above that
@@ -61,9 +61,10 @@ def average_experts(model: Any, folder: Path, samples: InstructionDataset, num_s
     """
     config, experts = read_experts(folder)
     twice = 2 if config.init == "svd" else 1
-    full = twice * config.num_experts * config.r
+    full = twice * config.num_in_layer * config.r
     if not 0 <= rank <= full:
-        allowed = f"between 1 and {'2 x ' * (twice - 1)}num_experts x r = {full}"
+        count = "(num_experts + shared_experts)" if config.shared_experts else "num_experts"
+        allowed = f"between 1 and {'2 x ' * (twice - 1)}{count} x r = {full}"
         raise bad_value("--rank", rank, allowed, "Leave it out for the whole rank.")
     rank = rank or full
     base_loss = mean_loss(model.eval(), samples, num_samples)

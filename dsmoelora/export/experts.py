@@ -2,7 +2,8 @@
 
 s * a_e m_e b_e^T  ->  A = a_e^T (R, D),  B = b_e m_e^T (O, R),  the same r, alpha and scale
 
-Experts of kind `dora` become DoRA adapters, with their magnitudes as they are.
+Experts of kind `dora` become DoRA adapters, with their magnitudes as they are. With n shared experts each adapter has
+rank R (1 + n): factors of one expert and of the shared ones side by side.
 
 With `adapter.init: svd` experts were trained on a base shifted by their start. What is exported takes that shift along,
 so that it is right on the base as it came: A = [a_e, all start a]^T, B = [b_e, -all start b / E], of rank R (1 + E).
@@ -42,17 +43,24 @@ class ExpertFactors:
         b_EOR: (E, O, R)
         start: with `adapter.init: svd`, the factors before the first step
         magnitude_EO: of experts of kind `dora`
+        num_shared: the last of them, which every token uses with gate 1
     """
 
     a_EDR: Tensor
     b_EOR: Tensor
     start: ExpertFactors | None = None
     magnitude_EO: Tensor | None = None
+    num_shared: int = 0
 
     @property
     def in_out(self) -> tuple[int, int]:
         """In-features D and out-features O."""
         return self.a_EDR.shape[1], self.b_EOR.shape[1]
+
+    @property
+    def num_routed(self) -> int:
+        """Experts that are used as a router says; 1 of a layer without a router."""
+        return len(self.a_EDR) - self.num_shared
 
     def shift(self) -> tuple[Tensor, Tensor]:
         """Factors (D, F) and (O, F) of what was taken from the base, without the scale s; F is 0 where nothing was."""
@@ -86,7 +94,8 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
         start = ExpertFactors(starts[a_name], starts[b_name]) if starts else None
         found = {name: tensors.pop(f"{layer}.experts.{name}") for name in own}
         b_EOR = _fold(found["b"], found["m"]) if "m" in found else found["b"]
-        experts[layer] = ExpertFactors(found["a"], b_EOR, start, found.get("magnitude"))
+        num_shared = layer_config(config, layer).shared_experts
+        experts[layer] = ExpertFactors(found["a"], b_EOR, start, found.get("magnitude"), num_shared)
     strange = [name for name in tensors if ".router." not in name]
     if strange:
         raise CheckpointError(
@@ -97,13 +106,16 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
 
 
 def expert_loras(config: AdapterConfig, experts: dict[str, ExpertFactors]) -> dict[str, Lora]:
-    """Expert e of every layer as one LoRA adapter, by the name of its folder; each has the layers with one expert."""
+    """Expert e of every layer as one LoRA adapter, by the name of its folder.
+
+    Each has the shared experts and the layers with one expert in it.
+    """
     loras = {}
     for expert, folder in enumerate(folder_names(config.num_experts)):
-        shifted = config.init == "svd"
-        rank = config.r * (1 + config.num_experts) if shifted else config.r
-        layers = {name: _alone(factors, expert, rank) for name, factors in experts.items()}
-        scale = (config.scale * rank, False) if shifted else (config.lora_alpha, config.use_rslora)
+        num_beside = config.num_experts if config.init == "svd" else config.shared_experts
+        rank = config.r * (1 + num_beside)
+        layers = {name: _with_company(factors, expert, rank) for name, factors in experts.items()}
+        scale = (config.scale * rank, False) if num_beside else (config.lora_alpha, config.use_rslora)
         magnitudes = {
             name: factors.magnitude_EO[expert % len(factors.magnitude_EO)]
             for name, factors in experts.items()
@@ -113,18 +125,22 @@ def expert_loras(config: AdapterConfig, experts: dict[str, ExpertFactors]) -> di
     return loras
 
 
-def _alone(factors: ExpertFactors, expert: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, D) and B (O, rank) of an expert and of the base's shift; a layer with one expert gives that one."""
-    own, (a_DF, b_OF) = expert % len(factors.a_EDR), factors.shift()
-    joined = torch.cat((factors.a_EDR[own], a_DF), 1), torch.cat((factors.b_EOR[own], -b_OF), 1)
+def _with_company(factors: ExpertFactors, expert: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, D) and B (O, rank) of an expert, of the shared ones and of the base's shift.
+
+    A layer with one expert gives that one.
+    """
+    own, (a_DF, b_OF) = expert % factors.num_routed, factors.shift()
+    used = [own, *range(factors.num_routed, len(factors.a_EDR))]
+    joined = torch.cat((*factors.a_EDR[used], a_DF), 1), torch.cat((*factors.b_EOR[used], -b_OF), 1)
     a_DR, b_OR = (nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in joined)
     return a_DR.t(), b_OR
 
 
 def _fits(factor: Tensor, config: AdapterConfig) -> bool:
     if factor.dim() == 2:  # magnitudes
-        return factor.shape[0] == config.num_experts
-    return factor.dim() == 3 and (factor.shape[0], factor.shape[2]) == (config.num_experts, config.r)
+        return factor.shape[0] == config.num_in_layer
+    return factor.dim() == 3 and (factor.shape[0], factor.shape[2]) == (config.num_in_layer, config.r)
 
 
 def _fold(b_EOR: Tensor, m_ERR: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class ExpertLayout:
     """Place of this rank and of its experts.
 
     Args:
-        num_experts: E, of every layer with a router
+        num_experts: of every layer with a router, shared ones included (with these P is 1)
         ep_size: P, ranks over which the experts of a layer are partitioned
         world_size: W
         rank: of this process

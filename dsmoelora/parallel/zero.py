@@ -131,7 +131,7 @@ def make_layout(recipe: Recipe) -> ExpertLayout:
         ConfigError: experts or ranks do not divide by `parallel.ep_size`
     """
     check_layout(recipe, comm.world_size())
-    layout = ExpertLayout(recipe.adapter.num_experts, recipe.parallel.ep_size, comm.world_size(), comm.rank())
+    layout = ExpertLayout(recipe.adapter.num_in_layer, recipe.parallel.ep_size, comm.world_size(), comm.rank())
     if layout.ep_size == 1:
         return layout
     deepspeed_groups._create_expert_and_data_parallel(layout.ep_size)

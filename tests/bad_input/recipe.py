@@ -56,6 +56,14 @@ EARLY: dict[str, Case] = {
     "co-activated experts where a token uses one": override("--adapter.top_k", 1, "--losses.contrastive_coactive", 0.1),
     "co-activated experts where a token uses all": override("--adapter.top_k", 4, "--losses.contrastive_coactive", 0.1),
     "a contrastive temperature of 0": override("--losses.contrastive_temperature", 0),
+    "fewer shared experts than none": override("--adapter.shared_experts=-1"),
+    "shared experts beside one expert": override(
+        "--adapter.num_experts", 1, "--adapter.top_k", 1, "--adapter.shared_experts", 1
+    ),
+    "shared experts with row lengths": override("--adapter.shared_experts", 1, "--adapter.expert", "dora"),
+    "shared experts that start from the base weight": override("--adapter.shared_experts", 1, "--adapter.init", "svd"),
+    "shared experts with a contrastive loss": override("--adapter.shared_experts", 1, "--losses.contrastive", 0.1),
+    "shared experts on other ranks": override("--adapter.shared_experts", 1, "--parallel.ep_size", 2),
     "a start from the base weight for experts with a mixer": override(
         "--adapter.init", "svd", "--adapter.expert", "moslora"
     ),

@@ -36,6 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "optim": SGD | DAMPED | {"preconditioner": "tangent"},
     },
     "dora": {"adapter": {"expert": "dora", "gate_power": 0.5, "lora_dropout": 0.1}, "optim": ADAMW},
+    "shared": {"adapter": {"shared_experts": 2, "lora_dropout": 0.1, "gate_power": 0.5}, "optim": ADAMW},
+    "shared-tangent": {"adapter": {"shared_experts": 1}, "optim": SGD | DAMPED | {"preconditioner": "tangent"}},
     "dora-scaled": {"adapter": {"expert": "dora"}, "optim": SGD | DAMPED | {"preconditioner": "scaled"}},
 }
 
@@ -88,7 +90,8 @@ def test_stage_0_changes_nothing(worker_pool: PoolFactory, plainly: Plainly, met
 @pytest.mark.parametrize(
     ("method", "world_size", "ep_size", "exchange"),
     [
-        *((method, 2, 2, "gather") for method in METHODS),
+        *((method, 2, 2, "gather") for method in METHODS if "shared" not in method),
+        *((method, 2, 1, "auto") for method in METHODS if "shared" in method),
         *(thorough(method, 4, 1, "auto") for method in METHODS),
         *((method, 4, 2, "all_to_all") for method in ("moslora-scaled", "dora-scaled")),
     ],
@@ -131,14 +134,15 @@ def speak_and_save(job: Job, folder: Path) -> tuple[Tensor, list[float], list[st
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["moslora-scaled", "dora"])
+@pytest.mark.parametrize("method", ["moslora-scaled", "dora", "shared"])
 def test_an_adapter_says_the_same_without_deepspeed(
     worker_pool: PoolFactory, plainly: Plainly, tmp_path: Path, method: str, dtype: Any
 ) -> None:
     recipe, expected = plainly(method).recipe, plainly(method).training
     recipe = replace(recipe, model=replace(recipe.model, dtype=dtype))
     folder = tmp_path / "adapter"
-    ranks = worker_pool(2).run(speak_and_save, Job(partitioned(recipe, 2)), folder)
+    recipe = partitioned(recipe, 1 if recipe.adapter.shared_experts else 2)
+    ranks = worker_pool(2).run(speak_and_save, Job(recipe), folder)
     plain = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=recipe.model.torch_dtype)
     ids_BS = global_batch(0)[0]
     with torch.no_grad():

@@ -73,7 +73,7 @@ def test_experts_start_from_the_gradient_as_on_a_cpu(
     pool: WorkerPool, worker_pool: PoolFactory, base: Path, dtype: Any
 ) -> None:
     """In fp16 after a search for a loss scale."""
-    adapter = {"init": "gradient", "num_experts": 4, "top_k": 4, "shared_experts": 1}
+    adapter = {"init": "gradient", "num_experts": 4, "top_k": 4}
     recipe = make_recipe(base, adapter=adapter, optim=SGD, max_steps=4)
     (expected,) = worker_pool(1).run(train_on_rank, Job(recipe))
     (found,) = pool.run(train_on_rank, Job(replace(recipe, model=replace(recipe.model, dtype=dtype))))

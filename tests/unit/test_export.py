@@ -44,6 +44,7 @@ BLOCKS = AdapterConfig(
     lora_modules=["q_proj"],
 )
 PROMPTS = replace(CONFIG, router="prompt")
+SHARED = replace(CONFIG, shared_experts=2)
 ROWS = [{"instruction": f"Say {word}.", "output": word} for word in ("yes", "no", "perhaps", "never")]
 
 
@@ -116,6 +117,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: str | Path) -> None:
         ("llama", ["q_proj", "up_proj"], {}),
         ("llama", ["q_proj", "up_proj"], {"use_rslora": True}),
         ("llama", ["q_proj", "up_proj"], {"use_rslora": True, "init": "svd"}),
+        ("llama", ["q_proj", "up_proj"], {"use_rslora": True, "shared_experts": 2, "lora_modules": ["v_proj"]}),
+        ("llama", ["q_proj", "up_proj"], {"shared_experts": 1, "expert": "moslora"}),
         ("gpt2", ["c_attn", "c_proj"], {}),  # Conv1D: weights the other way round
         ("gpt2", ["c_attn", "c_proj"], {"init": "svd"}),
         ("phi3", "all-linear", {}),  # q, k and v in one
@@ -219,7 +222,9 @@ def test_mixers_that_are_missing_are_not_left_out_in_silence(adapter: Path, tmp_
         read_experts(odd)
 
 
-@pytest.mark.parametrize("config", [CONFIG, BLOCKS, PROMPTS], ids=["per-linear", "ffn-block", "prompt"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, BLOCKS, PROMPTS, SHARED], ids=["per-linear", "ffn-block", "prompt", "shared"]
+)
 def test_the_average_is_the_mixture_with_each_gate_at_its_mean(
     base_path: Path, tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, config: AdapterConfig
 ) -> None:
@@ -228,7 +233,8 @@ def test_the_average_is_the_mixture_with_each_gate_at_its_mean(
     said = capsys.readouterr().out
     assert "cannot be merged into one LoRA adapter exactly" in said and "Loss on 4 of 4 rows" in said
     said_by_peft = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert said_by_peft["r"] == said_by_peft["lora_alpha"] == 12 and not said_by_peft["use_rslora"]  # scale 1
+    assert said_by_peft["r"] == said_by_peft["lora_alpha"] == 3 * (4 + config.shared_experts)
+    assert not said_by_peft["use_rslora"]  # scale 1
 
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base_path), adapter)
     tokenizer = load_tokenizer(ModelConfig(path=str(adapter)))

@@ -54,7 +54,7 @@ class ExpertBank(nn.Module):
         self, in_features: int, out_features: int, config: AdapterConfig, layer_name: str, like: Tensor, experts: range
     ) -> None:
         super().__init__()
-        num_experts, rank = config.num_experts, config.r
+        num_experts, rank = config.num_in_layer, config.r
         self.shapes: dict[str, tuple[int, ...]] = {
             "a": (num_experts, in_features, rank),
             "b": (num_experts, out_features, rank),
