@@ -1,0 +1,339 @@
+"""`benchmarks/study`: the arithmetic of its comparisons, the search for rates, and cells that stop and go on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.study import __main__ as study
+from benchmarks.study.arms import ARMS
+from benchmarks.study.bench import Bench, prepare
+from benchmarks.study.cells import Cell, Results, Task
+from benchmarks.study.halving import budgets, choose_rate, survivors
+from benchmarks.study.paired import difference, halves, interval, mean_loss, steps_to_reach
+from benchmarks.study.report import table
+from benchmarks.study.search import Chosen, search
+from benchmarks.study.tasks import CONFLICTING, task_files
+from dsmoelora.adapters import inject
+from dsmoelora.errors import ConfigError
+from tests.helpers import tiny_llama
+
+# The arithmetic
+
+
+def drawn(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def test_a_difference_that_is_the_same_for_every_token_has_no_width() -> None:
+    tokens_N = np.arange(1, 31)
+    control_SN = 10 + drawn(3, 30)
+    nll_SN = control_SN + 0.25 * tokens_N
+    assert difference(nll_SN, control_SN, tokens_N) == pytest.approx(0.25)
+    assert interval(nll_SN, control_SN, tokens_N) == pytest.approx((0.25, 0.25))
+
+
+def test_losses_are_means_over_targets_not_over_rows() -> None:
+    nll_SN, tokens_N = np.array([[1.0, 8.0], [2.0, 6.0]]), np.array([1, 3])
+    np.testing.assert_allclose(mean_loss(nll_SN, tokens_N), [9 / 4, 8 / 4])
+    assert difference(nll_SN, np.zeros_like(nll_SN), tokens_N) == pytest.approx((9 / 4 + 8 / 4) / 2)
+
+
+def test_the_interval_of_one_seed_is_that_of_the_mean_over_rows() -> None:
+    """Of 400 normal differences: mean and 1.96 standard errors; and 1.645 of them for 90 %."""
+    differences_N = 0.05 + drawn(400)
+    ones_N, control_SN = np.ones(400), np.zeros((1, 400))
+    error = differences_N.std() / 20
+    for level, width in ((0.95, 1.96), (0.9, 1.645)):
+        low, high = interval(differences_N[None], control_SN, ones_N, level=level)
+        assert low == pytest.approx(differences_N.mean() - width * error, abs=0.12 * width * error)
+        assert high == pytest.approx(differences_N.mean() + width * error, abs=0.12 * width * error)
+
+
+def test_seeds_are_drawn_as_blocks() -> None:
+    """Where seeds differ and rows do not, the interval is that of a mean of three drawn seeds."""
+    of_seeds = np.array([0.0, 0.3, 0.6])
+    nll_SN = np.repeat(of_seeds[:, None], 500, axis=1)
+    low, high = interval(nll_SN, np.zeros_like(nll_SN), np.ones(500))
+    means = [np.mean(of_seeds[list(drawn)]) for drawn in np.ndindex(3, 3, 3)]  # all 27 equally likely draws
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.11)
+    assert high - low > 0.3
+
+
+def test_pairs_show_what_means_alone_do_not() -> None:
+    """Rows differ by far more than arms do; what an arm adds to each row is seen all the same."""
+    control_SN = 20 * np.abs(drawn(1, 200))
+    nll_SN = control_SN - 0.1 + 0.2 * drawn(1, 200, seed=1)
+    tokens_N = np.ones(200)
+    _, high = interval(nll_SN, control_SN, tokens_N)
+    assert high < 0
+    apart = 1.96 * math.hypot(nll_SN.std(), control_SN.std()) / math.sqrt(200)
+    assert apart > 10 * abs(difference(nll_SN, control_SN, tokens_N)), "two separate means would tell nothing"
+
+
+@pytest.mark.parametrize("num_rows", [2, 7, 256])
+def test_halves_are_apart_and_the_same_every_time(num_rows: int) -> None:
+    choosing, reporting = halves(num_rows)
+    assert sorted([*choosing, *reporting]) == list(range(num_rows))
+    assert abs(len(choosing) - len(reporting)) <= 1
+    assert all((one == other).all() for one, other in zip(halves(num_rows), (choosing, reporting), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("curve", "target", "expected"),
+    [
+        ([(10, 2.0), (20, 1.0)], 1.5, 15.0),
+        ([(10, 2.0), (20, 1.0)], 1.0, 20.0),
+        ([(10, 2.0), (20, 1.0), (30, 3.0)], 2.0, 10.0),
+        ([(10, 2.0), (20, 1.0)], 0.9, None),
+    ],
+)
+def test_steps_to_a_loss_lie_on_the_line_between_evaluations(
+    curve: list[tuple[int, float]], target: float, expected: float | None
+) -> None:
+    assert steps_to_reach(curve, target) == expected
+
+
+# The search
+
+
+def test_the_better_half_goes_on() -> None:
+    assert survivors({1.0: 3.0, 2.0: 1.0, 4.0: 2.0, 8.0: math.inf, 16.0: math.inf}) == [1.0, 2.0, 4.0]
+    assert survivors({1.0: 1.0, 2.0: 2.0}) == [1.0]
+    assert survivors({1.0: math.inf, 2.0: math.inf}) == [1.0]
+    assert budgets(60) == [15, 30, 60] and budgets(1) == [1]
+
+
+class Bowl:
+    """Losses that are least at a rate, whatever the number of steps; remembers what was trained."""
+
+    def __init__(self, best: float) -> None:
+        self.best, self.trained = best, []
+
+    def losses_at(self, rates: Sequence[float], steps: int) -> Mapping[float, float]:
+        self.trained += [(rate, steps) for rate in rates]
+        return {rate: math.log2(rate / self.best) ** 2 + 1 / steps for rate in rates}
+
+
+@pytest.mark.parametrize(
+    ("best", "whole"),
+    [
+        (4.0, [4.0]),
+        (8.0, [8.0, 16.0]),
+        (32.0, [8.0, 16.0, 32.0, 64.0]),
+        (1.0, [1.0, 0.5]),
+        (0.25, [1.0, 0.5, 0.25, 0.125]),
+    ],
+)
+def test_the_rate_is_found_even_outside_of_the_grid(best: float, whole: list[float]) -> None:
+    """With every rate of the grid in the first quarter, and few in all of it."""
+    bowl = Bowl(best)
+    assert choose_rate([1.0, 2.0, 4.0, 8.0], 40, bowl.losses_at) == best
+    assert all((rate, 10) in bowl.trained for rate in (1.0, 2.0, 4.0, 8.0))
+    assert sum(steps == 20 for _, steps in bowl.trained) == 2
+    assert [rate for rate, steps in bowl.trained if steps == 40] == whole
+
+
+# Tasks
+
+
+def test_conflicting_tasks_say_different_things_of_one_input(tmp_path: Path) -> None:
+    files = task_files("conflicting", tmp_path, tmp_path, tmp_path)
+    train, held_out = ([json.loads(line) for line in file.read_text().splitlines()] for file in vars(files).values())
+    assert not {row["input"] for row in train} & {row["input"] for row in held_out}
+    for rows in (train, held_out):
+        of_input: dict[str, list[str]] = {}
+        for row in rows:
+            of_input.setdefault(row["input"], []).append(row["output"])
+        assert {len(outputs) for outputs in of_input.values()} == {len(CONFLICTING)}
+        assert all(len(set(outputs)) >= len(CONFLICTING) - 2 for outputs in of_input.values())
+    answers = [answer(["desert", "apple", "ladder"]) for answer in CONFLICTING.values()]
+    assert answers == [
+        *("ladder apple desert", "apple desert ladder", "DESERT APPLE LADDER", "d a l", "ladder", "desert", "6 5 6"),
+        "tresed elppa reddal",
+    ]
+
+
+def test_questions_have_their_choices_in_the_input(tmp_path: Path) -> None:
+    row = {"instruction": "Why?", "input": "", "output": "so", "choices": ["so", "no"], "answer": 0}
+    for name in ("commonsenseqa/train", "openbookqa/train", "arc_easy/train", "commonsenseqa/dev", "arc_easy/dev"):
+        file = tmp_path / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(row) + "\n")
+    files = task_files("qa", tmp_path / "study", tmp_path, tmp_path)
+    expected = {"instruction": "Why?", "input": "- so\n- no", "output": "so"}
+    for file, count in ((files.train, 3), (files.held_out, 2)):
+        assert [json.loads(line) for line in file.read_text().splitlines()] == count * [expected]
+    with pytest.raises(ConfigError, match=r"There is no .*gsm8k"):
+        task_files("gsm8k", tmp_path / "study", tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match="--tasks is 'mine', but it must be one of demo, qa, gsm8k, conflicting"):
+        task_files("mine", tmp_path, tmp_path, tmp_path)
+
+
+# Cells
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A model of six layers, 160 rows to learn from, 40 that are held out."""
+    folder = tmp_path_factory.mktemp("study")
+    found = {"model": tiny_llama(folder / "model", num_hidden_layers=6, initializer_range=0.1)}
+    files = task_files("conflicting", folder, folder, folder)
+    for name, file, count in (("train", files.train, 160), ("held_out", files.held_out, 40)):
+        found[name] = folder / f"{name}.jsonl"
+        found[name].write_text("".join(file.read_text().splitlines(keepends=True)[:count]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        yield found
+
+
+@pytest.fixture
+def task(tmp_path: Path, material: dict[str, Path]) -> Task:
+    """Two layers of six are adapted; 8 steps of 4 rows, 12 held-out rows."""
+    sizes = {"num_steps": 8, "batch_size": 4, "eval_rows": 12, "max_length": 256}
+    return Task(tmp_path / "study" / "conflicting", **material, **sizes, depth="third", seeds=(0, 1))  # type: ignore[arg-type]
+
+
+def test_losses_from_cached_hidden_states_are_those_of_the_whole_model(task: Task) -> None:
+    """Of every held-out row, with adapters that change the model, by plain log-probabilities."""
+    bench = Bench(task)
+    assert len(bench.model.base_model.layers) == 2
+    inject(bench.model, ARMS["experts"].adapter_config(0))
+    for name, parameter in bench.model.named_parameters():
+        if name.endswith("experts.b"):
+            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    found = bench.held_out_nll()
+    whole = AutoModelForCausalLM.from_pretrained(task.model, dtype=bench.model.dtype, attn_implementation="eager")
+    base = [_plain_nll(whole, *bench._held_out.sample(row)) for row in bench._eval_rows]
+    for place, layer in enumerate(bench.model.base_model.layers, start=4):
+        whole.base_model.layers[place] = layer
+    expected = [_plain_nll(whole, *bench._held_out.sample(row)) for row in bench._eval_rows]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert np.abs(np.subtract(base, expected)).min() > 1e-2 * np.abs(base).min(), "adapters matter"
+
+
+def _plain_nll(model: Any, ids: list[int], labels: list[int]) -> float:
+    with torch.no_grad():
+        log_probs_SV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return -sum(float(log_probs_SV[place - 1, label]) for place, label in enumerate(labels) if label != -100)
+
+
+def test_full_depth_adapts_all_layers_and_keeps_nothing(task: Task) -> None:
+    bench = Bench(replace(task, depth="full"))
+    assert len(bench.model.base_model.layers) == 6 and not bench._hidden
+    assert not (task.folder / "hidden").exists()
+
+
+@pytest.mark.parametrize("arm", ["experts", "gradient"])
+def test_a_cell_that_stops_goes_on_to_the_same_numbers(task: Task, arm: str) -> None:
+    cell = Cell(arm, 4e-3, 1)
+    straight = replace(task, folder=task.folder.with_name("straight"))
+    Bench(straight).run(cell, 8)
+    for until in (2, 4, 8):
+        Bench(task).run(cell, until)  # a new one each time, as in a new process
+    found, expected = Results.read(cell, task), Results.read(cell, straight)
+    assert [one["nll"] for one in found.evaluations] == [one["nll"] for one in expected.evaluations]
+    assert [one["step"] for one in found.evaluations] == task.evaluated_at == [2, 4, 6, 8]
+    first, last = (sum(found.evaluations[place]["nll"]) for place in (0, -1))
+    assert last < first and found.num_trained > 0
+    assert not list(cell.folder(task).glob("state*")), "a cell at its end needs no state"
+
+
+def test_arms_of_one_seed_see_the_same_rows(task: Task) -> None:
+    bench = Bench(task)
+    assert bench.order(0, 8) != bench.order(1, 8)
+    assert bench.order(0, 8)[:16] == bench.order(0, 4)
+    assert sorted(bench.order(0, 40)) == list(range(160)), "an epoch has every row once"
+
+
+def test_held_out_rows_are_looked_at_where_rates_are_compared(task: Task) -> None:
+    assert replace(task, num_steps=60).evaluated_at == [15, 30, 45, 60]
+    assert replace(task, num_steps=1000).evaluated_at == [125 * part for part in range(1, 9)]
+    for num_steps in (1, 2, 3, 7, 300):
+        assert set(budgets(num_steps)) <= set(replace(task, num_steps=num_steps).evaluated_at)
+
+
+def test_a_cell_of_other_settings_is_refused(task: Task) -> None:
+    Bench(task).run(Cell("lora", 1e-3), 2)
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        Results.read(Cell("lora", 1e-3), replace(task, batch_size=8))
+
+
+def test_a_study_is_searched_and_told(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(task)
+    bench = Bench(task)
+
+    def train(cells: Sequence[Cell], until: int) -> None:
+        for cell in cells:
+            bench.run(cell, until)
+
+    for arm in ("experts", "lora"):
+        search(task, arm, train)
+    chosen = Chosen.read(task, "lora")
+    assert chosen is not None and chosen.lr in map(float, chosen.tried)
+    assert chosen.tried[f"{chosen.lr:g}"] == min(chosen.tried.values())
+    lines = table(task, ["experts", "lora"])
+    assert "seeds 2" in lines[0] and len(lines) == 6
+    assert lines[4].startswith("| experts |") and lines[5].startswith("| lora |")
+    assert not list(task.folder.rglob("state*"))
+
+
+def test_a_table_by_hand(task: Task) -> None:
+    """Two seeds, four rows of two targets; of the reporting half every row of `lora` is 0.2 below the control."""
+    task.folder.mkdir(parents=True)
+    task.tokens_file.write_text("[2, 2, 2, 2]")
+    _, reporting = halves(4)
+    for arm, less in (("experts", 0.0), ("lora", 0.4)):
+        Chosen.file(task, arm).parent.mkdir()
+        Chosen.file(task, arm).write_text(json.dumps({"lr": 1e-3, "tried": {}}))
+        for seed in task.seeds:
+            cell = Cell(arm, 1e-3, seed)
+            results = Results.read(cell, task)
+            results.num_trained = 1234
+            for step in (4, 8):
+                nll_N = np.full(4, 99.0)
+                nll_N[reporting] = 6.0 + seed - step / 4 - less
+                results.evaluations.append({"step": step, "seconds": 10.0 * step, "nll": nll_N.tolist()})
+            cell.folder(task).mkdir()
+            results.write(cell.folder(task))
+    title, _, _, _, control, lora = table(task, ["experts", "lora"])
+    assert "standard deviation over its seeds: 0.3536" in title
+    cells = [cell.strip() for cell in control.strip("|").split("|")]
+    assert cells == ["experts", ARMS["experts"].why, "1,234", "0.001", "2.2500 ± 0.3536", "", "8", "80"]
+    cells = [cell.strip() for cell in lora.strip("|").split("|")]
+    # the control ends at 2.25; `lora` falls from 2.55 to 2.05 between steps 4 and 8
+    assert cells[4:] == ["2.0500 ± 0.3536", "-0.2000 [-0.2000, -0.2000]", "6", "80"]
+
+
+def test_a_cell_that_diverges_ends_and_counts_as_worst(task: Task) -> None:
+    """And a table says so instead of leaving it out in silence."""
+    prepare(task)
+    bench, cell = Bench(task), Cell("sgd", 1e60)
+    bench.run(cell, 8)
+    results = Results.read(cell, task)
+    assert results.diverged_at is not None and results.is_done(8)
+    assert results.loss_at(8, bench.tokens_N, [0, 1]) == math.inf
+    Chosen.file(task, "sgd").write_text(json.dumps({"lr": 1e60, "tried": {}}))
+    assert table(task, ["sgd"]) == ["conflicting: the control (sgd) has not come to its end."]
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_every_arm_is_a_recipe(arm: str) -> None:
+    config = ARMS[arm].optim_config(1e-3, 60)
+    assert config.lr == 1e-3 and config.warmup_steps == 5
+    assert ARMS[arm].adapter_config(3).seed == 3
+
+
+def test_the_list_of_arms_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    study.main(["--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(ARMS)
