@@ -2,6 +2,7 @@
 
     python launch/prepare_demo.py
     python benchmarks/step.py
+    python benchmarks/step.py --profile         # where the time of one rank goes, in ours
 
 Both train the demo's model on the same rows of its data in the same order, with the same DeepSpeed file, batches, dtype
 and ranks, in turn, each in processes of their own. The first steps do not count. Also with packed rows, which the
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +170,44 @@ def by_peft(recipe: Recipe, num_steps: int) -> dict[str, float]:
     return {**clock.means(), "tokens": supervised}
 
 
+# What the profiler calls the parts of a step, with all that runs inside of them; nothing lies in two parts.
+PARTS = {
+    "experts and routers": r"(.*: )?(Projection|RoutedExperts|SoftmaxOverSelected)(Backward)?",
+    "frozen linear layers": r"(.*: )?LinearFunctionForZeroStage3(Backward)?",
+    "attention": r"aten::_scaled_dot_product\w+",
+    "output head and loss": r"(.*: )?ChunkedNll(Backward)?",
+    "ZeRO's hooks and gathers": r"(.*: )?(Pre|Post)BackwardFunction\w*|c10d::\w+",
+    "optimizer": r"Optimizer\.step#.*",
+}
+
+
+def profile(num_steps: str, batch_size: str) -> None:
+    """Rank 0 prints a table of where the time of its thread goes."""
+    recipe = recipe_of(int(batch_size), packing=False)
+    batches = steps_of(recipe, samples_of(recipe, int(num_steps)), comm.rank())
+    engine = Engine.build(recipe, json.loads(DEEPSPEED.read_text()))
+    for _ in range(NUM_WARM_UP):
+        engine.train_step(next(batches))
+    with torch.profiler.profile() as profiler:
+        for batch in islice(batches, int(num_steps) - NUM_WARM_UP):
+            engine.train_step(batch)
+    if comm.rank() == 0:
+        events = profiler.key_averages()
+        whole = sum(event.self_cpu_time_total for event in events)
+        shares = dict.fromkeys(PARTS, 0.0)
+        for event in events:
+            for part, pattern in PARTS.items():
+                is_whole_node = event.key.startswith("autograd::engine") or not event.key.endswith("Backward")
+                if re.fullmatch(pattern, event.key) and is_whole_node:
+                    shares[part] += event.cpu_time_total / whole
+        for part, share in {**shares, "the rest of the model, copies, waits": 1 - sum(shares.values())}.items():
+            print(f"{part:40s} {share:5.0%}")
+
+
 def worker(kind: str, num_steps: str, batch_size: str) -> None:
     """Train on this rank; rank 0 prints one line of JSON."""
+    if kind == "profile":
+        return profile(num_steps, batch_size)
     memory = PeakMemory()
     memory.start()
     recipe = recipe_of(int(batch_size), packing=kind == "packed")
@@ -184,8 +223,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="where the time goes, in ours")
     args = parser.parse_args()
     print(setting())
+    if args.profile:
+        run_ranks(__file__, NUM_RANKS, "profile", str(args.steps), str(args.batch_size))
+        return
     found: dict[str, list[dict[str, float]]] = {"ours": [], "peft": [], "packed": []}
     for _ in range(args.rounds):
         for kind, lines in found.items():
