@@ -94,6 +94,7 @@ def parse_command(argv: list[str]) -> Command:
     quiet = contextlib.redirect_stdout(io.StringIO()) if env_rank() else contextlib.nullcontext()
     with quiet:
         parsed = _parse(parser, _recipe_first(argv))
+        _ask_folders(parser, _recipe_first(argv), parsed)
         recipe = _instantiate(parser, parsed)
         if parsed.print_config or parsed.print_folder:
             sys.stdout.write(recipe_yaml(recipe) if parsed.print_config else f"{recipe.run.folder}\n")
@@ -215,6 +216,22 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
         return parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise _explain(str(error)) from None
+
+
+def _ask_folders(parser: ArgumentParser, argv: list[str], parsed: Namespace) -> None:
+    """Fill in what the folders of `adapter.experts_from` decide and the user has not said.
+
+    Raises:
+        UserError: a folder is missing, damaged, or cannot be started from
+    """
+    paths = [expanded("adapter.experts_from", path) for path in parsed.adapter.experts_from]
+    if not paths:
+        return
+    from dsmoelora.adapters.given import settings_of  # imports torch, which takes seconds
+
+    said = parser.parse_args(argv, defaults=False).adapter
+    for name, value in settings_of(paths, vars(said)).items():
+        setattr(parsed.adapter, name, value)
 
 
 def _instantiate(parser: ArgumentParser, parsed: Namespace) -> Recipe:

@@ -21,6 +21,7 @@ from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.experts.similarity import ExpertCosines
 from dsmoelora.adapters.folder import write_adapter
+from dsmoelora.adapters.given import open_folders, take_experts
 from dsmoelora.adapters.keyed.draws import settle_dropout
 from dsmoelora.adapters.routing import Routing, RoutingLog
 from dsmoelora.adapters.starts.svd import uniform_gates
@@ -137,8 +138,12 @@ class Engine:
             exchange = TokenExchange(self.layout, recipe.parallel.exchange, recipe.adapter.num_used)
             group = PartitionedExperts(exchange, recipe.losses.contrastive_tokens)
             model.register_forward_pre_hook(exchange.announce_call, with_kwargs=True)
+        comm.together(lambda: open_folders(recipe.adapter.experts_from))  # one node may not see them
         held = self.layout.local_experts
         self.adapted_layers = inject(model, recipe.adapter, held, exchange, lambda _: None, zero.gathered)
+        if recipe.adapter.experts_from and not resumes:
+            # each rank reads the experts that it holds
+            comm.together(lambda: take_experts(model, recipe.adapter, self.base_fingerprint))
         self._start = StartShards(model, resumes, self._heartbeat.beat) if recipe.adapter.init == "svd" else None
         if recipe.train.activation_checkpointing:
             recompute_activations(model)

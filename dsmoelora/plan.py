@@ -351,6 +351,8 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         spread = "a layer's" if config.init_spread == "joint" else "each expert's"
         rows = f"{config.init_samples} training row{'s' * (config.init_samples > 1)}"
         plan.add("start", f"the gradient of {rows} before the first step; {spread} directions are orthogonal")
+    if config.experts_from:
+        plan.add("start", f"the experts of {listing(config.experts_from, 4)}")
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
 
 

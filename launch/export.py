@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 
 import transformers
 
-from dsmoelora.adapters.folder import read_adapter_config
+from dsmoelora.adapters.folder_files import read_adapter_config
 from dsmoelora.cli import run_guarded
 from dsmoelora.config import DataSource, ModelConfig
 from dsmoelora.data import InstructionDataset, load_instructions

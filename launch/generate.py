@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dsmoelora import load_adapter
-from dsmoelora.adapters.folder import read_adapter_config
+from dsmoelora.adapters.folder_files import read_adapter_config
 from dsmoelora.cli import run_guarded
 from dsmoelora.data.chat import Prompt, stop_ids
 from dsmoelora.data.problems import RowProblem

@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsmoelora.adapters.fingerprint import difference, fingerprint
+from dsmoelora.adapters.folder_files import (
+    CONFIG_FILE,
+    PEFT_TYPE,
+    START_FILE,
+    WEIGHTS_FILE,
+    adapter_config,
+    read_adapter_config,
+    read_start,
+    read_weights,
+    shapes_of,
+)
 from dsmoelora.adapters.inject import inject
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.routers import routers
@@ -23,12 +33,6 @@ from dsmoelora.adapters.targets import layer_config
 from dsmoelora.adapters.targets.linear import is_linear
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, ModelError, listing
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-START_FILE = "start.safetensors"  # with `init: svd`: what the base was shifted by
-PEFT_TYPE = "DSMOELORA"
-_NEEDED_KEYS = ("layers", "base_fingerprint", "base_model_name_or_path")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,7 +80,7 @@ def write_adapter(
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        **asdict(config),
+        **{key: value for key, value in asdict(config).items() if key != "experts_from"},  # the numbers are here now
         "layers": layers,
         "base_fingerprint": dict(base_fingerprint),
     }
@@ -94,46 +98,6 @@ def write_adapter(
         folder.replace(replaced)
     partial.replace(folder)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of `adapter_config.json`.
-
-    Raises:
-        CheckpointError: missing, unreadable, or of another kind of adapter
-    """
-    path = folder / CONFIG_FILE
-    try:
-        description = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} is no adapter folder: {path.name} cannot be read ({error.strerror}). "
-            "Give the folder that training printed at its end (runs/<name>/adapter)."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Copy the adapter folder again.") from error
-    if not isinstance(description, dict) or description.get("peft_type") != PEFT_TYPE:
-        kind = description.get("peft_type") if isinstance(description, dict) else None
-        raise CheckpointError(
-            f"{path} has peft_type {kind!r}, but must have {PEFT_TYPE!r}. Load other adapters with the peft package."
-        )
-    missing = [key for key in _NEEDED_KEYS if key not in description]
-    if missing:
-        raise CheckpointError(f"{path} is damaged: it has no {listing(missing)}. Copy the adapter folder again.")
-    return description
-
-
-def adapter_config(description: Mapping[str, Any]) -> AdapterConfig:
-    """The settings among what `read_adapter_config` gives.
-
-    Raises:
-        CheckpointError: some cannot be
-    """
-    known = {field.name for field in fields(AdapterConfig)}
-    try:
-        return AdapterConfig(**{key: value for key, value in description.items() if key in known})
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{CONFIG_FILE} is damaged: {error}. Copy the adapter folder again.") from error
 
 
 def load_adapter(model: Model, path: str | Path) -> Model:
@@ -165,7 +129,7 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     inject(model, config, start=lambda adapted: shift_bases(adapted, find_start))
     wanted: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
     wanted |= router_buffers(model)
-    shapes, wanted_shapes = _shapes(tensors), _shapes(wanted)
+    shapes, wanted_shapes = shapes_of(tensors), shapes_of(wanted)
     if shapes != wanted_shapes:
         odd = listing(sorted({name for name, _ in shapes.items() ^ wanted_shapes.items()}))
         raise CheckpointError(f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {odd}. Copy the folder again.")
@@ -173,45 +137,6 @@ def load_adapter(model: Model, path: str | Path) -> Model:
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
     return model.eval()
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name.
-
-    Raises:
-        CheckpointError: missing or damaged
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Copy the adapter folder again.") from error
-
-
-def read_start(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The start factors of an adapter with `init: svd`, by the names of the factors.
-
-    Args:
-        folder: of the adapter
-        tensors: its weights
-
-    Raises:
-        CheckpointError: missing, damaged, or of other shapes than the factors
-    """
-    path = folder / START_FILE
-    if not path.exists():
-        raise CheckpointError(
-            f"{folder} has no {START_FILE}, without which an adapter with adapter.init = svd cannot be used: it says "
-            "what the base model was shifted by. Copy the whole adapter folder again."
-        )
-    start = read_weights(path)
-    factors = {name: value for name, value in tensors.items() if name.endswith((".experts.a", ".experts.b"))}
-    if _shapes(start) != _shapes(factors):
-        raise CheckpointError(f"{path} does not fit {WEIGHTS_FILE}. Copy the whole adapter folder again.")
-    return start
 
 
 def _check_base(model: nn.Module, description: dict[str, Any], folder: Path) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from dsmoelora.adapters.context import AdapterContext, Exchange
 from dsmoelora.adapters.experts.dora import Gathered, start_magnitudes
+from dsmoelora.adapters.given import check_given, start_from_folders
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.routers import RouterPlace, build_router, unwatch_prompts, watch_prompts
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
@@ -26,20 +27,21 @@ def inject(
     config: AdapterConfig,
     local_experts: range | None = None,
     exchange: Exchange | None = None,
-    start: Callable[[nn.Module], object] = start_experts,
+    start: Callable[[nn.Module], object] | None = None,
     gathered: Gathered = lambda _: nullcontext(),
 ) -> list[str]:
     """Wrap every linear layer that the configuration names, and freeze everything else.
 
     The adapted model equals the base model to the last bit until the first optimizer step, for `b` starts at 0; with
-    `init: svd` it does so for gates of 1 / E, up to rounding.
+    `init: svd` it does so for gates of 1 / E, up to rounding. With `experts_from` it starts as the adapters given.
 
     Args:
         model: a causal language model of transformers (any `nn.Module` with linear layers works)
         config: of the adapter
         local_experts: which experts of every layer with several lie on this rank, all by default
         exchange: how tokens reach the others, where not all do
-        start: with `init: svd`, what sets factors and base of the adapted model; by default it does so at once
+        start: with `init: svd` or `experts_from`, what sets the factors (and the base) of the adapted model; by default
+            it does so at once
         gathered: with `expert: dora`, makes base weights whole for the time of a block, where they are not
 
     Returns:
@@ -47,7 +49,9 @@ def inject(
 
     Raises:
         ModelError: the model is adapted already, or a layer cannot start from its weight
-        ConfigError: a target matches no linear layer, one that cannot be adapted, or one that cannot have a router
+        ConfigError: a target matches no linear layer, one that cannot be adapted, or one that cannot have a router; or
+            a setting contradicts the folders of `experts_from`
+        CheckpointError: one of these is damaged, or belongs to another base model
     """
     if any(True for _ in adapted_layers(model)):
         raise ModelError("The model has routed experts already. Load the base model again before adapting it anew.")
@@ -55,6 +59,9 @@ def inject(
     _check_head(model, config, routed, plain)
     if config.init == "svd":
         check_svd_start(model, config, [*routed, *plain])
+    if config.experts_from:
+        check_given(model, config, [*routed, *plain])
+        start = start or start_from_folders(model, config)
     block_of = blocks_of(model, routed) if config.style == "ffn_block" else {}
     model.requires_grad_(False)
     context = AdapterContext(exchange=exchange)
@@ -74,8 +81,8 @@ def inject(
         wrapped.train(base.training)
         _put(model, name, wrapped)
     watch_prompts(model)
-    if config.init == "svd":
-        start(model)
+    if config.init == "svd" or config.experts_from:
+        (start or start_experts)(model)
     rows = ((layer.base, layer.experts.rows) for _, layer in adapted_layers(model))
     start_magnitudes(((base, own) for base, own in rows if own is not None), gathered)
     return names

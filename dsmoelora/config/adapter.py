@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dsmoelora.config.adapter_options import ExpertName, MixerInit, RouterName, settle_options
-from dsmoelora.config.checks import require, require_known, require_positive, require_unset
+from dsmoelora.config.checks import expanded, require, require_known, require_positive, require_unset
 
 InitName = Literal["kaiming", "gaussian", "svd", "gradient"]
 SpreadName = Literal["joint", "per_expert"]
@@ -51,6 +51,8 @@ class AdapterConfig:
         init_spread: of init `gradient`: whether the directions of all experts of a layer are orthogonal to each other
             (`joint`), or those of each expert (`per_expert`)
         init_samples: of init `gradient`: the training rows whose gradient is taken, those that training begins with
+        experts_from: folders of adapters, ours or PEFT's LoRA, as which the experts start, in this order. They decide
+            `num_experts`, `r`, `lora_alpha` and the layers where these are not given, and may not be contradicted
         seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
     """
 
@@ -74,6 +76,7 @@ class AdapterConfig:
     init: InitName = "kaiming"
     init_spread: SpreadName = "joint"
     init_samples: int = 16
+    experts_from: list[str] = field(default_factory=list)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,6 +104,12 @@ class AdapterConfig:
         self._check_shared()
         if self.init != "gradient":
             require_unset("adapter", self, f"where adapter.init is {self.init}", "init_spread", "init_samples")
+        self.experts_from = [expanded("adapter.experts_from", path) for path in self.experts_from]
+        if self.experts_from:
+            remedy = "Drop it: the experts start from the folders."
+            require(self.init != "svd", "adapter.init", self.init, "another one with adapter.experts_from", remedy)
+            require(self.expert != "dora", "adapter.expert", self.expert, "lora or moslora with adapter.experts_from",
+                    "Lengths of rows are in none of the adapters that can be given.")  # fmt: skip
         if self.target_modules == ["all-linear"]:
             self.target_modules = "all-linear"
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.experts.function import outgoing
-from dsmoelora.adapters.folder import (
+from dsmoelora.adapters.folder_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     adapter_config,
@@ -26,7 +26,7 @@ from dsmoelora.adapters.folder import (
     read_start,
     read_weights,
 )
-from dsmoelora.adapters.starts.svd import start_names
+from dsmoelora.adapters.starts.svd import StartFactors, start_names
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import AdapterConfig
 from dsmoelora.config.adapter_options import EXPERTS
@@ -48,7 +48,7 @@ class ExpertFactors:
 
     a_EDR: Tensor
     b_EOR: Tensor
-    start: ExpertFactors | None = None
+    start: StartFactors | None = None
     magnitude_EO: Tensor | None = None
     num_shared: int = 0
 
@@ -67,8 +67,7 @@ class ExpertFactors:
         if self.start is None:
             num_in, num_out = self.in_out
             return self.a_EDR.new_empty(num_in, 0), self.b_EOR.new_empty(num_out, 0)
-        a_DF, b_OF = (factor.permute(1, 0, 2).flatten(1) for factor in (self.start.a_EDR, self.start.b_EOR))
-        return a_DF, b_OF / len(self.a_EDR)
+        return self.start.shift()
 
 
 def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]:
@@ -91,7 +90,7 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
     experts = {}
     for layer in layers:
         a_name, b_name = start_names(layer)
-        start = ExpertFactors(starts[a_name], starts[b_name]) if starts else None
+        start = StartFactors(starts[a_name], starts[b_name]) if starts else None
         found = {name: tensors.pop(f"{layer}.experts.{name}") for name in own}
         b_EOR = _fold(found["b"], found["m"]) if "m" in found else found["b"]
         num_shared = layer_config(config, layer).shared_experts

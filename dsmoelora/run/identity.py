@@ -31,13 +31,14 @@ def identity_of(
         base: fingerprint of the base model
         train_fingerprint, eval_fingerprint: of the sets' rows as they are tokenised
     """
-    adapter = {f"adapter.{key}": value for key, value in asdict(recipe.adapter).items() if key != "seed"}
+    # the seed is that of the run, and where experts came from does not matter once they are in a checkpoint
+    adapter = {key: value for key, value in asdict(recipe.adapter).items() if key not in ("seed", "experts_from")}
     losses = asdict(recipe.losses)
     kinds = ("balance", "z", "contrastive", "contrastive_coactive")
     return {
         _BASE: dict(base),
         "model.dtype": recipe.model.dtype,
-        **adapter,
+        **{f"adapter.{key}": value for key, value in adapter.items()},
         **{f"losses.{name}": "on" if losses[name] else "off" for name in kinds},
         "run.seed": recipe.run.seed,
         "train.batch_size": recipe.train.batch_size,

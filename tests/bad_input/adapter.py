@@ -110,6 +110,19 @@ def export_base_with_own_code(bench: Bench) -> list[str]:
     return bench.export("peft")
 
 
+def start_from_it(bench: Bench, *more: object) -> list[str]:
+    return bench.train("--run.name", "next", "--adapter.experts_from", f"[{bench.adapter}]", *more)
+
+
+def start_on_another_shape(bench: Bench) -> list[str]:
+    return start_from_it(bench, "--model.path", tiny_llama(bench.folder / "other", hidden_size=64))
+
+
+def start_from_dora(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", expert="dora")
+    return start_from_it(bench)
+
+
 AFTER_A_RUN: dict[str, Case] = {
     "the adapter folder does not exist": no_adapter,
     "adapter_config.json is damaged": broken_adapter_config,
@@ -126,6 +139,10 @@ AFTER_A_RUN: dict[str, Case] = {
     "a base model that brings its own code": base_with_own_code,
     "an export for a base model that brings its own code": export_base_with_own_code,
     "a file without tools": file_without_tools,
+    "a rank that the adapters to start from contradict": lambda bench: start_from_it(bench, "--adapter.r", 3),
+    "layers that leave out some of theirs": lambda bench: start_from_it(bench, "--adapter.target_modules", "[q_proj]"),
+    "adapters to start from of a base of another shape": start_on_another_shape,
+    "an adapter to start from that rescales rows": start_from_dora,
     "no room for an answer": lambda bench: bench.generate("--max-new-tokens", 0),
     "the export's folder exists": export_over_something,
     "an export for a base of another shape": export_other_base,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.bad_input.bench import Bench, Case, override
+from tests.given_adapters import peft_adapter
 
 
 def broken_yaml(bench: Bench) -> list[str]:
@@ -24,6 +27,13 @@ def no_recipe_file(bench: Bench) -> list[str]:
 def binary_recipe(bench: Bench) -> list[str]:
     (bench.folder / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
     return ["train.py", "--config", str(bench.folder / "recipe.yaml")]
+
+
+def beside_adapters(bench: Bench) -> list[str]:
+    folder = peft_adapter(bench.model, bench.folder / "peft", target_modules=["q_proj"])
+    drop = bench.folder / "recipe.yaml"
+    drop.write_text(re.sub("^adapter:.*$", "", drop.read_text(), flags=re.MULTILINE))
+    return bench.train("--adapter.experts_from", f"[{folder}, {folder}]", "--adapter.init", "svd")
 
 
 EARLY: dict[str, Case] = {
@@ -69,6 +79,8 @@ EARLY: dict[str, Case] = {
     ),
     "rows for a gradient that nothing starts from": override("--adapter.init_samples", 8),
     "no row for a start from the gradient": override("--adapter.init", "gradient", "--adapter.init_samples", 0),
+    "experts from a folder that does not exist": override("--adapter.experts_from", "[nowhere]"),
+    "a start from the base weight beside adapters": beside_adapters,
     "`momentum` with `adamw`": override("--optim.momentum", 0.9),
     "no `bias_correction` with `sgd`": override("--optim.name", "sgd", "--optim.bias_correction", "false"),
     "`betas` with `sgd`": override("--optim.name", "sgd", "--optim.betas", "[0.7, 0.8]"),

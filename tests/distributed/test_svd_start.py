@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import load_adapter
-from dsmoelora.adapters.folder import START_FILE
+from dsmoelora.adapters.folder_files import START_FILE
 from dsmoelora.config import Recipe
 from tests.conftest import PoolFactory, release
 from tests.engine_ranks import (

@@ -18,12 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.fingerprint import fingerprint
-from dsmoelora.adapters.folder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    router_buffers,
-    write_adapter,
-)
+from dsmoelora.adapters.folder import router_buffers, write_adapter
+from dsmoelora.adapters.folder_files import CONFIG_FILE, WEIGHTS_FILE
 from dsmoelora.config.adapter_options import ExpertName, RouterName
 from dsmoelora.errors import CheckpointError, ModelError
 from tests.helpers import tiny_llama

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.fingerprint import fingerprint
-from dsmoelora.adapters.folder import START_FILE, WEIGHTS_FILE, write_adapter
+from dsmoelora.adapters.folder import write_adapter
+from dsmoelora.adapters.folder_files import START_FILE, WEIGHTS_FILE
 from dsmoelora.adapters.starts.svd import start_names, svd_start, uniform_gates
 from dsmoelora.config.adapter_options import RouterName
 from dsmoelora.errors import CheckpointError, ConfigError, ModelError

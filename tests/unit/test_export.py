@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.fingerprint import fingerprint
-from dsmoelora.adapters.folder import WEIGHTS_FILE, write_adapter
+from dsmoelora.adapters.folder import write_adapter
+from dsmoelora.adapters.folder_files import WEIGHTS_FILE
 from dsmoelora.adapters.starts.svd import start_experts
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import CheckpointError, ConfigError, ModelError

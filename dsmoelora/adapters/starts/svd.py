@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dsmoelora.adapters.experts.function import side_by_side
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.targets import layer_config
@@ -37,6 +38,10 @@ class StartFactors:
 
     a_EDR: Tensor
     b_EOR: Tensor
+
+    def shift(self) -> tuple[Tensor, Tensor]:
+        """Factors (D, F) and (O, F) of what was taken from the base, without the scale s."""
+        return side_by_side(self.a_EDR), side_by_side(self.b_EOR) / len(self.a_EDR)
 
 
 # Opens weights for reading and writing: inside the block they are whole, and what is written lasts.
