@@ -35,6 +35,8 @@ from dsmoelora.model import load_model, load_tokenizer, recompute_activations, w
 from dsmoelora.model.inputs import fill_context, model_inputs, prompt_inputs, sent
 from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
+from dsmoelora.optim.frozen import FrozenGrams, frozen_grams
+from dsmoelora.optim.rows import frozen_tensors
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.adapter_tensors import base_fingerprint, tensors_on_rank_0
 from dsmoelora.parallel.dtype import settle_dtype
@@ -95,7 +97,7 @@ class Engine:
         step: optimizer steps taken, skipped ones included
         skipped_steps: steps dropped because loss or gradient was not finite
         adapted_layers: names of the layers with experts
-        num_trainable: trainable numbers, of all experts
+        num_trainable: trainable numbers, of all experts; those of `adapter.freeze` are not among them
         base_fingerprint: see `adapters.base`
         awaits_start: neither `draw_start` nor `load` has given the experts the start that `adapter.init: gradient` asks
             for
@@ -156,14 +158,15 @@ class Engine:
         """Hand the adapted model to DeepSpeed, and bind the optimizer to what this rank holds of it then."""
         found = trainables(self.model)
         self.num_trainable = sum(math.prod(trainable.shape) for trainable, _ in found)
-        self.optimizer = ShardOptimizer(found, self.recipe.optim)
+        self._frozen = frozen_tensors(self.model)
+        self.optimizer = ShardOptimizer(found, self.recipe.optim, self._frozen_grams())
         self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps)
         config = merge_config(self.recipe, deepspeed_config, comm.world_size())
         if self.layout.ep_size == 1:  # experts of an expert-parallel group are no one's to keep whole
             trained = {id(parameter) for _, parameter in found}
             frozen = [zero.full_numel(one) for one in self.model.parameters() if id(one) not in trained]
             keep_whole_what_fits(config, [parameter.numel() for _, parameter in found], frozen)
-        zero.place_experts(found, self.layout)
+        zero.place_experts([*found, *self._frozen], self.layout)
         zero.gather_joined_factors(self.model)
         self._deepspeed, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
@@ -171,6 +174,10 @@ class Engine:
         self.optimizer.bind(zero.shard_groups(self._deepspeed, found, self.layout))
         if self._start is not None:
             self._start.bind(self.optimizer.shards)
+
+    def _frozen_grams(self) -> FrozenGrams:
+        """What the preconditioner, if there is one, has to know of the factors that are not trained."""
+        return {} if self.recipe.optim.preconditioner == "none" else frozen_grams(self._frozen, zero.gathered)
 
     @classmethod
     def build(
@@ -394,6 +401,7 @@ class Engine:
         if self._start is not None:
             self._start.shift()
         zero.push_master_weights(self._deepspeed)
+        self.optimizer.set_frozen(self._frozen_grams())
         self.step, self.skipped_steps = own["step"], own["skipped_steps"]
         self.optimizer.num_steps = own["optimizer_steps"]
         self._routing.load_state(own["routing"])
@@ -425,7 +433,8 @@ class Engine:
             start = {} if self._start is None else {"start": self._start.flat[k]}
             value = {"value": shard.tensor.detach().view(-1)}
             states.append(ShardState(shard.runs, value | self.optimizer.state[shard.tensor] | start))
-        return states
+        frozen = zero.held_pieces(self._frozen, self.layout)
+        return states + [ShardState(runs, {"value": piece}) for runs, piece in frozen]
 
     def _nll_sum(self, micro_batch: MicroBatch, gradient: float = 1.0) -> Tensor:
         """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar).

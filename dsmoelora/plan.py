@@ -38,6 +38,7 @@ from dsmoelora.model import (
     without_dropout,
 )
 from dsmoelora.optim import trainables
+from dsmoelora.optim.rows import frozen_tensors
 from dsmoelora.run.folder import check_run_folder, existing_parent, is_open_to_all
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
@@ -99,9 +100,12 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     plan.notes += untouched(model)
     layers = inject(model, recipe.adapter, start=lambda _: None)  # there are no weights to start from
     adapter = sum(math.prod(trainable.shape) for trainable, _ in trainables(model))
+    frozen = sum(math.prod(tensor.shape) for tensor, _ in frozen_tensors(model))
     _describe_model(plan, recipe, model, base, world_size)
     _describe_adapter(plan, recipe, layers, adapter, base)
-    _check_disk(plan, recipe, adapter)
+    if frozen:
+        plan.add("frozen", f"{frozen:,} numbers of the adapter ({', '.join(recipe.adapter.freeze)})")
+    _check_disk(plan, recipe, adapter, frozen)
     return plan
 
 
@@ -356,7 +360,7 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
 
 
-def _check_disk(plan: Plan, recipe: Recipe, adapter: int) -> None:
+def _check_disk(plan: Plan, recipe: Recipe, adapter: int, frozen: int) -> None:
     """Room for the kept checkpoints, one more while it is written, and the adapter.
 
     Raises:
@@ -366,8 +370,8 @@ def _check_disk(plan: Plan, recipe: Recipe, adapter: int) -> None:
     num_moments = 2 if optim.name == "adamw" else int(optim.momentum > 0)
     # with `init: svd` checkpoints and adapter hold the experts' start beside their values
     start, itemsize = int(recipe.adapter.init == "svd"), recipe.model.torch_dtype.itemsize
-    checkpoint = adapter * (_FP32_BYTES * (1 + num_moments) + start * itemsize)
-    wanted = checkpoint * (recipe.train.keep_checkpoints + 1) + adapter * itemsize * (1 + start)
+    checkpoint = adapter * (_FP32_BYTES * (1 + num_moments) + start * itemsize) + frozen * itemsize
+    wanted = checkpoint * (recipe.train.keep_checkpoints + 1) + (adapter * (1 + start) + frozen) * itemsize
     free = shutil.disk_usage(existing_parent(folder)).free
     plan.add(
         "checkpoint", f"{_size(checkpoint)} each (values and {num_moments} moments in fp32{', the start' * start})"

@@ -126,8 +126,9 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     def find_start(layer: RoutedLinear) -> StartFactors:
         return StartFactors(*(start[name] for name in start_names(layer.name)))
 
+    of_base = {id(parameter) for parameter in model.parameters()}
     inject(model, config, start=lambda adapted: shift_bases(adapted, find_start))
-    wanted: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    wanted: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if id(value) not in of_base}
     wanted |= router_buffers(model)
     shapes, wanted_shapes = shapes_of(tensors), shapes_of(wanted)
     if shapes != wanted_shapes:

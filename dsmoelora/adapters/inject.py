@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 
 from torch import nn
@@ -11,7 +11,7 @@ from dsmoelora.adapters.context import AdapterContext, Exchange
 from dsmoelora.adapters.experts.dora import Gathered, start_magnitudes
 from dsmoelora.adapters.given import check_given, start_from_folders
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
-from dsmoelora.adapters.routers import RouterPlace, build_router, unwatch_prompts, watch_prompts
+from dsmoelora.adapters.routers import RouterPlace, build_router, routers, unwatch_prompts, watch_prompts
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
 from dsmoelora.adapters.shared_input import Siblings
 from dsmoelora.adapters.starts.svd import check_svd_start, start_experts
@@ -83,9 +83,19 @@ def inject(
     watch_prompts(model)
     if config.init == "svd" or config.experts_from:
         (start or start_experts)(model)
+    _freeze(model, config.freeze)
     rows = ((layer.base, layer.experts.rows) for _, layer in adapted_layers(model))
     start_magnitudes(((base, own) for base, own in rows if own is not None), gathered)
     return names
+
+
+def _freeze(model: nn.Module, roles: Collection[str]) -> None:
+    """Take the gradient from these roles of all layers."""
+    for _, layer in adapted_layers(model):
+        for role, parameter in layer.experts.named_parameters():
+            parameter.requires_grad_(role not in roles)
+    for _, router in routers(model):
+        router.requires_grad_("router" not in roles)
 
 
 def eject(model: nn.Module) -> None:

@@ -143,6 +143,8 @@ def _rounded(value: float) -> float | None:
 
 
 def _remedy(recipe: Recipe) -> str:
+    if "router" in recipe.adapter.freeze:
+        return "They are frozen: take router out of adapter.freeze, or start from others."
     slower = "lower optim.lr_router"
     if recipe.adapter.router == "sigmoid_bias":
         return f"Raise adapter.bias_rate (now {recipe.adapter.bias_rate:g}) or {slower}."

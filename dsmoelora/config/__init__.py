@@ -14,6 +14,7 @@ from dsmoelora.config.adapter_options import check_losses
 from dsmoelora.config.checks import require
 from dsmoelora.config.data import DataConfig, DataSource
 from dsmoelora.config.dtype import DTYPES
+from dsmoelora.config.freeze import check_optim_of_frozen
 from dsmoelora.config.optim import OptimConfig
 from dsmoelora.config.run import TRACKERS, CompileChoice, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 
@@ -83,6 +84,7 @@ class Recipe:
             "Set data.packing to false, or take another router.",
         )
         check_losses(self.adapter, self.losses.weights)
+        check_optim_of_frozen(self.adapter, self.optim)
 
     def _check_finite(self) -> None:
         for section, values in asdict(self).items():

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from dsmoelora.config.adapter_options import ExpertName, MixerInit, RouterName, settle_options
 from dsmoelora.config.checks import expanded, require, require_known, require_positive, require_unset
+from dsmoelora.config.freeze import Role, check_freeze
 
 InitName = Literal["kaiming", "gaussian", "svd", "gradient"]
 SpreadName = Literal["joint", "per_expert"]
@@ -53,6 +54,8 @@ class AdapterConfig:
         init_samples: of init `gradient`: the training rows whose gradient is taken, those that training begins with
         experts_from: folders of adapters, ours or PEFT's LoRA, as which the experts start, in this order. They decide
             `num_experts`, `r`, `lora_alpha` and the layers where these are not given, and may not be contradicted
+        freeze: roles that stay as they start in all layers, some of `a`, `b`, `m`, `magnitude`, `router`: they cost no
+            gradient and no moments, and are in checkpoints and adapter folders all the same
         seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
     """
 
@@ -77,6 +80,7 @@ class AdapterConfig:
     init_spread: SpreadName = "joint"
     init_samples: int = 16
     experts_from: list[str] = field(default_factory=list)
+    freeze: list[Role] = field(default_factory=list)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,6 +114,7 @@ class AdapterConfig:
             require(self.init != "svd", "adapter.init", self.init, "another one with adapter.experts_from", remedy)
             require(self.expert != "dora", "adapter.expert", self.expert, "lora or moslora with adapter.experts_from",
                     "Lengths of rows are in none of the adapters that can be given.")  # fmt: skip
+        check_freeze(self)
         if self.target_modules == ["all-linear"]:
             self.target_modules = "all-linear"
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -145,7 +150,7 @@ class AdapterConfig:
         """The same with one expert and no router."""
         routing: dict[str, Any] = {"router": "softmax_topk", "top_k": 1, "top_p": None, "bias_rate": None}
         routing |= {"gate_power": 1.0, "gate_power_scope": "factors"}
-        return replace(self, num_experts=1, shared_experts=0, style="per_linear", lora_modules=[], **routing)
+        return replace(self, num_experts=1, shared_experts=0, style="per_linear", lora_modules=[], freeze=[], **routing)
 
     @property
     def num_in_layer(self) -> int:

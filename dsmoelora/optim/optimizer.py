@@ -18,9 +18,10 @@ from torch.optim.sgd import sgd
 from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.config import OptimConfig
 from dsmoelora.optim.clip import RouterClip
+from dsmoelora.optim.frozen import FrozenGrams, frozen_grams
 from dsmoelora.optim.packed import GroupStep, Part
 from dsmoelora.optim.preconditioner import Preconditioner, RouterReport, StepReport
-from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, joined_spans, trainables, whole
+from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, frozen_tensors, joined_spans, trainables, whole
 
 _Alike = tuple[float, torch.device]  # numbers that one call updates: with one multiplier, on one device
 
@@ -43,6 +44,7 @@ class ShardOptimizer(torch.optim.Optimizer):
     Args:
         found: every trainable tensor and its parameter, from `trainables`
         config: which base optimizer, and its numbers
+        frozen: Gram matrices of the factors that are not trained, where there is a preconditioner
 
     Attributes:
         trainables: the trainable tensors, of all experts and all ranks
@@ -52,12 +54,18 @@ class ShardOptimizer(torch.optim.Optimizer):
         num_steps: steps applied, the `t` of Adam's bias correction
     """
 
-    def __init__(self, found: Iterable[tuple[Trainable, nn.Parameter]], config: OptimConfig) -> None:
+    def __init__(
+        self,
+        found: Iterable[tuple[Trainable, nn.Parameter]],
+        config: OptimConfig,
+        frozen: FrozenGrams | None = None,
+    ) -> None:
         found = list(found)
         super().__init__([parameter for _, parameter in found], {"lr": config.lr})
         self.config = config
         self.trainables = [trainable for trainable, _ in found]
         self.shards: list[Shard] = []
+        self._frozen_grams = frozen or {}
         self._reporters: list[Preconditioner | RouterReport] = []
         self.skip = self.keeps_sketches = False
         self.num_steps = 0
@@ -99,10 +107,18 @@ class ShardOptimizer(torch.optim.Optimizer):
         if self.config.max_grad_norm_router and has_routers:
             parts.append(RouterClip(group, self.config.max_grad_norm_router))
         if self.config.preconditioner != "none":
-            has_factors = any(trainable.factor is Factor.A for trainable in group.trainables)
-            self._reporters.append(Preconditioner(group, self.config) if has_factors else RouterReport(group))
+            has_factors = any(trainable.factor in (Factor.A, Factor.B) for trainable in group.trainables)
+            self._reporters.append(
+                Preconditioner(group, self.config, self._frozen_grams) if has_factors else RouterReport(group)
+            )
             parts.append(self._reporters[-1])
         return parts
+
+    def set_frozen(self, frozen: FrozenGrams) -> None:
+        """Learn the Gram matrices of the factors that are not trained, when these have become others."""
+        for one in self._reporters:
+            if isinstance(one, Preconditioner):
+                one.set_frozen(frozen)
 
     @property
     def reports(self) -> list[StepReport]:
@@ -228,7 +244,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> ShardOptimizer:
     found = trainables(model)
     for _, parameter in found:
         parameter.data = parameter.data.float()
-    optimizer = ShardOptimizer(found, config)
+    frozen = frozen_grams(frozen_tensors(model)) if config.preconditioner != "none" else {}
+    optimizer = ShardOptimizer(found, config, frozen)
     shards = [whole(trainable, parameter) for trainable, parameter in found]
     optimizer.bind([ShardGroup(optimizer.trainables, shards)])
     return optimizer

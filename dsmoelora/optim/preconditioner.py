@@ -15,6 +15,7 @@ from torch import Tensor
 from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.config import OptimConfig
 from dsmoelora.optim.algebra import add_gram, rmul_
+from dsmoelora.optim.frozen import FrozenGrams
 from dsmoelora.optim.packed import PackedBuffer
 from dsmoelora.optim.riemannian import Mixers, RowFactors, row_factors
 from dsmoelora.optim.rows import JoinedShards, Run, ShardGroup, joined_spans
@@ -61,19 +62,20 @@ class Preconditioner:
     Args:
         group: shards of one process group
         config: rule and damping
+        frozen: of the factors that are not trained, which have no rows in any shard
 
     Attributes:
         shapes: of what it packs
         report: of the last step
 
     Raises:
-        ValueError: a factor has no partner, so there is nothing to precondition it with
+        ValueError: a factor has no partner, trained or frozen, so there is nothing to precondition it with
     """
 
-    def __init__(self, group: ShardGroup, config: OptimConfig) -> None:
-        self._config, self._num_ranks = config, group.num_ranks
-        self._first_slot, self._num_pairs = _pair_up(group)
-        rank = next(of.row_size for of in group.trainables if of.factor is Factor.A)
+    def __init__(self, group: ShardGroup, config: OptimConfig, frozen: FrozenGrams) -> None:
+        self._config, self._num_ranks, self._experts = config, group.num_ranks, group.experts
+        self._first_slot, self._num_pairs = _pair_up(group, frozen)
+        rank = next(of.row_size for of in group.trainables if of.factor in (Factor.A, Factor.B))
         self._has_mixers = any(of.factor is Factor.M for of in group.trainables)
         device = group.shards[0].tensor.device
         cut_slots = [self._slot(of.layer, of.factor, row // of.shape[1]) for of, row in group.cut_rows]
@@ -90,6 +92,19 @@ class Preconditioner:
         shapes |= {"cut_values": (len(cut_slots), rank), "cut_grads": (len(cut_slots), rank)}
         self.shapes = shapes
         self.report: StepReport | None = None
+        self._frozen_grams: Tensor | None = None
+        self.set_frozen(frozen)
+
+    def set_frozen(self, frozen: FrozenGrams) -> None:
+        """Learn the Gram matrices of the factors that are not trained."""
+        own = {key: gram for key, gram in frozen.items() if key in self._first_slot}
+        if not own:
+            return
+        rank, device = self.shapes["grams"][-1], self._cut_slots.device
+        self._frozen_grams = torch.zeros(self.shapes["grams"], device=device)
+        for (layer, factor), gram_LRR in own.items():
+            first = self._slot(layer, factor, self._experts.start if self._experts else 0)
+            self._frozen_grams[first : first + len(gram_LRR)] = gram_LRR.view(-1, rank, rank).to(device)
 
     @property
     def _needs_cross(self) -> bool:
@@ -116,7 +131,8 @@ class Preconditioner:
     def finish(self, buffer: PackedBuffer) -> None:
         """Precondition the gradients at hand with what all ranks packed."""
         self._count_cut_rows(buffer)
-        gram_a, gram_b = buffer["grams"].chunk(2)
+        grams = buffer["grams"] if self._frozen_grams is None else buffer["grams"] + self._frozen_grams
+        gram_a, gram_b = grams.chunk(2)
         mixers = Mixers(buffer["m"], buffer["grad_m"]) if self._has_mixers else None
         cross = buffer["cross"] if self._needs_cross else None
         factors = row_factors(self._config, gram_a, gram_b, cross, mixers)
@@ -189,7 +205,7 @@ class RouterReport:
         self.report = StepReport(self._zero, self._zero, square_norm)
 
 
-def _pair_up(group: ShardGroup) -> tuple[dict[tuple[str, Factor], int], int]:
+def _pair_up(group: ShardGroup, frozen: FrozenGrams) -> tuple[dict[tuple[str, Factor], int], int]:
     """Slot of expert 0 by layer and role (a: number of the pair; b: the same after all a), and the number of pairs.
 
     Slots are for the group's own experts; where these begin above 0, the slot of expert 0 lies below theirs.
@@ -199,11 +215,11 @@ def _pair_up(group: ShardGroup) -> tuple[dict[tuple[str, Factor], int], int]:
     num_pairs = 0
     for layer, factor in shapes:
         partner = Factor.B if factor is Factor.A else Factor.A
-        if (layer, partner) not in shapes:
+        if (layer, partner) not in shapes and (layer, partner) not in frozen:
             raise ValueError(f"{layer} has {factor.value} but no {partner.value} in its process group")
-        if factor is Factor.A:
+        if (layer, Factor.A) not in first_slot:
             experts = group.experts or range(shapes[layer, factor][0])
-            first_slot[layer, factor] = num_pairs - experts.start
+            first_slot[layer, Factor.A] = num_pairs - experts.start
             num_pairs += len(experts)
     return first_slot | {(layer, Factor.B): num_pairs + slot for (layer, _), slot in first_slot.items()}, num_pairs
 

@@ -162,8 +162,8 @@ def rows_cut_by(runs: Iterable[Run]) -> list[tuple[str, int]]:
     return sorted({(of.name, end // of.row_size) for of, end in ends if end % of.row_size})
 
 
-def trainables(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
-    """Every trainable tensor of an adapted model and the parameter that holds it.
+def adapter_tensors(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
+    """Every tensor of the adapters on a model, trained or frozen (`adapter.freeze`), and the parameter that holds it.
 
     Ordered by role and shape, then as in the model: what ZeRO cuts in one way lies side by side in its partitions.
     """
@@ -172,10 +172,19 @@ def trainables(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
     found = []
     for layer, part, module in parts:
         for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                factor = Factor.ROUTER if part == "router" else Factor(name)
-                found.append((Trainable(f"{layer}.{part}.{name}", layer, factor, module.shapes[name]), parameter))
+            factor = Factor.ROUTER if part == "router" else Factor(name)
+            found.append((Trainable(f"{layer}.{part}.{name}", layer, factor, module.shapes[name]), parameter))
     return sorted(found, key=lambda one: (one[0].factor.value, one[0].shape))
+
+
+def trainables(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
+    """Those of `adapter_tensors` that are trained."""
+    return [(trainable, parameter) for trainable, parameter in adapter_tensors(model) if parameter.requires_grad]
+
+
+def frozen_tensors(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
+    """Those of `adapter_tensors` that stay as they are."""
+    return [(trainable, parameter) for trainable, parameter in adapter_tensors(model) if not parameter.requires_grad]
 
 
 def whole(trainable: Trainable, parameter: torch.Tensor, num_copies: int = 1) -> Shard:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsmoelora.adapters.fingerprint import described, places
 from dsmoelora.adapters.folder import router_buffers
-from dsmoelora.optim.rows import trainables
+from dsmoelora.optim.rows import adapter_tensors
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.factors import of_all_experts
 from dsmoelora.parallel.layout import ExpertLayout
@@ -25,9 +25,9 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def tensors_on_rank_0(model: nn.Module, layout: ExpertLayout) -> dict[str, Tensor]:
-    """All that was trained, whole and on the CPU, on rank 0; on the others what routers keep alone (collective)."""
+    """The adapters, whole and on the CPU, on rank 0; on the others what routers keep alone (collective)."""
     tensors = {}
-    for trainable, parameter in trainables(model):
+    for trainable, parameter in adapter_tensors(model):
         with zero.gathered([parameter]):
             whole = of_all_experts(parameter.detach(), trainable.shape[0], layout)
             if comm.rank() == 0:

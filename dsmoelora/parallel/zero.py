@@ -299,8 +299,28 @@ def _all_reduce_in(process_group: Any) -> Callable[[Tensor], None] | None:
     return all_reduce
 
 
+def held_pieces(
+    found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
+) -> list[tuple[list[Run], Tensor]]:
+    """What this rank holds of tensors that nobody trains: the memory itself, and what its numbers are.
+
+    Where they are written to, `push_master_weights` lets whole copies follow.
+    """
+    pieces = []
+    for trainable, parameter in found:
+        first, start, numel = layout.experts_of(trainable).start * math.prod(trainable.shape[1:]), 0, parameter.numel()
+        held: Any = parameter
+        if is_partitioned(parameter):
+            held, numel = parameter.ds_tensor, parameter.ds_numel  # type: ignore[attr-defined]
+            start = held.numel() * parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
+        stop = min(start + held.numel(), numel)
+        runs = [Run(trainable, first + start, first + stop, 0)] if start < stop else []
+        pieces.append((runs, held.detach().view(-1)))
+    return pieces
+
+
 def push_master_weights(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Make the model's parameters follow the fp32 masters after these were written to (collective)."""
+    """Make the model's parameters follow the fp32 masters, and pieces, after these were written to (collective)."""
     optimizer = engine.optimizer
     if not engine.zero_optimization():
         return  # the parameters are the masters

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from pydantic import BaseModel, ValidationError
 
 from dsmoelora.config import Recipe
@@ -146,6 +146,13 @@ def _refuse_what_cannot_work(config: dict[str, Any], recipe: Recipe) -> None:
             zero.get("stage"),
             f"3 where parallel.ep_size is {recipe.parallel.ep_size}, for experts are partitioned by ZeRO-3",
             "Use ds_configs/zero3.json, or set parallel.ep_size to 1.",
+        )
+    if recipe.adapter.freeze and (read.offload_param or DeepSpeedZeroOffloadParamConfig()).device == "nvme":
+        raise bad_value(
+            "zero_optimization.offload_param.device of the DeepSpeed file",
+            "nvme",
+            f"none or cpu where adapter.freeze is {recipe.adapter.freeze}, for checkpoints hold frozen factors too",
+            "Set it to cpu, or drop adapter.freeze.",
         )
     sharded_step = "the optimizer step works on one flat fp32 partition a rank"
     offload = read.offload_optimizer or DeepSpeedZeroOffloadOptimizerConfig()

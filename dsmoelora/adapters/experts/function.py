@@ -71,7 +71,9 @@ class Projection(torch.autograd.Function):
             a_EDR: (E, D, R)
             weights_ED: whose logits are wanted, side by side; in fp32 (or wider, as `x`), see `product_fp32`
         """
-        ctx.save_for_backward(x_TD, a_EDR, *weights_ED)  # type: ignore[arg-type]  # takes None
+        _, _, *is_trained = ctx.needs_input_grad  # type: ignore[attr-defined]
+        ctx.dtype = x_TD.dtype  # type: ignore[attr-defined]
+        ctx.save_for_backward(x_TD if any(is_trained) else None, a_EDR, *weights_ED)  # type: ignore[arg-type]  # takes None
         ctx.set_materialize_grads(False)
         features_TF, logits_TE = _down(x_TD, a_EDR, weights_ED)
         for_a_TF = features_TF.view_as(features_TF) if forked and features_TF is not None else None
@@ -83,19 +85,23 @@ class Projection(torch.autograd.Function):
         x_TD, a_EDR, *weights_ED = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_TD, grad_TF, for_a_TF, grad_TE = grads
         need_x, _, need_a, *need_weights = ctx.needs_input_grad  # type: ignore[attr-defined]
-        parts = [] if grad_TE is None else _exact_parts(grad_TE, x_TD.dtype)
+        parts = [] if grad_TE is None else _exact_parts(grad_TE, ctx.dtype)  # type: ignore[attr-defined]
         to_x, to_a = ([] if grad is None else [grad] for grad in (grad_TF, grad_TF if for_a_TF is None else for_a_TF))
         grad_x, grad_a, grad_weights = grad_TD, None, [None] * len(weights_ED)
-        columns_TP = _joined([*to_x, *parts]) if to_x or parts else None
+        reads = [*to_x, *parts]
+        columns_TP = _joined(reads) if reads else None
         if need_x and columns_TP is not None:
             rows_PD = _columns(a_EDR if to_x else None, weights_ED, len(parts)).t()
             grad_x = columns_TP @ rows_PD if grad_TD is None else torch.addmm(grad_TD, columns_TP, rows_PD)
-        if columns_TP is not None and (need_a or any(need_weights)):
-            if for_a_TF is not None:
-                columns_TP = _joined([*to_a, *parts])
+        to_a, parts = to_a if need_a else [], parts if any(need_weights) else []
+        learns = [*to_a, *parts]
+        if learns:
+            # `a` may have another gradient than `x`, and not all may be trained
+            if columns_TP is None or [*map(id, learns)] != [*map(id, reads)]:
+                columns_TP = _joined(learns)
             found_PD = columns_TP.t() @ x_TD
             num_features = to_a[0].shape[1] if to_a else 0
-            if need_a and to_a:
+            if to_a:
                 grad_a = _per_expert(found_PD[:num_features], a_EDR.shape[0])
             if parts:
                 grad_ED = found_PD[num_features:]

@@ -1,7 +1,7 @@
 """Experts that start from the adapters of `adapter.experts_from`.
 
     folder f, expert e   ->   expert (experts of the folders before) + e
-    rank r < R           ->   a: columns of the seed's random start, b: columns of 0
+    rank r < R           ->   a: columns of the seed's random start (0 where a is frozen), b: columns of 0
     scale s_f != s       ->   b s_f / s
     mixer                ->   folded into b; kept where adapter.expert is moslora
     a layer it lacks     ->   b = 0
@@ -134,13 +134,13 @@ def take_experts(model: nn.Module, config: AdapterConfig, base: Mapping[str, Any
         first = 0
         for folder in folders:
             if name in folder.layers:
-                _fill(layer.experts, folder, name, first)
+                _fill(layer.experts, folder, name, first, "a" in config.freeze)
             first += folder.num_experts
     if len(folders) == 1:
         _take_routers(model, folders[0])
 
 
-def _fill(bank: ExpertBank, folder: GivenFolder, name: str, first: int) -> None:
+def _fill(bank: ExpertBank, folder: GivenFolder, name: str, first: int, a_is_frozen: bool) -> None:
     """Fill the experts of a bank that are the folder's, which begin at number `first`."""
     given, count = folder.layers[name], folder.num_experts if bank.shapes["a"][0] > 1 else 1
     here = range(max(bank.held.start, first), min(bank.held.stop, first + count))
@@ -155,6 +155,8 @@ def _fill(bank: ExpertBank, folder: GivenFolder, name: str, first: int) -> None:
         if found.m_ERR is not None:
             mixers[:, : given.rank, : given.rank] = found.m_ERR
         bank.m[rows].copy_(mixers)
+    if a_is_frozen:
+        bank.a[rows].zero_()
     bank.b[rows].zero_()
     bank.a[rows, :, : given.rank].copy_(found.a_EDR)
     bank.b[rows, :, : given.rank].copy_(_rescaled(found.b_EOR, given, bank.scale))

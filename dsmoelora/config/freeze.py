@@ -1,0 +1,71 @@
+"""`adapter.freeze`: which roles may stay as they start, and what the optimizer has no use for then."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from dsmoelora.config.adapter_options import EXPERTS, ExpertName, RouterName
+from dsmoelora.config.checks import require, require_unset
+from dsmoelora.config.optim import OptimConfig
+
+Role = Literal["a", "b", "m", "magnitude", "router"]
+_KEY = "adapter.freeze"
+
+
+class FreezeSettings(Protocol):
+    """The part of `AdapterConfig` that is looked at here."""
+
+    num_experts: int
+    expert: ExpertName
+    router: RouterName
+    init: Literal["kaiming", "gaussian", "svd"]
+    experts_from: list[str]
+    freeze: list[Role]
+
+
+def check_freeze(config: FreezeSettings) -> None:
+    """Refuse roles that the adapter does not have, and those without which nothing could be learned.
+
+    Raises:
+        ConfigError: naming the role and the reason
+    """
+    frozen = config.freeze
+    roles = [*EXPERTS[config.expert].parameters, *(["router"] if config.num_experts > 1 else [])]
+    for role in frozen:
+        allowed = f"a list of some of {', '.join(roles)} (adapter.expert {config.expert}, {config.num_experts} experts)"
+        require(role in roles, _KEY, frozen, allowed, f"Take {role} out.")
+    require(
+        set(frozen) != set(roles), _KEY, frozen, f"fewer than all of {', '.join(roles)}", "Leave one to be trained."
+    )
+    if "b" in frozen and config.init != "svd":
+        allowed, remedy = (
+            "without b where adapter.experts_from is empty: it starts at 0",
+            "Name adapters.",
+        )
+        require(bool(config.experts_from), _KEY, frozen, allowed, remedy)
+    if config.init == "svd":
+        allowed = "without a and b where adapter.init is svd: the base is shifted by the start of both"
+        require(not {"a", "b"} & set(frozen), _KEY, frozen, allowed, "Take another adapter.init.")
+    if config.router == "sigmoid_bias":
+        allowed = "without router where adapter.router is sigmoid_bias, whose bias moves"
+        require("router" not in frozen, _KEY, frozen, allowed, "Take another router.")
+
+
+def check_optim_of_frozen(config: FreezeSettings, optim: OptimConfig) -> None:
+    """Refuse settings of the optimizer for what is frozen, and preconditioners that would lack a factor.
+
+    Raises:
+        ConfigError: naming the setting
+    """
+    frozen = set(config.freeze)
+    if "b" in frozen:
+        require_unset("optim", optim, "where adapter.freeze has b", "lr_b_ratio")
+    if "router" in frozen:
+        require_unset("optim", optim, "where adapter.freeze has router", "lr_router", "max_grad_norm_router")
+    if optim.preconditioner == "none" or not frozen & {"a", "b", "m"}:
+        return
+    has_pair = config.expert != "moslora" and not {"a", "b"} <= frozen
+    allowed = f"none where adapter.freeze is {config.freeze}" + (", or scaled" if has_pair else "")
+    remedy = "`scaled` is the rule where one factor is frozen." if has_pair else "There is no pair a, b to work on."
+    ok = has_pair and optim.preconditioner == "scaled"
+    require(ok, "optim.preconditioner", optim.preconditioner, allowed, remedy)
