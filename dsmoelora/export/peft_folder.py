@@ -106,14 +106,14 @@ def peft_base(path: str, shapes: Mapping[str, tuple[int, int]], trust_remote_cod
     return PeftBase(path, targets, any(isinstance(modules[name], Conv1D) for name in shapes))
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, flag: str = "--out") -> None:
     """Refuse to write over anything.
 
     Raises:
         ConfigError: `out` exists
     """
     if out.exists():
-        raise ConfigError(f"--out is {str(out)!r}, which exists already. Name a new folder, or remove this one.")
+        raise ConfigError(f"{flag} is {str(out)!r}, which exists already. Name a new folder, or remove this one.")
 
 
 def write_loras(out: Path, base: PeftBase, loras: Mapping[str, Lora]) -> None:

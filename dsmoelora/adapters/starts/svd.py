@@ -22,7 +22,7 @@ from dsmoelora.adapters.experts.function import side_by_side
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.targets import layer_config
-from dsmoelora.adapters.targets.linear import Linear, features
+from dsmoelora.adapters.targets.linear import Linear, features, weight_of
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ConfigError, ModelError, bad_value, listing
 
@@ -108,7 +108,7 @@ def start_experts(
         for place, layer in enumerate(turn):
             with open_weights([layer.base.weight]):
                 if place == dealers.rank:
-                    own = partial(_decompose, layer, _weight_OD(layer.base).to(torch.float32, copy=True))
+                    own = partial(_decompose, layer, weight_of(layer.base).to(torch.float32, copy=True))
         found = dealers.together(own or (lambda: None))
         for place, layer in enumerate(turn):
             bank = layer.experts
@@ -176,7 +176,7 @@ def shift_bases(model: nn.Module, find_start: FindStart, open_weights: OpenWeigh
 
 def _shift(layer: RoutedLinear, start: StartFactors, rounding: Rounding) -> None:
     """Of a layer whose weight is open."""
-    weight_OD = _weight_OD(layer.base)
+    weight_OD = weight_of(layer.base)
     factors = (factor.to(weight_OD.device, torch.float32) for factor in (start.b_EOR, start.a_EDR))
     b_OF, a_DF = (factor.permute(1, 0, 2).flatten(1) for factor in factors)
     shift_OD = (b_OF @ a_DF.t()).mul_(layer.experts.scale / start.a_EDR.shape[0])
@@ -233,8 +233,3 @@ def _too_many(config: AdapterConfig, name: str, most: int) -> ConfigError:
         f"another one where num_experts x r = {count} is above min(in, out) = {most} of {name}",
         "Lower adapter.num_experts or adapter.r, take that layer out of adapter.target_modules, or set kaiming.",
     )
-
-
-def _weight_OD(base: Linear) -> Tensor:
-    """The weight as (O, D), sharing its memory; `Conv1D` keeps it the other way round."""
-    return base.weight.detach() if isinstance(base, nn.Linear) else base.weight.detach().t()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -28,3 +28,8 @@ def features(module: Linear) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return module.nx, module.nf
+
+
+def weight_of(module: Linear) -> Tensor:
+    """The weight as (O, D), sharing its memory; `Conv1D` keeps it the other way round."""
+    return module.weight.detach() if isinstance(module, nn.Linear) else module.weight.detach().t()
