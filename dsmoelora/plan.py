@@ -152,7 +152,9 @@ def _check_batches(plan: Plan, recipe: Recipe, world_size: int) -> None:
     plan.add("steps", f"{train.max_steps}{warmup}")
     plan.add("optimizer", f"{recipe.optim.name}, lr {recipe.optim.lr:g}, {recipe.optim.schedule}")
     plan.add("preconditioner", recipe.optim.preconditioner)
-    if recipe.optim.warmup_steps >= train.max_steps:
+    if not train.max_steps:
+        plan.notes.append("train.max_steps is 0: nothing is trained; the adapter is written as it starts.")
+    elif recipe.optim.warmup_steps >= train.max_steps:
         plan.notes.append(
             f"optim.warmup_steps = {recipe.optim.warmup_steps} reaches to the end of train.max_steps = "
             f"{train.max_steps}: the learning rate never comes to optim.lr."

@@ -4,7 +4,8 @@
     python launch/export.py --adapter runs/demo/adapter --format average --data data/demo/eval.jsonl --out averaged
 
 `peft` writes one adapter for each expert (exported/expert-00 ...). `average` writes a single one for the average gate
-of each layer on a data file, and prints what that costs. One process, without DeepSpeed.
+of each layer on a data file, and prints what that costs; with the router `constant` it needs no data and costs nothing.
+One process, without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 
 import transformers
 
-from dsmoelora.adapters.folder_files import read_adapter_config
+from dsmoelora.adapters.folder_files import adapter_config, read_adapter_config
+from dsmoelora.adapters.given import open_folder
 from dsmoelora.cli import run_guarded
 from dsmoelora.config import DataSource, ModelConfig
 from dsmoelora.data import InstructionDataset, load_instructions
@@ -32,6 +34,7 @@ from dsmoelora.export import (
     read_experts,
     write_loras,
 )
+from dsmoelora.export.merge import plan_merge
 from dsmoelora.model import load_tokenizer, model_for_inference
 
 NOT_THE_MIXTURE = "A mixture that is routed token by token cannot be merged into one LoRA adapter exactly"
@@ -48,6 +51,8 @@ def main() -> None:
     base = options.model or read_adapter_config(options.adapter)["base_model_name_or_path"]
     if options.format == "peft":
         export_experts(options, base)
+    elif adapter_config(read_adapter_config(options.adapter)).router == "constant" and options.data is None:
+        export_constant(options, base)
     else:
         export_average(options, base)
 
@@ -76,8 +81,6 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         for name in ("data", *DEFAULTS):
             if getattr(options, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} belongs to --format average. Drop it.")
-    elif options.data is None:
-        raise ConfigError("--format average measures gates on a data file. Add --data, e.g. --data data/eval.jsonl.")
     for name, least in (("rank", 1), ("num_samples", 1), ("max_length", 2)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -106,8 +109,21 @@ def export_experts(options: argparse.Namespace, base: str) -> None:
     print_use(base, first, next(iter(loras.values())))
 
 
+def export_constant(options: argparse.Namespace, base: str) -> None:
+    """A single adapter, exactly the mixture: every token has the same gates (router `constant`)."""
+    folder = open_folder(options.adapter, "--adapter")
+    merge = plan_merge([folder], [1.0], "svd" if options.rank else "cat", options.rank or None)
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in folder.layers.items()}
+    described, lora = peft_base(base, shapes, options.trust_remote_code), merge.lora()
+    write_loras(options.out, described, {"": lora})
+    print(f"{folder.num_experts} experts with the same gates for every token, as one adapter of rank {lora.r}.")
+    print_use(base, options.out, lora)
+
+
 def export_average(options: argparse.Namespace, base: str) -> None:
     """A single adapter for the average gates."""
+    if options.data is None:
+        raise ConfigError("--format average measures gates on a data file. Add --data, e.g. --data data/eval.jsonl.")
     config, experts = read_experts(options.adapter)
     if config.expert == "dora":
         raise bad_value(

@@ -171,9 +171,9 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     engine = Engine.build(recipe, command.deepspeed, heartbeat, stop, resumes=checkpoint is not None)
     stop.check()
     mebibytes = engine.checkpoint_bytes() / 2**20
+    trained = f"Training {engine.num_trainable:,} numbers" if recipe.train.max_steps else "Nothing is trained"
     console.print(
-        f"Training {engine.num_trainable:,} numbers in {len(engine.adapted_layers)} adapted layers; "
-        f"a checkpoint of them takes {mebibytes:.1f} MiB",
+        f"{trained} in {len(engine.adapted_layers)} adapted layers; a checkpoint of them takes {mebibytes:.1f} MiB",
         soft_wrap=True,
     )
     callbacks = default_callbacks(console, trackers)

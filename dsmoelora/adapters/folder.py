@@ -80,7 +80,8 @@ def write_adapter(
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        **{key: value for key, value in asdict(config).items() if key != "experts_from"},  # the numbers are here now
+        # of the training alone: the numbers are here now
+        **{key: value for key, value in asdict(config).items() if key not in ("experts_from", "freeze")},
         "layers": layers,
         "base_fingerprint": dict(base_fingerprint),
     }

@@ -83,7 +83,7 @@ def inject(
     watch_prompts(model)
     if config.init == "svd" or config.experts_from:
         (start or start_experts)(model)
-    _freeze(model, config.freeze)
+    _freeze(model, config.frozen)
     rows = ((layer.base, layer.experts.rows) for _, layer in adapted_layers(model))
     start_magnitudes(((base, own) for base, own in rows if own is not None), gathered)
     return names
@@ -126,7 +126,7 @@ def _route_blocks(
         block = model.get_submodule(name)
         first = linears_of_block(block)[0]
         place = RouterPlace(name, features(first)[0], config.num_experts, first.weight, config.seed, context)
-        blocks[name] = BlockGates(name)
+        blocks[name] = BlockGates(name, place.in_features)
         blocks[name].attach(block, build_router(place, config).train(block.training))
     return blocks
 

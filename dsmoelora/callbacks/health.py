@@ -65,7 +65,8 @@ def layer_health(routing: Routing, place: int, dead_after: int) -> LayerHealth:
     total = sum(used) or 1.0
     entropy = -sum(one / total * math.log(one / total) for one in used if one > 0)
     fewest = max(1.0, sum(share)) if is_sparse else 1.0
-    return LayerHealth(share, gate, routing.entropy[place] / routing.num_tokens, math.exp(entropy), fewest, dead)
+    per_token = max(0.0, routing.entropy[place] / routing.num_tokens)  # free gates may be negative, and have none
+    return LayerHealth(share, gate, per_token, math.exp(entropy), fewest, dead)
 
 
 class RouterHealth(Callback):

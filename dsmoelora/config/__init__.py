@@ -84,7 +84,22 @@ class Recipe:
             "Set data.packing to false, or take another router.",
         )
         check_losses(self.adapter, self.losses.weights)
+        self._check_given()
         check_optim_of_frozen(self.adapter, self.optim)
+
+    def _check_given(self) -> None:
+        """What only experts that exist make possible."""
+        adapter, given = self.adapter, bool(self.adapter.experts_from)
+        why = "another one where adapter.experts_from is empty, for it goes by what experts have learned"
+        require(given or adapter.router != "arrow", "adapter.router", adapter.router, why, "Name adapters there.")
+        needs_no_training = given and (adapter.router in ("arrow", "constant") or adapter.num_experts == 1)
+        require(
+            self.train.max_steps > 0 or needs_no_training,
+            "train.max_steps",
+            self.train.max_steps,
+            "1 or more, or 0 where adapter.experts_from is given and adapter.router is arrow or constant",
+            "Without training the experts or their routers would be random numbers.",
+        )
 
     def _check_finite(self) -> None:
         for section, values in asdict(self).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dsmoelora.config.adapter_options import ExpertName, MixerInit, RouterName, settle_options
+from dsmoelora.config.adapter_options import ROUTERS, ExpertName, MixerInit, RouterName, RouterStart, settle_options
 from dsmoelora.config.checks import expanded, require, require_known, require_positive, require_unset
 from dsmoelora.config.freeze import Role, check_freeze
 
@@ -42,9 +42,14 @@ class AdapterConfig:
         mixer_init: of expert `moslora`: how the mixer starts; `null` means `kaiming`
         router: kind of router: the `top_k` best experts (`softmax_topk`), all of them (`softmax`), the best after noise
             (`noisy_topk`), the fewest that reach `top_p` (`top_p`), those above a learned threshold (`threshold`), the
-            best after a bias that balances them (`sigmoid_bias`), or the best for the whole prompt (`prompt`)
+            best after a bias that balances them (`sigmoid_bias`), the best for the whole prompt (`prompt`), the same
+            trained gates for every token (`constant`), or the best by the experts' strongest directions, without
+            training (`arrow`)
         top_p: of router `top_p`: probability that the chosen experts reach together; `null` means 0.8
         bias_rate: of router `sigmoid_bias`: how far a bias moves in a step; `null` means 0.001
+        router_start: of router `constant`: gates are a softmax that starts at 1/E (`softmax`), or free numbers from 1/E
+            (`mean`) or from 1 (`sum`) on; `null` means `softmax`
+        router_temperature: of router `arrow`: divides the similarities; `null` means 1
         init: what the factors start from; `b` starts at 0 and `a` at random: uniform in +-1/sqrt(in-features)
             (`kaiming`), or normal with standard deviation 1/R (`gaussian`). With `svd` both start from singular vectors
             of the base weight, which is shifted to make up for it (PiSSA; with more than one expert GOAT's segments).
@@ -76,6 +81,8 @@ class AdapterConfig:
     router: RouterName = "softmax_topk"
     top_p: float | None = None
     bias_rate: float | None = None
+    router_start: RouterStart | None = None
+    router_temperature: float | None = None
     init: InitName = "kaiming"
     init_spread: SpreadName = "joint"
     init_samples: int = 16
@@ -115,6 +122,11 @@ class AdapterConfig:
             require(self.expert != "dora", "adapter.expert", self.expert, "lora or moslora with adapter.experts_from",
                     "Lengths of rows are in none of the adapters that can be given.")  # fmt: skip
         check_freeze(self)
+        require(self.router != "arrow" or self.style == "per_linear", "adapter.style", self.style, "per_linear with "
+                "adapter.router = arrow, which looks at the experts of one layer", "Drop it.")  # fmt: skip
+        sum_to_1 = self.router_start in (None, "softmax")
+        require(self.init != "svd" or sum_to_1, "adapter.router_start", self.router_start, "softmax where adapter.init "
+                "is svd, whose base is right for gates that sum to 1", "Drop it.")  # fmt: skip
         if self.target_modules == ["all-linear"]:
             self.target_modules = "all-linear"
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -149,6 +161,7 @@ class AdapterConfig:
     def plain(self) -> AdapterConfig:
         """The same with one expert and no router."""
         routing: dict[str, Any] = {"router": "softmax_topk", "top_k": 1, "top_p": None, "bias_rate": None}
+        routing |= {"router_start": None, "router_temperature": None}
         routing |= {"gate_power": 1.0, "gate_power_scope": "factors"}
         return replace(self, num_experts=1, shared_experts=0, style="per_linear", lora_modules=[], freeze=[], **routing)
 
@@ -156,6 +169,11 @@ class AdapterConfig:
     def num_in_layer(self) -> int:
         """The experts of a routed layer: E that the router chooses from, then those that are shared."""
         return self.num_experts + self.shared_experts
+
+    @property
+    def frozen(self) -> set[Role]:
+        """Roles that are not trained: those of `freeze`, and a router that has nothing to learn."""
+        return set(self.freeze) if ROUTERS[self.router].is_trained else {*self.freeze, "router"}
 
     @property
     def num_used(self) -> int:

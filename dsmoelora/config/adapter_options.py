@@ -8,7 +8,10 @@ from typing import Any, Literal, Protocol
 
 from dsmoelora.errors import bad_value, listing
 
-RouterName = Literal["softmax_topk", "softmax", "noisy_topk", "top_p", "threshold", "sigmoid_bias", "prompt"]
+RouterName = Literal[
+    "softmax_topk", "softmax", "noisy_topk", "top_p", "threshold", "sigmoid_bias", "prompt", "constant", "arrow"
+]
+RouterStart = Literal["softmax", "mean", "sum"]
 ExpertName = Literal["lora", "moslora", "dora"]
 MixerInit = Literal["kaiming", "orthogonal"]
 
@@ -22,6 +25,8 @@ class AdapterSettings(Protocol):
     top_k: int | None
     top_p: float | None
     bias_rate: float | None
+    router_start: RouterStart | None
+    router_temperature: float | None
     expert: ExpertName
     mixer_init: MixerInit | None
 
@@ -34,21 +39,28 @@ class Kind:
         options: keys of the section `adapter` that are its own
         parameters: of an expert, as the layer names them
         no_balance: why `losses.balance` does not go with a router; empty where it does
+        uses_all: every token uses every expert
+        is_trained: a router learns
     """
 
     options: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     no_balance: str = ""
+    uses_all: bool = False
+    is_trained: bool = True
 
 
+_ALWAYS_EVEN = "every token uses every expert, so their shares of tokens are always equal"
 ROUTERS: dict[RouterName, Kind] = {
     "softmax_topk": Kind(("top_k",)),
-    "softmax": Kind(no_balance="every token uses every expert, so their shares of tokens are always equal"),
+    "softmax": Kind(no_balance=_ALWAYS_EVEN, uses_all=True),
     "noisy_topk": Kind(("top_k",)),
     "top_p": Kind(("top_p",)),
     "threshold": Kind(),
     "sigmoid_bias": Kind(("top_k", "bias_rate"), no_balance="its selection bias balances the experts already"),
     "prompt": Kind(("top_k",)),
+    "constant": Kind(("router_start",), no_balance=_ALWAYS_EVEN, uses_all=True),
+    "arrow": Kind(("top_k", "router_temperature"), no_balance="it learns nothing", is_trained=False),
 }
 EXPERTS: dict[ExpertName, Kind] = {
     "lora": Kind(parameters=("a", "b")),
@@ -58,7 +70,13 @@ EXPERTS: dict[ExpertName, Kind] = {
 _KINDS: dict[str, Mapping[Any, Kind]] = {"router": ROUTERS, "expert": EXPERTS}
 _WHY_NOT_ONE = "only softmax_topk (plain LoRA) where adapter.num_experts is 1, for one expert needs no router"
 # Where the chosen kind has the option, `null` means this.
-_DEFAULTS = {"top_p": 0.8, "bias_rate": 1e-3, "mixer_init": "kaiming"}
+_DEFAULTS = {
+    "top_p": 0.8,
+    "bias_rate": 1e-3,
+    "mixer_init": "kaiming",
+    "router_start": "softmax",
+    "router_temperature": 1.0,
+}
 
 
 def settle_options(config: AdapterSettings) -> None:
@@ -107,6 +125,8 @@ def _check_ranges(config: AdapterSettings) -> None:
         raise bad_value("adapter.top_p", config.top_p, "above 0 and below 1", remedy)
     if config.bias_rate is not None and config.bias_rate <= 0:
         raise bad_value("adapter.bias_rate", config.bias_rate, "above 0", "The usual value is 0.001.")
+    if config.router_temperature is not None and config.router_temperature <= 0:
+        raise bad_value("adapter.router_temperature", config.router_temperature, "above 0", "The usual value is 1.")
     if config.router == "sigmoid_bias" and config.top_k == config.num_experts:
         raise bad_value(
             "adapter.top_k",
@@ -133,7 +153,7 @@ def check_losses(config: AdapterSettings, losses: Mapping[str, float]) -> None:
         if weight and config.shared_experts and name.startswith("contrastive"):
             why = "0 with adapter.shared_experts, for it tells the experts of a token from others, and these are of all"
             raise bad_value(f"losses.{name}", weight, why, "Drop the loss, or the shared experts.")
-    uses_all = config.router == "softmax" or config.top_k == config.num_experts
+    uses_all = ROUTERS[config.router].uses_all or config.top_k == config.num_experts
     reason = ROUTERS[config.router].no_balance
     if config.top_k == config.num_experts:
         reason = "adapter.top_k is adapter.num_experts, so the experts' shares of tokens are always equal"
@@ -141,6 +161,8 @@ def check_losses(config: AdapterSettings, losses: Mapping[str, float]) -> None:
         raise bad_value(
             "losses.balance", losses["balance"], f"0 with adapter.router = {config.router}: {reason}", "Drop it."
         )
+    if losses["z"] and not ROUTERS[config.router].is_trained:
+        raise bad_value("losses.z", losses["z"], f"0 with adapter.router = {config.router}: {reason}", "Drop it.")
     coactive, allowed = losses["contrastive_coactive"], ""
     if uses_all:
         allowed = "0 where every token uses every expert, for there are no unselected experts to tell from"

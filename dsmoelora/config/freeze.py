@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-from dsmoelora.config.adapter_options import EXPERTS, ExpertName, RouterName
+from dsmoelora.config.adapter_options import EXPERTS, ROUTERS, ExpertName, RouterName
 from dsmoelora.config.checks import require, require_unset
 from dsmoelora.config.optim import OptimConfig
 
@@ -30,7 +30,8 @@ def check_freeze(config: FreezeSettings) -> None:
         ConfigError: naming the role and the reason
     """
     frozen = config.freeze
-    roles = [*EXPERTS[config.expert].parameters, *(["router"] if config.num_experts > 1 else [])]
+    has_router = config.num_experts > 1 and ROUTERS[config.router].is_trained
+    roles = [*EXPERTS[config.expert].parameters, *(["router"] if has_router else [])]
     for role in frozen:
         allowed = f"a list of some of {', '.join(roles)} (adapter.expert {config.expert}, {config.num_experts} experts)"
         require(role in roles, _KEY, frozen, allowed, f"Take {role} out.")

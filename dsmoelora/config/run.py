@@ -92,7 +92,7 @@ class TrainConfig:
     """The loop.
 
     Args:
-        max_steps: optimizer steps
+        max_steps: optimizer steps; 0 evaluates and writes the adapter, where experts that exist need no training
         batch_size: sequences of all ranks per optimizer step; with `data.packing` rows of `data.max_length` tokens
         micro_batch_size: sequences (rows) of one rank per forward; accumulation follows from both
         eval_every: optimizer steps between evaluations, 0 for none (where `data.eval` is given, the first
@@ -136,7 +136,6 @@ class TrainConfig:
         require_positive(
             "train",
             self,
-            "max_steps",
             "batch_size",
             "micro_batch_size",
             "keep_checkpoints",
@@ -145,7 +144,7 @@ class TrainConfig:
             "max_skipped_steps",
             "hang_timeout_s",
         )
-        for name in ("eval_every", "save_every", "num_samples", "health_every"):
+        for name in ("max_steps", "eval_every", "save_every", "num_samples", "health_every"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "0 or more", f"0 switches train.{name} off.")
         require(self.loss_chunk >= 0, "train.loss_chunk", self.loss_chunk, "0 or more", "0 takes all targets at once.")

@@ -4,6 +4,7 @@
     svd        the best approximation of that of a given rank (Eckart & Young 1936)
     average    a = a_1 = ... = a_n,  b = sum_i w_i (s_i / s_1) b_i        exact, rank r: FFA-LoRA's (arXiv 2403.12313)
 
+An adapter with the router `constant` is such an update too: its experts side by side, `b` times their gates.
 `cat` is what FLoRA adds to the base after a round (Wang et al. 2024, arXiv 2409.05976).
 """
 
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dsmoelora.adapters.experts.function import side_by_side
 from dsmoelora.adapters.fingerprint import difference, fingerprint
 from dsmoelora.adapters.given import GivenFolder
 from dsmoelora.adapters.targets.linear import features, is_linear, weight_of
@@ -129,15 +131,16 @@ def plan_merge(
     if weights is not None and len(weights) != count:
         raise bad_value("--weights", list(weights), f"{count} numbers, one for each of {KEY}", "Give as many.")
     for folder in folders:
-        if folder.num_experts > 1:
+        if folder.num_experts > 1 and folder.gates is None:
             allowed = f"an adapter that is one update, and this one has {folder.num_experts} experts that are routed"
             remedy = "Make one of them first: launch/export.py --format average."
             raise bad_value(KEY, str(folder.path), allowed, remedy)
     for folder in folders[1:]:
         _check_belongs(folders[0], folder)
-    sums = {name: [folder.layers[name].rank for folder in folders if name in folder.layers] for name in _names(folders)}
+    sums = {name: [_rank(folder, name) for folder in folders if name in folder.layers] for name in _names(folders)}
     full = max(map(sum, sums.values())) if method != "average" else max(map(max, sums.values()))
-    wanted = min(full, rank or max(folder.rank for folder in folders)) if method == "svd" else full
+    largest = max(_rank(folder, name) for folder in folders for name in folder.layers)
+    wanted = min(full, rank or largest) if method == "svd" else full
     scale = folders[0].scale if method == "average" else 1.0
     return Merge(folders, weights or count * [1 / count], method, wanted, scale)
 
@@ -170,10 +173,17 @@ def check_base(folders: Iterable[GivenFolder], base: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{folder.path} belongs to another base model: {what}. Give its own with --model.")
 
 
+def _rank(folder: GivenFolder, name: str) -> int:
+    return folder.layers[name].num_experts * folder.layers[name].rank
+
+
 def _factors(folder: GivenFolder, name: str) -> tuple[Tensor, Tensor]:
-    """(D, R) and (O, R) of the one expert."""
-    found = folder.read(name, range(1)).without_mixer()
-    return found.a_EDR[0], found.b_EOR[0]
+    """(D, F) and (O, F): those of the one expert, or of all side by side, each times the gate that every token has."""
+    found = folder.read(name, range(folder.layers[name].num_experts)).without_mixer()
+    if folder.gates is None:
+        return found.a_EDR[0], found.b_EOR[0]
+    gate_E11 = folder.gates(name)[:, None, None]
+    return side_by_side(found.a_EDR), side_by_side((found.b_EOR.double() * gate_E11).to(found.b_EOR.dtype))
 
 
 @torch.no_grad()

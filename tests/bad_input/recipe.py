@@ -29,6 +29,11 @@ def binary_recipe(bench: Bench) -> list[str]:
     return ["train.py", "--config", str(bench.folder / "recipe.yaml")]
 
 
+def beside_a_shifted_base(bench: Bench) -> list[str]:
+    settings = {"top_k": "null", "router": "constant", "router_start": "sum", "init": "svd"}
+    return bench.train(*(word for key, value in settings.items() for word in (f"--adapter.{key}", value)))
+
+
 def beside_adapters(bench: Bench) -> list[str]:
     folder = peft_adapter(bench.model, bench.folder / "peft", target_modules=["q_proj"])
     drop = bench.folder / "recipe.yaml"
@@ -82,6 +87,9 @@ EARLY: dict[str, Case] = {
     "a frozen role that the experts do not have": override("--adapter.freeze", "[m]"),
     "a frozen `b`, which starts at 0": override("--adapter.freeze", "[b]"),
     "a preconditioner whose pairs are frozen": override("--adapter.freeze", "[a]", "--optim.preconditioner", "tangent"),
+    "a router without training for experts that have not learned": override("--adapter.router", "arrow"),
+    "no steps where something has to be trained": override("--train.max_steps", 0),
+    "free gates beside a base that was shifted": beside_a_shifted_base,
     "experts from a folder that does not exist": override("--adapter.experts_from", "[nowhere]"),
     "a start from the base weight beside adapters": beside_adapters,
     "`momentum` with `adamw`": override("--optim.momentum", 0.9),

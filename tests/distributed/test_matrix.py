@@ -28,6 +28,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "per_linear": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
     "ffn_block": {"target_modules": ["up_proj", "down_proj"], "lora_modules": ["q_proj"]},
 }
+TRAINED = [name for name, kind in ROUTERS.items() if kind.is_trained]
 # (expert, init): what the refusal says
 REFUSED = {("moslora", "svd"): "two factors and nothing else", ("dora", "svd"): "two factors and nothing else"}
 
@@ -72,18 +73,18 @@ def assert_all_learn(worker_pool: PoolFactory, recipes: list[Recipe]) -> None:
 
 def in_turn() -> Iterator[tuple[str, str, str]]:
     """Every pair of expert, router and preconditioner, though not every three together."""
-    for (place, expert), (turn, router) in product(enumerate(EXPERTS), enumerate(ROUTERS)):
+    for (place, expert), (turn, router) in product(enumerate(EXPERTS), enumerate(TRAINED)):
         yield expert, router, [*OPTIMIZERS][(place + turn) % len(OPTIMIZERS)]
 
 
 def test_every_pair_occurs() -> None:
     assert set(get_args(get_type_hints(OptimConfig)["preconditioner"])) == set(OPTIMIZERS)
     for one, other in combinations(range(3), 2):
-        names = (EXPERTS, ROUTERS, OPTIMIZERS)
+        names = (EXPERTS, TRAINED, OPTIMIZERS)
         assert {(case[one], case[other]) for case in in_turn()} == set(product(names[one], names[other]))
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", TRAINED)
 def test_every_expert_with_every_router(worker_pool: PoolFactory, base: Path, router: str) -> None:
     recipes = [
         recipe_of(base, expert=expert, router=router, preconditioner=preconditioner, init="kaiming", style="per_linear")
@@ -94,7 +95,7 @@ def test_every_expert_with_every_router(worker_pool: PoolFactory, base: Path, ro
 
 
 @release
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", TRAINED)
 def test_every_expert_with_every_router_and_preconditioner(worker_pool: PoolFactory, base: Path, router: str) -> None:
     recipes = [
         recipe_of(base, expert=expert, router=router, preconditioner=preconditioner, init="kaiming", style="per_linear")
@@ -107,7 +108,7 @@ def test_every_expert_with_every_router_and_preconditioner(worker_pool: PoolFact
 def test_every_expert_with_every_start_and_style(worker_pool: PoolFactory, base: Path) -> None:
     recipes, refused = [], set()
     for number, (expert, init, style) in enumerate(product(EXPERTS, get_args(InitName), STYLES)):
-        rest = {"router": [*ROUTERS][number % len(ROUTERS)], "preconditioner": [*OPTIMIZERS][number % len(OPTIMIZERS)]}
+        rest = {"router": TRAINED[number % len(TRAINED)], "preconditioner": [*OPTIMIZERS][number % len(OPTIMIZERS)]}
         try:
             recipes.append(recipe_of(base, expert=expert, init=init, style=style, **rest))
         except ConfigError as error:

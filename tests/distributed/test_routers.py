@@ -26,6 +26,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "threshold": {"top_k": None},
     "sigmoid_bias": {"bias_rate": 0.05},
     "prompt": {},
+    "constant": {"top_k": None, "router_start": "mean"},
 }
 
 

@@ -87,7 +87,7 @@ BLOCKS: dict[str, Any] = {
     "lora_modules": ["q_proj", "v_proj"],
 }
 ROUTERS_AND_EXPERTS = [
-    *((router, "lora") for router in get_args(RouterName)),
+    *((router, "lora") for router in get_args(RouterName) if router != "arrow"),  # learns nothing
     *(("top_p", expert) for expert in get_args(ExpertName) if expert != "lora"),
 ]
 

@@ -16,6 +16,7 @@ from dsmoelora.adapters.folder_files import (
     read_adapter_config,
 )
 from dsmoelora.adapters.given.parts import GivenExperts, GivenFolder, GivenLayer, shapes_in, tensors_in
+from dsmoelora.adapters.routers.given import constant_gates
 from dsmoelora.adapters.starts.svd import StartFactors, start_names
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import AdapterConfig
@@ -61,9 +62,10 @@ def open_ours(path: Path, key: str) -> GivenFolder:
     plain = frozenset(name for name, layer in found.items() if layer.num_experts < config.num_experts)
     routers = {name: shape for name, shape in shapes.items() if ".router." in name}
     read, base = partial(_read, path, config, found), description["base_fingerprint"]
-    return GivenFolder(
-        path, description["base_model_name_or_path"], config.num_experts, found, read, base, plain, routers
-    )
+    router = (config.router, config.router_start) if config.num_experts > 1 else None
+    gates = partial(_gates, path, config, frozenset(routers)) if config.router == "constant" else None
+    base_model = description["base_model_name_or_path"]
+    return GivenFolder(path, base_model, config.num_experts, found, read, base, plain, routers, router, gates)
 
 
 def _layer(name: str, config: AdapterConfig, shapes: dict[str, tuple[int, ...]], path: Path) -> GivenLayer:
@@ -89,6 +91,16 @@ def _read(path: Path, config: AdapterConfig, layers: dict[str, GivenLayer], laye
     if config.init == "svd":
         own = _with_shift(own, StartFactors(*tensors_in(path / START_FILE, list(start_names(layer)))))
     return _repeated(own, len(experts)) if is_single else own
+
+
+def _gates(path: Path, config: AdapterConfig, routers: frozenset[str], layer: str) -> Tensor:
+    """(E,) of a layer with the router `constant`, its own or its block's; 1 for the one expert of a plain layer."""
+    names = [f"{place}.router.weight" for place in (layer, layer.rpartition(".")[0])]
+    name = next((name for name in names if name in routers), None)
+    if layer_config(config, layer).num_experts == 1 or name is None:
+        return torch.ones(1, dtype=torch.float64)
+    assert config.router_start is not None, "the router has this option"
+    return constant_gates(tensors_in(path / WEIGHTS_FILE, [name])[0], config.router_start)
 
 
 def _with_shift(own: GivenExperts, start: StartFactors) -> GivenExperts:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsmoelora.adapters.experts.function import outgoing
+from dsmoelora.config.adapter_options import RouterName, RouterStart
 from dsmoelora.errors import CheckpointError
 
 
@@ -67,6 +68,8 @@ class GivenFolder:
         base: fingerprint of the base model, where the folder has one (see `adapters.base`)
         plain_layers: names of the layers without a router among those with one
         routers: shapes of what the routers keep, by qualified name
+        router: kind of the routers, and how their gates are made where that is a setting; None without any
+        gates: where these are the same for every token, those of a layer (E,)
     """
 
     path: Path
@@ -77,6 +80,8 @@ class GivenFolder:
     base: Mapping[str, Any] | None = None
     plain_layers: frozenset[str] = frozenset()
     routers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    router: tuple[RouterName, RouterStart | None] | None = None
+    gates: Callable[[str], Tensor] | None = None
 
     @property
     def rank(self) -> int:

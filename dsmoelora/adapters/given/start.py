@@ -27,6 +27,7 @@ from dsmoelora.adapters.given.folders import KEY, GivenFolder, GivenLayer, open_
 from dsmoelora.adapters.given.parts import tensors_in
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.adapters.routers import routers
+from dsmoelora.adapters.routers.given import ArrowRouter, prototypes
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.adapters.targets.linear import features, is_linear
 from dsmoelora.config import AdapterConfig
@@ -112,7 +113,8 @@ def _fits(config: AdapterConfig, folder: GivenFolder, name: str) -> bool:
 def take_experts(model: nn.Module, config: AdapterConfig, base: Mapping[str, Any]) -> None:
     """Fill the experts that lie here, layer by layer, each read when its turn comes.
 
-    With one folder, routers start from it too where they keep the same tensors.
+    With one folder, routers of its kind start from it too where they keep the same tensors. Router `arrow` gets the
+    directions of the experts of all ranks.
 
     Args:
         model: adapted, with the layers and experts that `check_given` has looked at
@@ -131,13 +133,23 @@ def take_experts(model: nn.Module, config: AdapterConfig, base: Mapping[str, Any
                 f"{folder.base_model!r}, or take another adapter."
             )
     for name, layer in adapted_layers(model):
+        if isinstance(layer.router, ArrowRouter):
+            layer.router.weight.copy_(torch.cat([_directions(folder, name, layer.router) for folder in folders]))
         first = 0
         for folder in folders:
             if name in folder.layers:
-                _fill(layer.experts, folder, name, first, "a" in config.freeze)
+                _fill(layer.experts, folder, name, first, "a" in config.frozen)
             first += folder.num_experts
-    if len(folders) == 1:
+    if len(folders) == 1 and _is_alike(config, folders[0]):
         _take_routers(model, folders[0])
+
+
+def _directions(folder: GivenFolder, name: str, router: ArrowRouter) -> Tensor:
+    """(E, D) of a folder's experts; 0 where it lacks the layer."""
+    if name not in folder.layers:
+        return router.weight.new_zeros(folder.num_experts, router.weight.shape[-1])
+    found = folder.read(name, range(folder.num_experts)).without_mixer()
+    return prototypes(found.a_EDR, found.b_EOR).to(router.weight)
 
 
 def _fill(bank: ExpertBank, folder: GivenFolder, name: str, first: int, a_is_frozen: bool) -> None:
@@ -165,6 +177,13 @@ def _fill(bank: ExpertBank, folder: GivenFolder, name: str, first: int, a_is_fro
 def _rescaled(b_EOR: Tensor, given: GivenLayer, scale: float) -> Tensor:
     """As it is, to the last bit, where the scales agree."""
     return b_EOR if math.isclose(given.scale, scale, rel_tol=1e-9) else b_EOR.float() * (given.scale / scale)
+
+
+def _is_alike(config: AdapterConfig, folder: GivenFolder) -> bool:
+    """Whether the folder's routers make the same of the same tensors; all that are linear in the token do."""
+    own = (config.router, config.router_start)
+    apart = {"constant", "arrow"}
+    return folder.router == own or (folder.router is not None and not apart & {own[0], folder.router[0]})
 
 
 def _take_routers(model: nn.Module, folder: GivenFolder) -> None:

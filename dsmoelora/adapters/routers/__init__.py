@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from dsmoelora.adapters.routers.bias import SigmoidBiasRouter
+from dsmoelora.adapters.routers.given import ArrowRouter, ConstantRouter
 from dsmoelora.adapters.routers.linear import LinearRouter, NoisyRouter, SingleExpertRouter, ThresholdRouter
 from dsmoelora.adapters.routers.parts import RouterPlace
 from dsmoelora.adapters.routers.prompt import PromptRouter, unwatch_prompts, watch_prompts
@@ -31,6 +32,8 @@ BUILDERS: dict[RouterName, Callable[[RouterPlace, Any], nn.Module]] = {
     "top_p": lambda place, config: LinearRouter(place, top_p_rule(config.top_p)),
     "threshold": lambda place, config: ThresholdRouter(place),
     "sigmoid_bias": lambda place, config: SigmoidBiasRouter(place, config.top_k, config.bias_rate),
+    "constant": lambda place, config: ConstantRouter(place, config.router_start),
+    "arrow": lambda place, config: ArrowRouter(place, config.top_k, config.router_temperature),
     "prompt": lambda place, config: PromptRouter(place, top_k_rule(config.top_k)),
 }
 
@@ -43,7 +46,7 @@ def build_router(place: RouterPlace, config: AdapterConfig) -> nn.Module:
 def routers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every router that has something to choose, and the name of the layer or block it stands in, in the model's order.
 
-    Each has `shapes`: of its parameters by name, among them `weight` (E, D).
+    Each has `shapes`: of its parameters by name, among them `weight`, whose first dim is E.
     """
     for name, module in model.named_modules():
         place, _, last = name.rpartition(".")

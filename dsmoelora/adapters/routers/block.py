@@ -21,13 +21,14 @@ class BlockGates:
 
     Args:
         name: of the block in the model
+        in_features: that its first linear layer reads
 
     Attributes:
         once: what was made of the decision by the layers that follow it
     """
 
-    def __init__(self, name: str) -> None:
-        self.name, self.once = name, Once()
+    def __init__(self, name: str, in_features: int) -> None:
+        self.name, self.once, self._in_features = name, Once(), in_features
         self._decision: tuple[Tensor, Tensor] | None = None
         self._hooks: list[Any] = []
 
@@ -67,7 +68,7 @@ class BlockGates:
     def _route(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         """The block's arguments, the first of which has been through the router (see `Projection`)."""
         x = args[0] if args else next(iter(kwargs.values()))
-        num_inputs = block.router.shapes["weight"][-1]
+        num_inputs = self._in_features
         if x.shape[-1] != num_inputs:
             raise ModelError(
                 f"{self.name} is called with {x.shape[-1]} features, but its first linear layer reads {num_inputs}: it "
