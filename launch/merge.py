@@ -41,7 +41,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     out = options.out or options.into_base
     check_output(out, "--out" if options.out else "--into-base")
-    folders = open_folders(options.adapters, KEY)
+    folders = open_folders(options.adapters, key=KEY)
     merge = plan_merge(folders, options.weights, options.method, options.rank)
     base = options.model or folders[0].base_model
     shapes = {name: (layer.in_features, layer.out_features) for f in folders for name, layer in f.layers.items()}

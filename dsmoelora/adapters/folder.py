@@ -34,6 +34,8 @@ from dsmoelora.adapters.targets.linear import is_linear
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import CheckpointError, ModelError, listing
 
+_OF_TRAINING = ("experts_from", "split_ranks", "freeze")  # not in a folder, which has the numbers that came of it
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -80,8 +82,7 @@ def write_adapter(
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        # of the training alone: the numbers are here now
-        **{key: value for key, value in asdict(config).items() if key not in ("experts_from", "freeze")},
+        **{key: value for key, value in asdict(config).items() if key not in _OF_TRAINING},
         "layers": layers,
         "base_fingerprint": dict(base_fingerprint),
     }

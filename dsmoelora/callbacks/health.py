@@ -61,11 +61,11 @@ def layer_health(routing: Routing, place: int, dead_after: int) -> LayerHealth:
     dead = [expert for expert, steps in enumerate(routing.idle_steps[place]) if steps >= dead_after]
     # where every token uses every expert, only the gates say who does the work
     is_sparse = sum(share) < len(share) - 0.5
-    used = share if is_sparse else gate
+    used = share if is_sparse else [max(0.0, one) for one in gate]  # free gates may be negative
     total = sum(used) or 1.0
     entropy = -sum(one / total * math.log(one / total) for one in used if one > 0)
     fewest = max(1.0, sum(share)) if is_sparse else 1.0
-    per_token = max(0.0, routing.entropy[place] / routing.num_tokens)  # free gates may be negative, and have none
+    per_token = max(0.0, routing.entropy[place] / routing.num_tokens)  # they have no entropy then
     return LayerHealth(share, gate, per_token, math.exp(entropy), fewest, dead)
 
 

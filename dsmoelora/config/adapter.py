@@ -59,6 +59,7 @@ class AdapterConfig:
         init_samples: of init `gradient`: the training rows whose gradient is taken, those that training begins with
         experts_from: folders of adapters, ours or PEFT's LoRA, as which the experts start, in this order. They decide
             `num_experts`, `r`, `lora_alpha` and the layers where these are not given, and may not be contradicted
+        split_ranks: each rank of the adapters in `experts_from` is an expert of rank 1
         freeze: roles that stay as they start in all layers, some of `a`, `b`, `m`, `magnitude`, `router`: they cost no
             gradient and no moments, and are in checkpoints and adapter folders all the same
         seed: what the initial values derive from, together with layer name and expert; `run.seed` in a recipe
@@ -87,6 +88,7 @@ class AdapterConfig:
     init_spread: SpreadName = "joint"
     init_samples: int = 16
     experts_from: list[str] = field(default_factory=list)
+    split_ranks: bool = False
     freeze: list[Role] = field(default_factory=list)
     seed: int = 0
 
@@ -116,7 +118,11 @@ class AdapterConfig:
         if self.init != "gradient":
             require_unset("adapter", self, f"where adapter.init is {self.init}", "init_spread", "init_samples")
         self.experts_from = [expanded("adapter.experts_from", path) for path in self.experts_from]
-        if self.experts_from:
+        if not self.experts_from:
+            require_unset("adapter", self, "where adapter.experts_from is empty", "split_ranks")
+        else:
+            require(not (self.split_ranks and self.expert == "moslora"), "adapter.expert", self.expert,
+                    "lora with adapter.split_ranks: one number is no mixer", "Mixers are folded into b.")  # fmt: skip
             remedy = "Drop it: the experts start from the folders."
             require(self.init != "svd", "adapter.init", self.init, "another one with adapter.experts_from", remedy)
             require(self.expert != "dora", "adapter.expert", self.expert, "lora or moslora with adapter.experts_from",

@@ -90,6 +90,7 @@ EARLY: dict[str, Case] = {
     "a router without training for experts that have not learned": override("--adapter.router", "arrow"),
     "no steps where something has to be trained": override("--train.max_steps", 0),
     "free gates beside a base that was shifted": beside_a_shifted_base,
+    "ranks to split of no adapters": override("--adapter.split_ranks", "true"),
     "experts from a folder that does not exist": override("--adapter.experts_from", "[nowhere]"),
     "a start from the base weight beside adapters": beside_adapters,
     "`momentum` with `adamw`": override("--optim.momentum", 0.9),

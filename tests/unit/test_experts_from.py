@@ -314,3 +314,56 @@ def test_damaged_folders_are_refused(
     spoil(folder)
     with pytest.raises((CheckpointError, ConfigError), match=message):
         started_from(base_path, folder)
+
+
+def test_ranks_as_experts_with_equal_gates_are_the_mean_of_the_adapters(base_path: Path, tmp_path: Path) -> None:
+    """Of mixed ranks and scales, and of a mixture, whose experts count as adapters."""
+    folders = [
+        peft_adapter(base_path, tmp_path / "one", seed=1),
+        peft_adapter(base_path, tmp_path / "two", seed=2, r=5, lora_alpha=35, rank_pattern={"q_proj": 2}),
+        our_adapter(base_path, tmp_path / "three", OURS, seed=3),
+    ]
+    model = started_from(base_path, *folders, split_ranks=True)
+    dense = [dense_updates(with_peft(base_path, folder)) for folder in folders[:2]]
+    mixture = expert_updates(load_adapter(AutoModelForCausalLM.from_pretrained(base_path), folders[2]))
+    num_experts, num_adapters = 3 + 5 + 3 * 2, 2 + 3
+    for name, layer in adapted_layers(model):
+        assert layer.experts.a.shape[::2] == layer.experts.b.shape[::2] == (num_experts, 1)
+        mean = sum(updates[name] for updates in dense if name in updates)
+        mean = (mean + mixture[name].sum(0) if name in mixture else mean) / num_adapters
+        torch.testing.assert_close(expert_updates(model)[name].mean(0), mean, rtol=1e-5, atol=1e-7)
+    padding = dict(adapted_layers(model))["model.layers.0.self_attn.q_proj"].experts
+    assert padding.a[5:8].any(1).all() and not padding.b[5:8].any(), "what the adapter lacks may learn"
+
+
+@pytest.mark.parametrize("plain_base", ["moslora", "svd", "blocks"])
+def test_ranks_of_every_kind_of_ours(base_path: Path, tmp_path: Path, plain_base: str) -> None:
+    """Mixers, a shifted base, plain layers beside routed ones."""
+    kinds: dict[str, AdapterConfig] = {
+        "moslora": AdapterConfig(r=2, num_experts=2, expert="moslora", target_modules=["q_proj"]),
+        "svd": AdapterConfig(r=2, num_experts=2, init="svd", target_modules=["q_proj"]),
+        "blocks": BLOCKS,
+    }
+    folder = our_adapter(base_path, tmp_path / "adapter", kinds[plain_base])
+    whole = expert_updates(started_from(base_path, folder, style=kinds[plain_base].style))
+    split = expert_updates(started_from(base_path, folder, split_ranks=True))
+    for name, update_EOD in whole.items():
+        torch.testing.assert_close(split[name].mean(0), update_EOD.mean(0), rtol=1e-4, atol=1e-7)
+
+
+def test_ranks_hold_some_of_the_ranks(base_path: Path, tmp_path: Path) -> None:
+    """A rank that begins in the middle of an adapter reads what it holds."""
+    folders = [str(peft_adapter(base_path, tmp_path / str(seed), seed)) for seed in (1, 2)]
+    config = AdapterConfig(experts_from=folders, split_ranks=True, **settings_of(folders, {"split_ranks": True}))
+    whole, part = (AutoModelForCausalLM.from_pretrained(base_path) for _ in range(2))
+    inject(whole, config)
+    inject(part, config, range(2, 4))
+    for (_, own), (_, all_) in zip(adapted_layers(part), adapted_layers(whole), strict=True):
+        assert torch.equal(own.experts.a, all_.experts.a[2:4]) and torch.equal(own.experts.b, all_.experts.b[2:4])
+
+
+def test_what_cannot_be_split_is_refused(base_path: Path, peft_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.split_ranks is True, but it must be left at False where"):
+        AdapterConfig(split_ranks=True)
+    with pytest.raises(ConfigError, match="one number is no mixer"):
+        started_from(base_path, peft_folder, split_ranks=True, expert="moslora")

@@ -9,6 +9,7 @@ from dsmoelora.adapters.folder_files import CONFIG_FILE, PEFT_TYPE, read_descrip
 from dsmoelora.adapters.given.ours import open_ours
 from dsmoelora.adapters.given.parts import GivenExperts, GivenFolder, GivenLayer
 from dsmoelora.adapters.given.peft import PEFT_LORA, open_peft
+from dsmoelora.adapters.given.split import split_folders
 from dsmoelora.errors import bad_value
 
 __all__ = ["KEY", "GivenExperts", "GivenFolder", "GivenLayer", "open_folder", "open_folders"]
@@ -38,6 +39,7 @@ def open_folder(path: str | Path, key: str = KEY) -> GivenFolder:
     raise bad_value(key, str(path), allowed, "Take adapters of low-rank factors.")
 
 
-def open_folders(paths: Sequence[str | Path], key: str = KEY) -> list[GivenFolder]:
-    """Several of them, as `open_folder`."""
-    return [open_folder(path, key) for path in paths]
+def open_folders(paths: Sequence[str | Path], split_ranks: bool = False, key: str = KEY) -> list[GivenFolder]:
+    """Several of them, as `open_folder`; with `adapter.split_ranks` each of their ranks is an expert."""
+    folders = [open_folder(path, key) for path in paths]
+    return split_folders(folders) if split_ranks else folders

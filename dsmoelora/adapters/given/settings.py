@@ -11,8 +11,9 @@ from dsmoelora.adapters.given.folders import open_folders
 def settings_of(paths: Sequence[str], said: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the folders of `adapter.experts_from` decide, where the user has said nothing of them.
 
-    `num_experts` is the number of their experts together, `r` the largest rank; the scale is that of the first folder's
-    first layer, and the layers are all that any folder has, by their full names.
+    `num_experts` is the number of their experts together, `r` the largest rank (with `split_ranks` that of their ranks,
+    and 1); the scale is that of the first folder's first layer, and the layers are all that any folder has, by their
+    full names.
 
     Args:
         paths: the folders
@@ -22,7 +23,7 @@ def settings_of(paths: Sequence[str], said: Mapping[str, Any]) -> dict[str, Any]
         ConfigError: an adapter that experts of two factors cannot stand for
         CheckpointError: a folder is missing or damaged
     """
-    folders = open_folders(paths)
+    folders = open_folders(paths, bool(said.get("split_ranks")))
     rank = max(folder.rank for folder in folders)
     alpha = folders[0].scale * (rank**0.5 if said.get("use_rslora") else rank)
     # with one folder its plain layers stay plain; experts of several folders need a router

@@ -1,7 +1,8 @@
 """Experts that start from the adapters of `adapter.experts_from`.
 
     folder f, expert e   ->   expert (experts of the folders before) + e
-    rank r < R           ->   a: columns of the seed's random start (0 where a is frozen), b: columns of 0
+    rank r < R, columns of 0 in both factors
+                         ->   a: columns of the seed's random start (0 where a is frozen), b: columns of 0
     scale s_f != s       ->   b s_f / s
     mixer                ->   folded into b; kept where adapter.expert is moslora
     a layer it lacks     ->   b = 0
@@ -58,7 +59,7 @@ def check_given(model: nn.Module, config: AdapterConfig, names: Sequence[str]) -
         ConfigError: a setting contradicts the folders
         CheckpointError: a folder is damaged, or belongs to another base model
     """
-    folders = open_folders(config.experts_from)
+    folders = open_folders(config.experts_from, config.split_ranks)
     wanted = {
         "num_experts": (sum(folder.num_experts for folder in folders), "the number of experts"),
         "r": (max(folder.rank for folder in folders), "the largest rank"),
@@ -124,7 +125,7 @@ def take_experts(model: nn.Module, config: AdapterConfig, base: Mapping[str, Any
     Raises:
         CheckpointError: a folder is damaged, or was trained on another base model
     """
-    folders = open_folders(config.experts_from)
+    folders = open_folders(config.experts_from, config.split_ranks)
     for folder in folders:
         what = None if folder.base is None else difference(folder.base, base)
         if what is not None:
@@ -170,7 +171,9 @@ def _fill(bank: ExpertBank, folder: GivenFolder, name: str, first: int, a_is_fro
     if a_is_frozen:
         bank.a[rows].zero_()
     bank.b[rows].zero_()
-    bank.a[rows, :, : given.rank].copy_(found.a_EDR)
+    is_padding_L1R = ~(found.a_EDR.any(1, keepdim=True) | found.b_EOR.any(1, keepdim=True))
+    start_LDR = bank.a[rows, :, : given.rank]
+    start_LDR.copy_(torch.where(is_padding_L1R, start_LDR, found.a_EDR.to(start_LDR)))
     bank.b[rows, :, : given.rank].copy_(_rescaled(found.b_EOR, given, bank.scale))
 
 
