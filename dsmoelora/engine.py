@@ -145,7 +145,8 @@ class Engine:
         self.adapted_layers = inject(model, recipe.adapter, held, exchange, lambda _: None, zero.gathered)
         if recipe.adapter.experts_from and not resumes:
             # each rank reads the experts that it holds
-            comm.together(lambda: take_experts(model, recipe.adapter, self.base_fingerprint))
+            given = (recipe.adapter, self.base_fingerprint, self._heartbeat.beat)
+            comm.together(lambda: take_experts(model, *given))
         self._start = StartShards(model, resumes, self._heartbeat.beat) if recipe.adapter.init == "svd" else None
         if recipe.train.activation_checkpointing:
             recompute_activations(model)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,16 @@ def test_the_others_are_what_the_page_says(composed: Path) -> None:
     last = read_metrics(composed / "runs" / "code" / "metrics.jsonl")[-1]["eval/loss"]
     assert first == pytest.approx(last, rel=1e-6), "it begins where the adapter ended"
     assert json.loads((composed / "smaller" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_the_lines_of_python_run(composed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make what the command makes."""
+    monkeypatch.chdir(composed)
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    written = load_adapter(AutoModelForCausalLM.from_pretrained("model"), "runs/arrow/adapter")
+    torch.testing.assert_close(logits(names["model"]), logits(written), rtol=1e-5, atol=1e-6)
 
 
 @release

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,19 @@ def test_what_does_not_go_together_is_named(given: dict[str, Any], words: tuple[
         merge_config(make_recipe(), with_zero() | given, 3)
     for word in words:
         assert word in str(error.value)
+
+
+def test_frozen_factors_are_not_on_nvme() -> None:
+    recipe = make_recipe()
+    frozen = replace(recipe, adapter=replace(recipe.adapter, freeze=["a"]))
+    for device in ("nvme", "cpu"):
+        given = with_zero(offload_param={"device": device, "nvme_path": "/tmp"})
+        merge_config(recipe, given, 3)
+        if device == "cpu":
+            merge_config(frozen, given, 3)
+        else:
+            with pytest.raises(ConfigError, match=r"offload_param\.device of the DeepSpeed file is 'nvme'.*freeze"):
+                merge_config(frozen, given, 3)
 
 
 def test_nothing_is_offloaded_without_partitions() -> None:

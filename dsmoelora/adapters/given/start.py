@@ -111,7 +111,9 @@ def _fits(config: AdapterConfig, folder: GivenFolder, name: str) -> bool:
 
 
 @torch.no_grad()
-def take_experts(model: nn.Module, config: AdapterConfig, base: Mapping[str, Any]) -> None:
+def take_experts(
+    model: nn.Module, config: AdapterConfig, base: Mapping[str, Any], on_progress: Callable[[], None] = lambda: None
+) -> None:
     """Fill the experts that lie here, layer by layer, each read when its turn comes.
 
     With one folder, routers of its kind start from it too where they keep the same tensors. Router `arrow` gets the
@@ -121,6 +123,7 @@ def take_experts(model: nn.Module, config: AdapterConfig, base: Mapping[str, Any
         model: adapted, with the layers and experts that `check_given` has looked at
         config: of the adapter
         base: fingerprint of the base model
+        on_progress: called for every layer
 
     Raises:
         CheckpointError: a folder is damaged, or was trained on another base model
@@ -136,6 +139,7 @@ def take_experts(model: nn.Module, config: AdapterConfig, base: Mapping[str, Any
     for name, layer in adapted_layers(model):
         if isinstance(layer.router, ArrowRouter):
             layer.router.weight.copy_(torch.cat([_directions(folder, name, layer.router) for folder in folders]))
+        on_progress()
         first = 0
         for folder in folders:
             if name in folder.layers:
