@@ -205,6 +205,15 @@ def test_arrow_learns_nothing_and_is_kept(base_path: Path, adapters: list[Path],
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_arrow_goes_by_what_the_experts_are_now(base_path: Path, tmp_path: Path) -> None:
+    """From one folder that was routed so too, whose experts have moved since."""
+    config = AdapterConfig(r=2, num_experts=3, top_k=2, router="arrow", target_modules=["q_proj"])
+    folder = our_adapter(base_path, tmp_path / "adapter", config)
+    for _, layer in adapted_layers(started_from(base_path, folder, router="arrow", top_k=2)):
+        directions_ED = prototypes(layer.experts.a.detach(), layer.experts.b.detach())
+        torch.testing.assert_close(layer.router.weight.detach(), directions_ED, rtol=1e-5, atol=1e-6)
+
+
 def test_ranks_with_some_experts_know_the_directions_of_all(base_path: Path, adapters: list[Path]) -> None:
     paths = [str(folder) for folder in adapters[:2]]
     config = AdapterConfig(experts_from=paths, router="arrow", **settings_of(paths, {}))

@@ -175,8 +175,8 @@ def _fill(bank: ExpertBank, folder: GivenFolder, name: str, first: int, a_is_fro
     if a_is_frozen:
         bank.a[rows].zero_()
     bank.b[rows].zero_()
-    is_padding_L1R = ~(found.a_EDR.any(1, keepdim=True) | found.b_EOR.any(1, keepdim=True))
     start_LDR = bank.a[rows, :, : given.rank]
+    is_padding_L1R = ~(found.a_EDR.any(1, keepdim=True) | found.b_EOR.any(1, keepdim=True)).to(start_LDR.device)
     start_LDR.copy_(torch.where(is_padding_L1R, start_LDR, found.a_EDR.to(start_LDR)))
     bank.b[rows, :, : given.rank].copy_(_rescaled(found.b_EOR, given, bank.scale))
 
@@ -187,10 +187,11 @@ def _rescaled(b_EOR: Tensor, given: GivenLayer, scale: float) -> Tensor:
 
 
 def _is_alike(config: AdapterConfig, folder: GivenFolder) -> bool:
-    """Whether the folder's routers make the same of the same tensors; all that are linear in the token do."""
+    """Whether the folder's routers make the same of the same tensors; all that learn and are linear in the token do."""
+    if folder.router is None or "arrow" in (config.router, folder.router[0]):
+        return False
     own = (config.router, config.router_start)
-    apart = {"constant", "arrow"}
-    return folder.router == own or (folder.router is not None and not apart & {own[0], folder.router[0]})
+    return folder.router == own or "constant" not in (config.router, folder.router[0])
 
 
 def _take_routers(model: nn.Module, folder: GivenFolder) -> None:
