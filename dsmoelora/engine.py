@@ -164,9 +164,10 @@ class Engine:
         self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps)
         config = merge_config(self.recipe, deepspeed_config, comm.world_size())
         if self.layout.ep_size == 1:  # experts of an expert-parallel group are no one's to keep whole
-            trained = {id(parameter) for _, parameter in found}
-            frozen = [zero.full_numel(one) for one in self.model.parameters() if id(one) not in trained]
-            keep_whole_what_fits(config, [parameter.numel() for _, parameter in found], frozen)
+            adapters = [parameter for _, parameter in (*found, *self._frozen)]
+            known = set(map(id, adapters))
+            base = [zero.full_numel(one) for one in self.model.parameters() if id(one) not in known]
+            keep_whole_what_fits(config, [parameter.numel() for parameter in adapters], base)
         zero.place_experts([*found, *self._frozen], self.layout)
         zero.gather_joined_factors(self.model)
         self._deepspeed, *_ = deepspeed.initialize(

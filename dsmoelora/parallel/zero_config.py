@@ -49,7 +49,7 @@ _THRESHOLD_KEY = "stage3_param_persistence_threshold"
 _SMALL, _MAX_KEPT_WHOLE = 100_000, 1 << 28
 
 
-def keep_whole_what_fits(config: dict[str, Any], trained: list[int], frozen: list[int]) -> None:
+def keep_whole_what_fits(config: dict[str, Any], adapters: list[int], base: list[int]) -> None:
     """Have ZeRO-3 keep adapters gathered between steps, and of the base what fits beside them.
 
     Above the threshold every layer gathers its weights anew, in each forward and backward pass of each micro-batch;
@@ -59,17 +59,17 @@ def keep_whole_what_fits(config: dict[str, Any], trained: list[int], frozen: lis
 
     Args:
         config: from `merge_config`, written to
-        trained: numbers of each trainable parameter of this rank, before it is partitioned
-        frozen: numbers of each parameter of the base
+        adapters: numbers of each parameter of the adapters on this rank, before it is partitioned; trained or frozen
+        base: numbers of each parameter of the base
     """
     zero = config["zero_optimization"]
     if zero["stage"] != 3 or zero.get(_THRESHOLD_KEY, "auto") != "auto":
         return
-    counts = sorted(Counter((*trained, *frozen)).items())
+    counts = sorted(Counter((*adapters, *base)).items())
     kept = accumulate(numel * count for numel, count in counts)
     fitting = [numel for (numel, _), total in zip(counts, kept, strict=True) if total <= _MAX_KEPT_WHOLE]
     threshold = max([_SMALL, *fitting])
-    zero[_THRESHOLD_KEY] = threshold if threshold >= max(trained) else _SMALL
+    zero[_THRESHOLD_KEY] = threshold if threshold >= max(adapters) else _SMALL
 
 
 def merge_config(recipe: Recipe, user_config: dict[str, Any], world_size: int) -> dict[str, Any]:

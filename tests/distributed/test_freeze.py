@@ -139,6 +139,21 @@ def test_ways_of_zero_change_nothing(
     assert_untouched(tmp_path / "adapter", frozen)
 
 
+def counted_as_adapters(job: Job) -> list[int]:
+    """The sizes of what ZeRO-3 is asked to keep whole where that is cheap."""
+    with mock.patch("dsmoelora.engine.keep_whole_what_fits") as keep:
+        build_engine(job)
+    return sorted(keep.call_args.args[1])
+
+
+def test_frozen_factors_are_kept_whole_as_trained_ones_are(
+    worker_pool: PoolFactory, references: dict[str, tuple[Recipe, Training, dict[str, Tensor]]]
+) -> None:
+    recipe, expected, frozen = references["factors"]
+    (found,) = worker_pool(1).run(counted_as_adapters, Job(recipe))
+    assert found == sorted(value.numel() for value in (*expected.weights.values(), *frozen.values()))
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
