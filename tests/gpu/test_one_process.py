@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from dsmoelora.adapters.given import settings_of
 from dsmoelora.config import Recipe
 from dsmoelora.config.adapter_options import EXPERTS, ROUTERS
 from tests.conftest import PoolFactory
 from tests.distributed.test_matrix import OPTIMIZERS, recipe_of
 from tests.engine_ranks import Job, train_on_rank
+from tests.given_adapters import peft_adapter
 from tests.gpu_engine import (
     accumulate_without_a_wait,
     answers,
@@ -78,6 +80,33 @@ def test_experts_start_from_the_gradient_as_on_a_cpu(
     (expected,) = worker_pool(1).run(train_on_rank, Job(recipe))
     (found,) = pool.run(train_on_rank, Job(replace(recipe, model=replace(recipe.model, dtype=dtype))))
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4 if dtype == "fp32" else 0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"router": "softmax", "freeze": ["a"]},
+        {"router": "constant", "router_start": "sum"},
+        {"router": "arrow", "top_k": 2},  # all of them: rounding chooses nothing
+        {"router": "softmax", "split_ranks": True},
+    ],
+    ids=str,
+)
+def test_experts_that_start_from_adapters_are_those_of_a_cpu(
+    pool: WorkerPool, worker_pool: PoolFactory, base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Of other ranks and scales, one of them without a layer; with a frozen factor whose Gram matrix is wanted."""
+    targets = ["q_proj", "v_proj", "down_proj"]
+    paths = [
+        str(peft_adapter(base, tmp_path / "one", r=2, target_modules=targets[:2])),
+        str(peft_adapter(base, tmp_path / "two", r=3, lora_alpha=12, target_modules=targets)),
+    ]
+    adapter = settings_of(paths, settings) | {"experts_from": paths, "top_k": None} | settings
+    optim = {"lr": 1e-2, "preconditioner": "scaled", "damping": 0.1}
+    recipe = make_recipe(base, adapter=adapter, optim=optim, max_steps=4)
+    (found,), (expected,) = (one.run(train_on_rank, Job(recipe)) for one in (pool, worker_pool(1)))
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.final_loss, expected.final_loss, rtol=1e-3, atol=0)
 
 
 def test_bf16_stays_within_two_percent_of_fp32(pool: WorkerPool, recipe: Recipe) -> None:
