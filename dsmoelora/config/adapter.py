@@ -124,7 +124,10 @@ class AdapterConfig:
             require(not (self.split_ranks and self.expert == "moslora"), "adapter.expert", self.expert,
                     "lora with adapter.split_ranks: one number is no mixer", "Mixers are folded into b.")  # fmt: skip
             remedy = "Drop it: the experts start from the folders."
-            require(self.init != "svd", "adapter.init", self.init, "another one with adapter.experts_from", remedy)
+            is_random = self.init in ("kaiming", "gaussian")
+            require(is_random, "adapter.init", self.init, "kaiming or gaussian with adapter.experts_from", remedy)
+            shared, all_have_gates = self.shared_experts, "All that are given have a gate."
+            require(not shared, "adapter.shared_experts", shared, "0 with adapter.experts_from", all_have_gates)
             require(self.expert != "dora", "adapter.expert", self.expert, "lora or moslora with adapter.experts_from",
                     "Lengths of rows are in none of the adapters that can be given.")  # fmt: skip
         check_freeze(self)

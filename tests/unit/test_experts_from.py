@@ -230,6 +230,12 @@ def test_a_start_that_was_taken_off_the_base_is_refused(base_path: Path, tmp_pat
     path.parent.rename(peft_folder)
 
 
+def test_shared_experts_are_refused(base_path: Path, tmp_path: Path) -> None:
+    config = AdapterConfig(r=2, num_experts=2, shared_experts=1, router="constant", target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match="and this one has shared experts"):
+        started_from(base_path, our_adapter(base_path, tmp_path / "adapter", config))
+
+
 def test_lengths_of_rows_are_refused(base_path: Path, tmp_path: Path) -> None:
     config = AdapterConfig(num_experts=2, expert="dora", target_modules=["q_proj"])
     with pytest.raises(ConfigError, match=r"adapter\.expert: dora"):
@@ -260,6 +266,8 @@ def test_another_base_is_refused(base_path: Path, tmp_path: Path, kind: str) -> 
             "brings others to model.layers.0.self_attn.q_proj",
         ),
         ({"init": "svd"}, "adapter.init is 'svd'"),
+        ({"init": "gradient"}, "adapter.init is 'gradient'"),
+        ({"shared_experts": 1}, "adapter.shared_experts is 1, but it must be 0 with adapter.experts_from"),
         ({"expert": "dora"}, "adapter.expert is 'dora'"),
     ],
 )

@@ -161,6 +161,7 @@ def test_an_adapter_with_frozen_roles_is_loaded_whole(base_path: Path, tmp_path:
         ({"freeze": ["a", "b", "router"], "experts_from": ["x"]}, {}, "fewer than all of a, b, router"),
         ({"freeze": ["b"]}, {}, "without b where adapter.experts_from is empty: it starts at 0"),
         ({"freeze": ["a"], "init": "svd"}, {}, "without a and b where adapter.init is svd"),
+        ({"freeze": ["a"], "init": "gradient"}, {}, "where adapter.init is gradient: their start is one of training"),
         ({"freeze": ["router"], "router": "sigmoid_bias"}, {}, "whose bias moves"),
         ({"freeze": ["b"], "experts_from": ["x"]}, {"lr_b_ratio": 4.0}, "optim.lr_b_ratio is 4.0"),
         ({"freeze": ["router"]}, {"lr_router": 1e-3}, "optim.lr_router is 0.001"),
