@@ -27,11 +27,11 @@ from dsmoelora.adapters.starts.svd import uniform_gates
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
-from dsmoelora.data.chat import Prompt, stop_ids
+from dsmoelora.data.chat import Prompt
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.data.packing_probe import check_probe, probe
 from dsmoelora.model import load_model, load_tokenizer, recompute_activations, watched_loading
-from dsmoelora.model.inputs import fill_context, model_inputs, prompt_inputs, sent
+from dsmoelora.model.inputs import fill_context, greedy_answers, model_inputs, sent
 from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
@@ -324,22 +324,9 @@ class Engine:
     def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
         """Greedy answers of the assistant; the same on all ranks."""
         self._heartbeat.enter(Phase.GENERATE, self.step)
-        batch = prompt_inputs(self.tokenizer, prompts, self.device)
+        options: dict[str, Any] = {"use_cache": True, "synced_gpus": comm.world_size() > 1}
         with self._inference():
-            output = self.model.generate(  # type: ignore[operator]  # transformers types it as a tensor
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                use_cache=True,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=stop_ids(self.tokenizer, self.model.generation_config.eos_token_id),
-                synced_gpus=comm.world_size() > 1,
-            )
-        answers = output[:, batch["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+            return greedy_answers(self.model, self.tokenizer, prompts, max_new_tokens, **options)
 
     def first_not_finite(self) -> str | None:
         """Name of the first tensor, of the base and the adapters, that is not finite; the same on all ranks."""

@@ -12,19 +12,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
-import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from dsmoelora import load_adapter
-from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
-from dsmoelora.data.chat import Prompt, stop_ids
+from dsmoelora.data.chat import Prompt
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.tools import tools_of
-from dsmoelora.errors import CheckpointError, ModelError, bad_value
-from dsmoelora.model import model_for_inference
-from dsmoelora.model.inputs import prompt_inputs
+from dsmoelora.errors import ModelError, bad_value
+from dsmoelora.model import load_trained
+from dsmoelora.model.inputs import greedy_answers
 
 
 def main() -> None:
@@ -32,7 +29,7 @@ def main() -> None:
     options = parse_options(sys.argv[1:])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, tokenizer = load(options.adapter, options.base, options.trust_remote_code)
+    model, tokenizer = load_trained(options.adapter, options.base, options.trust_remote_code)
     for prompt in options.prompt:
         if len(options.prompt) > 1:
             print(f"> {prompt}")
@@ -75,31 +72,6 @@ def read_tools(file: Path) -> list[dict[str, Any]]:
     return tools
 
 
-def load(adapter: Path, base: str | None, trust_remote_code: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The base model with its adapter, on an accelerator if there is one, and the tokenizer it was trained with.
-
-    Args:
-        adapter: folder
-        base: folder or hub name; None for the one that the adapter names
-        trust_remote_code: run Python code that comes with them
-
-    Raises:
-        CheckpointError: the adapter is missing, damaged, or was made for another base
-        ModelError: the base model cannot be loaded
-    """
-    path = base or read_adapter_config(adapter)["base_model_name_or_path"]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{adapter} holds no tokenizer that can be read. Copy the adapter folder again."
-        ) from error
-    remedy = "Give its folder with --base, and --trust-remote-code where it brings code that you trust."
-    model = model_for_inference(path, remedy, trust_remote_code)
-    load_adapter(model, adapter)
-    return model, tokenizer
-
-
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,25 +88,12 @@ def answer(
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     try:
-        batch = prompt_inputs(tokenizer, [Prompt(messages, tools)], model.device)
+        (text,) = greedy_answers(model, tokenizer, [Prompt(messages, tools)], max_new_tokens)
     except RowProblem as problem:
         if not system:
             raise ModelError(f"The prompt cannot be asked: {problem}") from None
         raise ModelError(f"--system cannot be used: {problem} Leave --system out.") from None
-    with torch.no_grad():
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stop_ids(tokenizer, model.generation_config.eos_token_id),
-        )
-    text = tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text.strip()
+    return text
 
 
 if __name__ == "__main__":

@@ -59,6 +59,10 @@ class Bench:
         out = self.folder / "exported"
         return ["export.py", "--adapter", str(self.adapter), "--out", str(out), "--format", *map(str, more)]
 
+    def evaluate(self, *more: object) -> list[str]:
+        """A command line of launch/evaluate.py."""
+        return ["evaluate.py", "--adapter", str(self.adapter), *map(str, more)]
+
     @property
     def model(self) -> Path:
         return self.folder / "model"
