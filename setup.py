@@ -46,6 +46,9 @@ WANDB = ["wandb>=0.31"]
 TRACKIO = ["trackio>=0.43"]
 PLOT = ["matplotlib>=3.10"]
 
+# What launch/serve.py puts an adapter into: fastapi, uvicorn, openai's types.
+SERVE = ["transformers[serving]"]
+
 DEMO = [
     "gguf>=0.19",  # reads the demo model's file
     "reasoning-gym>=0.1.25",  # writes the demo's instruction set, offline
@@ -54,6 +57,7 @@ DEMO = [
 DEV = [
     *DEMO,  # the tests prepare and run the demo
     *PLOT,  # the tests draw figures
+    *SERVE,  # the tests talk to a server
     *MPI,  # the tests start ranks on several nodes with mpirun
     "pytest>=9",  # the tests
     "pytest-xdist>=3.8",  # the tests, two files at a time
@@ -78,5 +82,13 @@ setup(
     packages=find_packages(include=["dsmoelora", "dsmoelora.*"]),
     package_data={"dsmoelora": ["py.typed"]},
     install_requires=REQUIRES,
-    extras_require={"mpi": MPI, "wandb": WANDB, "trackio": TRACKIO, "plot": PLOT, "demo": DEMO, "dev": DEV},
+    extras_require={
+        "mpi": MPI,
+        "wandb": WANDB,
+        "trackio": TRACKIO,
+        "plot": PLOT,
+        "serve": SERVE,
+        "demo": DEMO,
+        "dev": DEV,
+    },
 )

@@ -1,6 +1,7 @@
 """Talk to a trained adapter: `python launch/generate.py --adapter runs/demo/adapter --prompt "..."`.
 
-One process, without DeepSpeed: a plain transformers model with its experts.
+`--chat` instead of `--prompt` goes on until an empty line. One process, without DeepSpeed: a plain transformers model
+with its experts.
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dsmoelora.cli import run_guarded
 from dsmoelora.data.chat import Prompt
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.tools import tools_of
+from dsmoelora.data.turns import Message
 from dsmoelora.errors import ModelError, bad_value
 from dsmoelora.model import load_trained
 from dsmoelora.model.inputs import greedy_answers
 
 
 def main() -> None:
-    """Answer every prompt, greedily."""
+    """Answer every prompt, or talk; greedily."""
     options = parse_options(sys.argv[1:])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_trained(options.adapter, options.base, options.trust_remote_code)
-    for prompt in options.prompt:
+    if options.chat:
+        chat(model, tokenizer, options.system, options.max_new_tokens, options.tools)
+    for prompt in options.prompt or []:
         if len(options.prompt) > 1:
             print(f"> {prompt}")
         print(answer(model, tokenizer, prompt, options.system, options.max_new_tokens, options.tools))
@@ -44,7 +48,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description="Talk to a trained adapter.", allow_abbrev=False)
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
-    parser.add_argument("--prompt", action="append", required=True, help="what the user says; may be repeated")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", action="append", help="what the user says; may be repeated")
+    asked.add_argument("--chat", action="store_true", help="talk in the terminal until an empty line")
     parser.add_argument("--system", help="system message, where the chat template knows one")
     parser.add_argument("--tools", type=Path, help="JSON file with functions it may call, as in rows of data")
     parser.add_argument("--base", help="folder of the base model; default: the one named in adapter_config.json")
@@ -85,12 +91,54 @@ def answer(
     Raises:
         ModelError: the chat template refuses it, as some refuse every system message
     """
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
+    messages = [*_opening(system), {"role": "user", "content": prompt}]
+    return _answered(model, tokenizer, Prompt(messages, tools), max_new_tokens)
+
+
+def chat(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None,
+    max_new_tokens: int,
+    tools: list[dict[str, Any]] | None = None,
+) -> None:
+    """Answer line by line, with all that was said before, until an empty line or the end of the input.
+
+    Answers appear word by word; `/new` begins anew.
+
+    Raises:
+        ModelError: as `answer`
+    """
+    print("Say something; /new forgets what was said, an empty line ends it.")
+    messages = _opening(system)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while said := _line():
+        if said == "/new":
+            messages = _opening(system)
+            continue
+        messages.append({"role": "user", "content": said})
+        text = _answered(model, tokenizer, Prompt(messages, tools), max_new_tokens, streamer=streamer)
+        messages.append({"role": "assistant", "content": text})
+
+
+def _line() -> str:
     try:
-        (text,) = greedy_answers(model, tokenizer, [Prompt(messages, tools)], max_new_tokens)
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _opening(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _answered(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_new_tokens: int, **options: Any
+) -> str:
+    try:
+        (text,) = greedy_answers(model, tokenizer, [prompt], max_new_tokens, **options)
     except RowProblem as problem:
-        if not system:
+        if prompt.messages[0]["role"] != "system":
             raise ModelError(f"The prompt cannot be asked: {problem}") from None
         raise ModelError(f"--system cannot be used: {problem} Leave --system out.") from None
     return text

@@ -1,4 +1,4 @@
-"""A trained adapter, read by launch/generate.py, launch/export.py and launch/evaluate.py."""
+"""A trained adapter, read by launch/generate.py, launch/export.py, launch/evaluate.py and serve.py."""
 
 from __future__ import annotations
 
@@ -124,6 +124,11 @@ def another_evaluation(bench: Bench) -> list[str]:
     return evaluated(bench, "loss", ROW, "--out", folder)
 
 
+def served_prompts(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", router="prompt")
+    return ["serve.py", "--adapter", str(bench.adapter), "--continuous-batching"]
+
+
 QUESTION = {"instruction": "Say it."}
 AFTER_A_RUN: dict[str, Case] = {
     "the adapter folder does not exist": no_adapter,
@@ -160,5 +165,7 @@ AFTER_A_RUN: dict[str, Case] = {
     "routing of the base": lambda bench: evaluated(bench, "loss", ROW, "--base-only", "--routing"),
     "an empty batch": lambda bench: evaluated(bench, "loss", ROW, "--batch-size", 0),
     "a folder of another evaluation": another_evaluation,
+    "a port that is none": lambda bench: ["serve.py", "--adapter", str(bench.adapter), "--port", "0"],
+    "requests mixed for a router of prompts": served_prompts,
     "a rank of the export below 1": lambda bench: bench.export("average", "--data", "x.jsonl", "--rank", 0),
 }
