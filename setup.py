@@ -46,6 +46,9 @@ WANDB = ["wandb>=0.31"]
 TRACKIO = ["trackio>=0.43"]
 PLOT = ["matplotlib>=3.10"]
 
+# Bases in 4 bits (`model.quantize`): its operators for CPU, CUDA, ROCm and XPU.
+QUANT = ["bitsandbytes>=0.50"]
+
 # What launch/serve.py puts an adapter into: fastapi, uvicorn, openai's types.
 SERVE = ["transformers[serving]"]
 
@@ -57,6 +60,7 @@ DEMO = [
 DEV = [
     *DEMO,  # the tests prepare and run the demo
     *PLOT,  # the tests draw figures
+    *QUANT,  # the tests train on a base in 4 bits
     *SERVE,  # the tests talk to a server
     *MPI,  # the tests start ranks on several nodes with mpirun
     "pytest>=9",  # the tests
@@ -87,6 +91,7 @@ setup(
         "wandb": WANDB,
         "trackio": TRACKIO,
         "plot": PLOT,
+        "quant": QUANT,
         "serve": SERVE,
         "demo": DEMO,
         "dev": DEV,

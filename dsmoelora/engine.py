@@ -21,6 +21,7 @@ from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.experts.similarity import ExpertCosines
 from dsmoelora.adapters.folder import write_adapter
+from dsmoelora.adapters.four_bit import packed_layers
 from dsmoelora.adapters.keyed.draws import settle_dropout
 from dsmoelora.adapters.routing import Routing, RoutingLog
 from dsmoelora.adapters.starts.svd import uniform_gates
@@ -330,7 +331,8 @@ class Engine:
 
     def first_not_finite(self) -> str | None:
         """Name of the first tensor, of the base and the adapters, that is not finite; the same on all ranks."""
-        return zero.first_not_finite(self.model.named_parameters())
+        packed = packed_layers(self.model)  # whose numbers mean nothing, and were looked at when they were read
+        return zero.first_not_finite(pair for pair in self.model.named_parameters() if pair[0] not in packed)
 
     def save(self, root: Path, state: dict[str, Any], keep: int) -> Path:
         """Write `root/checkpoint-{step}`: adapters, moments, counters and the caller's state.
@@ -398,7 +400,7 @@ class Engine:
     def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], start: dict[str, Tensor] | None) -> None:
         base = self.recipe.model.path
         base = str(Path(base).resolve()) if Path(base).exists() else base
-        more = (self.tokenizer.save_pretrained, start)
+        more = (self.tokenizer.save_pretrained, start, self.recipe.model.quantize)
         write_adapter(folder, self.recipe.adapter, self.adapted_layers, tensors, base, self.base_fingerprint, *more)
 
     def _shard_states(self) -> list[ShardState]:

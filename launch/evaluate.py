@@ -22,6 +22,7 @@ from rich.console import Console
 from dsmoelora.cli import leave, run_guarded
 from dsmoelora.config import DataConfig
 from dsmoelora.config.recipe_file import data_source
+from dsmoelora.config.run import QUANTIZE
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.logs import setup_logging
 from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_world_size
@@ -72,12 +73,13 @@ def read(options: argparse.Namespace) -> Asked:
     from dsmoelora.evaluate import LOADERS, Asked, Reading
     from dsmoelora.model import base_loader, trained_tokenizer
 
-    load_base = base_loader(options.adapter, options.base, options.trust_remote_code)
+    load_base = base_loader(options.adapter, options.base, options.trust_remote_code, options.quantize)
     tokenizer = trained_tokenizer(options.adapter, options.trust_remote_code)
     data: DataConfig = options.sources
     how = Reading(tokenizer, data.max_length, data.on_bad_row, options.num_samples, options.choices)
     items = LOADERS[options.score](data.eval, how)
     more: dict[str, Any] = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
+    more["quantize"] = options.quantize
     return Asked(options.adapter, options.score, items, tokenizer, load_base, options.stages, **more)
 
 
@@ -117,6 +119,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--score", choices=SCORES, required=True, help="what is measured; see docs/evaluation.md")
     add("--out", type=Path, help="folder for the results; default: evaluations/<data>-<score> beside the adapter")
     add("--base", help="folder of the base model; default: the one named in adapter_config.json")
+    add("--quantize", choices=QUANTIZE, default="none", help="how the base's weights are kept; default: none")
     add("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--base-only", action="store_true", help="score the base alone")

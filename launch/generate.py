@@ -17,6 +17,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dsmoelora.cli import run_guarded
+from dsmoelora.config.run import QUANTIZE
 from dsmoelora.data.chat import Prompt
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.tools import tools_of
@@ -31,7 +32,7 @@ def main() -> None:
     options = parse_options(sys.argv[1:])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, tokenizer = load_trained(options.adapter, options.base, options.trust_remote_code)
+    model, tokenizer = load_trained(options.adapter, options.base, options.trust_remote_code, options.quantize)
     if options.chat:
         chat(model, tokenizer, options.system, options.max_new_tokens, options.tools)
     for prompt in options.prompt or []:
@@ -54,6 +55,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--system", help="system message, where the chat template knows one")
     parser.add_argument("--tools", type=Path, help="JSON file with functions it may call, as in rows of data")
     parser.add_argument("--base", help="folder of the base model; default: the one named in adapter_config.json")
+    parser.add_argument("--quantize", choices=QUANTIZE, default="none", help="how the base's weights are kept")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer at most")
     options = parser.parse_args(argv)

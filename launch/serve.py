@@ -17,6 +17,7 @@ import transformers
 
 from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import run_guarded
+from dsmoelora.config.run import QUANTIZE
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.model import load_trained
 from dsmoelora.serving import check_port, check_servable, serve
@@ -27,7 +28,7 @@ def main() -> None:
     options = parse_options(sys.argv[1:])
     transformers.logging.disable_progress_bar()
     print(f"Serving {options.name} at http://{options.host}:{options.port}/v1; Ctrl-C ends it.", flush=True)
-    load = partial(load_trained, options.adapter, options.base, options.trust_remote_code)
+    load = partial(load_trained, options.adapter, options.base, options.trust_remote_code, options.quantize)
     serve(options.name, load, options.host, options.port, options.continuous_batching)
 
 
@@ -44,6 +45,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
     parser.add_argument("--base", help="folder of the base model; default: the one named in adapter_config.json")
+    parser.add_argument("--quantize", choices=QUANTIZE, default="none", help="how the base's weights are kept")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     parser.add_argument("--name", help="what clients call the model; default: the adapter folder as given")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 for all that reach this machine")

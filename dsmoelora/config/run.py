@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -12,6 +12,8 @@ from dsmoelora.config.checks import expanded, require, require_positive, require
 from dsmoelora.config.dtype import DTYPES
 
 CompileChoice = Literal["auto", "on", "off"]
+QuantizeName = Literal["none", "nf4"]
+QUANTIZE: tuple[QuantizeName, ...] = get_args(QuantizeName)
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
 
 
@@ -51,15 +53,21 @@ class ModelConfig:
             know it
         attention: attention implementation of transformers
         trust_remote_code: run Python code that comes with the model
+        quantize: keep the linear layers' weights in 4 bits, `nf4` (QLoRA), a third to a quarter of their memory; head,
+            embeddings and routers of the base stay as they are
     """
 
     path: str = ""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+    quantize: QuantizeName = "none"
 
     def __post_init__(self) -> None:
         self.path = expanded("model.path", self.path)
+        ok = self.quantize == "none" or self.dtype != "fp16"
+        reason = "none with model.dtype fp16: on a base in 4 bits experts are trained in bf16 or fp32"
+        require(ok, "model.quantize", self.quantize, reason, "Set model.dtype to auto or bf16.")
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.adapters.folder import WEIGHTS_FILE, load_adapter
+from dsmoelora.config.run import QuantizeName
 from dsmoelora.errors import bad_value
 from dsmoelora.evaluate.items import Item, Items, given_answer
 from dsmoelora.evaluate.reader import Reader, Tokens, in_batches
@@ -41,6 +42,7 @@ class Asked:
         stages: who is asked
         batch_size: rows of a batch
         max_new_tokens: of a generated answer at most
+        quantize: how `load_base` keeps the base's weights
     """
 
     adapter: Path
@@ -51,6 +53,7 @@ class Asked:
     stages: tuple[Stage, ...] = ("base", "adapter")
     batch_size: int = 8
     max_new_tokens: int = 256
+    quantize: QuantizeName = "none"
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a later start to go on."""
@@ -66,6 +69,7 @@ class Asked:
             "data": rows.hexdigest()[:16],
             "tokenizer": hashlib.sha256(self.tokenizer.get_chat_template().encode()).hexdigest()[:16],
             "batch_size": self.batch_size,
+            "quantize": self.quantize,
         }
         return identity | ({"max_new_tokens": self.max_new_tokens} if self.score in ("exact", "number") else {})
 

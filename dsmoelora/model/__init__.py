@@ -2,6 +2,7 @@
 
 from dsmoelora.model.loading import (
     check_weights,
+    chosen_to_pack,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -15,11 +16,14 @@ from dsmoelora.model.loading import (
     watched_loading,
     without_dropout,
 )
+from dsmoelora.model.quantizing import layers_to_pack
 from dsmoelora.model.trained import base_loader, load_trained, trained_tokenizer
 
 __all__ = [
     "base_loader",
     "check_weights",
+    "chosen_to_pack",
+    "layers_to_pack",
     "load_model",
     "load_model_config",
     "load_tokenizer",
