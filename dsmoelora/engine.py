@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +33,7 @@ from dsmoelora.data.dataset import IGNORED
 from dsmoelora.data.packing_probe import check_probe, probe
 from dsmoelora.model import load_model, load_tokenizer, recompute_activations, watched_loading
 from dsmoelora.model.inputs import fill_context, greedy_answers, model_inputs, sent
-from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
+from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits, nll_of_rows
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.adapter_tensors import base_fingerprint, tensors_on_rank_0
@@ -309,6 +309,21 @@ class Engine:
         self._context.tokens = BatchTokens()
         return comm.all_reduce_sum([total.item()])[0] / micro_batches[0].num_supervised_global
 
+    def nlls(self, micro_batches: Iterable[MicroBatch]) -> list[list[float]]:
+        """For each row the negative log likelihoods of its targets, in nats.
+
+        Args:
+            micro_batches: of this rank, as many as of every other
+        """
+        self._heartbeat.enter(Phase.EVALUATE, self.step)
+        found: list[list[float]] = []
+        with self._inference():
+            for micro_batch in micro_batches:
+                places_BP, targets_BP = micro_batch.targets()
+                found += nll_of_rows(self._logits(micro_batch, places_BP), sent(targets_BP, self.device))
+        self._context.tokens = BatchTokens()
+        return found
+
     def check_packing(self) -> None:
         """Make sure, in one short forward pass, that samples of a packed row do not see each other.
 
@@ -323,7 +338,7 @@ class Engine:
         comm.together(lambda: check_probe(self.model, logits_BSV))
 
     def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
-        """Greedy answers of the assistant; the same on all ranks."""
+        """Greedy answers of the assistant; all ranks must ask, whatever they ask."""
         self._heartbeat.enter(Phase.GENERATE, self.step)
         options: dict[str, Any] = {"use_cache": True, "synced_gpus": comm.world_size() > 1}
         with self._inference():

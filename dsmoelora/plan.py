@@ -179,6 +179,11 @@ def _check_data(plan: Plan, recipe: Recipe) -> None:
     data, train = recipe.data, recipe.train
     if not data.train:
         raise bad_value("data.train", [], "a list of files", "Example: [{path: data/train.jsonl}].")
+    if train.eval_score != "none" and not (data.eval and train.eval_every):
+        raise ConfigError(
+            f"train.eval_score is {train.eval_score}, but nothing is evaluated. Set data.eval and train.eval_every, or "
+            "train.eval_score to none."
+        )
     if not data.eval and train.num_samples:
         raise ConfigError(
             f"train.num_samples is {train.num_samples}, but data.eval names no file to take prompts from. "

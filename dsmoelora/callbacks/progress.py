@@ -30,7 +30,9 @@ class ProgressBar(Callback):
 
     def on_evaluate(self, run: TrainingRun, loss: float) -> None:
         self._eval_loss = loss
-        self._console.print(f"{_where(run)}  held-out loss {loss:.4f}", highlight=False, markup=False, soft_wrap=True)
+        scores = [f"  {key.removeprefix('eval/')} {value:.1%}" for key, value in run.metrics.items() if _is_score(key)]
+        line = f"{_where(run)}  held-out loss {loss:.4f}{''.join(scores)}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def on_step_end(self, run: TrainingRun, result: StepResult) -> None:
         assert self._meter is not None, "training has begun"
@@ -46,6 +48,10 @@ class ProgressBar(Callback):
 
     def on_stop(self, run: TrainingRun) -> None:
         self.on_train_end(run)
+
+
+def _is_score(key: str) -> bool:
+    return key.startswith("eval/") and key != "eval/loss"
 
 
 def _where(run: TrainingRun) -> str:

@@ -7,17 +7,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.adapters import adapted_layers, adapter_context
 from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import Prompt
-from dsmoelora.data.dataset import IGNORED
 from dsmoelora.data.loader import Row, collate
 from dsmoelora.model.inputs import fill_context, greedy_answers, model_inputs, sent
-from dsmoelora.model.output_head import can_keep_logits
+from dsmoelora.model.output_head import can_keep_logits, nll_of_rows
 
 Some = TypeVar("Some")
 Tokens = tuple[list[int], list[int]]  # ids and labels (-100 where no likelihood is asked for) of one text
@@ -54,12 +53,7 @@ class Reader:
         found: list[list[float]] = []
         for batch in self._batches(texts):
             places_BP, targets_BP = batch.targets()
-            logits_BPV = self._logits(batch, places_BP)
-            for logits_PV, targets_P in zip(logits_BPV, sent(targets_BP, self.model.device), strict=True):
-                nll_P = nn.functional.cross_entropy(
-                    logits_PV.float(), targets_P, ignore_index=IGNORED, reduction="none"
-                )
-                found.append(nll_P[targets_P != IGNORED].tolist())
+            found += nll_of_rows(self._logits(batch, places_BP), sent(targets_BP, self.model.device))
         return found
 
     def read(self, texts: Sequence[Tokens]) -> Iterator[Tensor]:
@@ -73,12 +67,7 @@ class Reader:
             self._logits(batch, batch.targets()[0])
 
     def _batches(self, texts: Sequence[Tokens]) -> Iterator[MicroBatch]:
-        samples = _Texts(texts)
-        pad_token_id = self._tokenizer.pad_token_id
-        assert isinstance(pad_token_id, int), "load_tokenizer sets a pad token"
-        rows = [Row(np.array([i]), i, len(ids)) for i, (ids, _) in enumerate(texts)]
-        for some in in_batches(rows, self._batch_size):
-            yield collate(samples, some, pad_token_id, (1, 1), packed=False)
+        return batches_of(texts, self._batch_size, self._tokenizer)
 
     @torch.no_grad()
     def _logits(self, batch: MicroBatch, places_BP: Tensor) -> Tensor:
@@ -97,6 +86,15 @@ class Reader:
         if self._can_keep_logits:
             return logits
         return torch.take_along_dim(logits, sent(places_BP, device).unsqueeze(-1), dim=1)
+
+
+def batches_of(texts: Sequence[Tokens], size: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[MicroBatch]:
+    """Texts in micro-batches, padded on the right."""
+    pad_token_id = tokenizer.pad_token_id
+    assert isinstance(pad_token_id, int), "load_tokenizer sets a pad token"
+    rows = [Row(np.array([i]), i, len(ids)) for i, (ids, _) in enumerate(texts)]
+    for some in in_batches(rows, size):
+        yield collate(_Texts(texts), some, pad_token_id, (1, 1), packed=False)
 
 
 def in_batches(things: Sequence[Some], size: int) -> list[list[Some]]:

@@ -87,6 +87,8 @@ EARLY: dict[str, Case] = {
     "`fp16` on an accelerator without it": override("--model.dtype", "fp16"),
     "a run name with a slash": override("--run.name", "a/b"),
     "a tracker whose package is not installed": override("--train.report_to", "[trackio]"),
+    "a score without held-out data": override("--train.eval_score", "exact", "--data.eval", "[]"),
+    "rows of a score that is none": override("--train.eval_score_samples", "8"),
     "sample answers without held-out data": override("--train.num_samples", 2, "--data.eval", "[]"),
     # world size and layout
     "a batch that the ranks do not divide": override("--dry-run", "--world-size", 3),

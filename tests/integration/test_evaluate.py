@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from dsmoelora.cli import run_guarded
+from dsmoelora.config import ModelConfig
+from dsmoelora.data.chat import Prompt
+from dsmoelora.evaluate.marks import normalised
+from dsmoelora.model import load_tokenizer
+from dsmoelora.model.inputs import greedy_answers
 from dsmoelora.run.files import read_metrics
 from launch import evaluate
 from tests.conftest import PoolFactory
@@ -173,3 +179,51 @@ def test_a_base_in_four_bits_is_scored_as_training_scores_it(
         assert ("was trained on its base in 4 bits" in capsys.readouterr().err) == (quantize == "none")
     assert values["nf4"] == pytest.approx((said[0]["eval/loss"], said[-1]["eval/loss"]), rel=1e-5)
     assert abs(values["none"][0] - values["nf4"][0]) > 1e-4
+
+
+CHOICES = [
+    {"question": f"Which of {a} and {b}?", "choices": [a, b, a + b], "answer": k % 3}
+    for k, (a, b) in enumerate(("ab", "cd", "ef", "ba", "dc", "fe", "ac"))
+]
+
+
+@pytest.mark.parametrize("ep_size", ["1", "2"])
+def test_a_run_reports_the_choices_that_its_models_make(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, worker_pool: PoolFactory, workshop: Path, ep_size: str
+) -> None:
+    data = tmp_path / "choices.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
+    argv = ("--config", str(workshop / "recipe.yaml"), "--train.eval_score", "choice")
+    argv += ("--data.eval", f"[{{path: {data}}}]", "--data.max_length", "128")
+    worker_pool(2).run(run_command, *argv, "--run.dir", str(tmp_path), "--parallel.ep_size", ep_size)
+    said = [line for line in read_metrics(tmp_path / "tiny" / "metrics.jsonl") if "eval/loss" in line]
+    assert run(
+        monkeypatch, "--adapter", str(tmp_path / "tiny" / "adapter"), "--data", str(data), "--score", "choice"
+    ) == 0  # fmt: skip
+    folder = tmp_path / "tiny" / "evaluations" / "choices-choice"
+    summed, per_byte = json.loads((folder / "summary.json").read_text())["scores"]
+    for line, who in ((said[0], "base"), (said[-1], "adapter")):
+        assert line["eval/choice"] == pytest.approx(summed[who]["value"])
+        assert line["eval/choice_per_byte"] == pytest.approx(per_byte[who]["value"])
+    assert 0 < summed["base"]["value"] < 1, "some are right and some are wrong"
+
+
+def test_a_run_reports_the_answers_that_are_right(tmp_path: Path, worker_pool: PoolFactory, workshop: Path) -> None:
+    """Wanted of two rows in five is what the base answers: all that is known of it before the first step."""
+    tokenizer = load_tokenizer(ModelConfig(str(workshop / "model")))
+    model = AutoModelForCausalLM.from_pretrained(workshop / "model").eval()
+    rows: list[dict[str, str]] = []
+    for length in range(1, 30):
+        question = "x" * length
+        (answer,) = greedy_answers(model, tokenizer, [Prompt([{"role": "user", "content": question}])], 4)
+        if normalised(answer) and len(rows) < 5:
+            rows.append({"instruction": question, "output": answer if len(rows) < 2 else f"{answer} it is"})
+    assert len(rows) == 5
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ("--config", str(workshop / "recipe.yaml"), "--train.eval_score", "exact")
+    argv += ("--data.eval", f"[{{path: {data}}}]")
+    worker_pool(2).run(run_command, *argv, "--run.dir", str(tmp_path), "--train.max_steps", "1")
+    said = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
+    assert said[0]["eval/exact"] == pytest.approx(2 / 5)
+    assert "eval/exact" in said[1] and "eval/choice" not in said[1]
