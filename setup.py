@@ -49,6 +49,9 @@ PLOT = ["matplotlib>=3.10"]
 # Bases in 4 bits (`model.quantize`): its operators for CPU, CUDA, ROCm and XPU.
 QUANT = ["bitsandbytes>=0.50"]
 
+# Tasks of lm-evaluation-harness (`launch/evaluate.py --tasks`).
+EVAL = ["lm-eval>=0.4.13"]
+
 # What launch/serve.py puts an adapter into: fastapi, uvicorn, openai's types.
 SERVE = ["transformers[serving]"]
 
@@ -61,6 +64,7 @@ DEV = [
     *DEMO,  # the tests prepare and run the demo
     *PLOT,  # the tests draw figures
     *QUANT,  # the tests train on a base in 4 bits
+    *EVAL,  # the tests run a task
     *SERVE,  # the tests talk to a server
     *MPI,  # the tests start ranks on several nodes with mpirun
     "pytest>=9",  # the tests
@@ -92,6 +96,7 @@ setup(
         "trackio": TRACKIO,
         "plot": PLOT,
         "quant": QUANT,
+        "eval": EVAL,
         "serve": SERVE,
         "demo": DEMO,
         "dev": DEV,

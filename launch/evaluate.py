@@ -10,6 +10,7 @@ again after a kill, it goes on where it was. docs/evaluation.md says what the sc
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
+from dsmoelora.adapters.folder import read_adapter_config
 from dsmoelora.cli import leave, run_guarded
 from dsmoelora.config import DataConfig
 from dsmoelora.config.recipe_file import data_source
@@ -53,6 +57,9 @@ def main() -> None:
         comm.init()
     options = comm.together(lambda: parse_options(sys.argv[1:]))
     console = Console(quiet=env_rank() > 0, highlight=False, soft_wrap=True)
+    if options.tasks:
+        run_tasks(options, console)
+        return
     asked = comm.together(lambda: read(options))
     for remark in asked.items.remarks:
         console.print(remark, markup=False)
@@ -83,10 +90,41 @@ def read(options: argparse.Namespace) -> Asked:
     return Asked(options.adapter, options.score, items, tokenizer, load_base, options.stages, **more)
 
 
+def run_tasks(options: argparse.Namespace, console: Console) -> None:
+    """Let lm-evaluation-harness score base and adapter; print, and write `tasks.json` (collective)."""
+    from dsmoelora.adapters.folder import load_adapter
+    from dsmoelora.evaluate.harness import find_tasks, score_tasks
+    from dsmoelora.model import base_loader, trained_tokenizer
+    from dsmoelora.parallel import comm
+
+    manager = comm.together(lambda: find_tasks(options.tasks, options.tasks_dir))
+    tokenizer = comm.together(lambda: trained_tokenizer(options.adapter, options.trust_remote_code))
+    load = base_loader(options.adapter, options.base, options.trust_remote_code, options.quantize)
+    model, found = comm.together(load).eval(), {}
+    for stage in options.stages:
+        if stage == "adapter":
+            comm.together(lambda: load_adapter(model, options.adapter))
+        more = (options.batch_size, options.num_samples, options.apply_chat_template)
+        found[stage] = score_tasks(model, tokenizer, manager, options.tasks, *more)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("task", "metric", *found):
+        table.add_column(header, overflow="fold")
+    for scores in zip(*found.values(), strict=True):
+        cells = [f"{score.value:.4f} ± {score.error:.4f}" for score in scores]
+        table.add_row(scores[0].task, scores[0].metric, *cells)
+    console.print(table)
+
+    def write() -> None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        written = {stage: [vars(score) for score in scores] for stage, scores in found.items()}
+        (options.out / "tasks.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+    comm.together(lambda: write() if comm.rank() == 0 else None)
+    console.print(f"Written: {options.out / 'tasks.json'}", markup=False)
+
+
 def report_routing(options: argparse.Namespace, evaluation: Evaluation, console: Console) -> None:
     """Print and draw which experts read the rows."""
-    import json
-
     from dsmoelora.evaluate import remarks_on
     from dsmoelora.parallel import comm
 
@@ -115,8 +153,11 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
-    add("--data", action="append", required=True, help="file, or {path: FILE, format: ...} as in data.eval; repeatable")
-    add("--score", choices=SCORES, required=True, help="what is measured; see docs/evaluation.md")
+    add("--data", action="append", help="file, or {path: FILE, format: ...} as in data.eval; may be repeated")
+    add("--score", choices=SCORES, help="what is measured on the rows of --data; see docs/evaluation.md")
+    add("--tasks", help="in place of both: tasks of lm-evaluation-harness, e.g. arc_easy,gsm8k")
+    add("--tasks-dir", type=Path, help="folder with tasks of your own (YAML), for --tasks")
+    add("--apply-chat-template", action="store_true", help="put prompts of --tasks into the chat template")
     add("--out", type=Path, help="folder for the results; default: evaluations/<data>-<score> beside the adapter")
     add("--base", help="folder of the base model; default: the one named in adapter_config.json")
     add("--quantize", choices=QUANTIZE, default="none", help="how the base's weights are kept; default: none")
@@ -140,14 +181,44 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     )
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args(argv)
+    options.stages = ("base",) if options.base_only else ("adapter",) if options.adapter_only else ("base", "adapter")
     _check_ranges(options)
+    if options.tasks:
+        return _with_tasks(options)
+    _check_what(options)
     _check_flags_of_scores(options)
     sources = [data_source("--data", text) for text in options.data]
     options.sources = DataConfig(eval=sources, max_length=options.max_length, on_bad_row=options.on_bad_row)
-    options.stages = ("base",) if options.base_only else ("adapter",) if options.adapter_only else ("base", "adapter")
     if options.out is None:
         names = "-".join(Path(source.path).stem for source in options.sources.eval)
         options.out = options.adapter.parent / "evaluations" / f"{names}-{options.score}"
+    return options
+
+
+def _check_what(options: argparse.Namespace) -> None:
+    if not options.data or not options.score:
+        raise ConfigError("Nothing says what to score. Give --data and --score, or --tasks.")
+    if options.tasks_dir or options.apply_chat_template:
+        flag = "--tasks-dir" if options.tasks_dir else "--apply-chat-template"
+        raise ConfigError(f"{flag} belongs to --tasks. Drop it.")
+
+
+def _with_tasks(options: argparse.Namespace) -> argparse.Namespace:
+    """The options, checked for what has no meaning beside `--tasks`."""
+    from dsmoelora.evaluate.harness import check_harness
+
+    for name in ("data", "score", "max_new_tokens", "choices", "routing"):
+        if getattr(options, name):
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --data and --score, not to --tasks. Drop it.")
+    if read_adapter_config(options.adapter).get("router") == "prompt" and not options.base_only:
+        raise ConfigError(
+            "--tasks asks for likelihoods without saying where a prompt ends, but the router of this adapter (prompt) "
+            "chooses experts by the prompt alone. Use --data and --score."
+        )
+    check_harness()
+    options.tasks = [name for name in options.tasks.split(",") if name]
+    if options.out is None:
+        options.out = options.adapter.parent / "evaluations" / "-".join(options.tasks)
     return options
 
 

@@ -129,6 +129,11 @@ def served_prompts(bench: Bench) -> list[str]:
     return ["serve.py", "--adapter", str(bench.adapter), "--continuous-batching"]
 
 
+def tasks_of_prompts(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", router="prompt")
+    return bench.evaluate("--tasks", "arc_easy")
+
+
 QUESTION = {"instruction": "Say it."}
 AFTER_A_RUN: dict[str, Case] = {
     "the adapter folder does not exist": no_adapter,
@@ -153,6 +158,10 @@ AFTER_A_RUN: dict[str, Case] = {
     "an average of experts of kind `dora`": export_average_of_dora,
     "an average without data": lambda bench: bench.export("average"),
     "data where nothing is measured": lambda bench: bench.export("peft", "--data", "x.jsonl"),
+    "nothing to score": lambda bench: bench.evaluate("--data", "x.jsonl"),
+    "rows beside tasks": lambda bench: bench.evaluate("--tasks", "arc_easy", "--data", "x.jsonl"),
+    "a folder of tasks without tasks": lambda bench: evaluated(bench, "loss", ROW, "--tasks-dir", bench.folder),
+    "tasks for a router of prompts": tasks_of_prompts,
     "rows without an answer": lambda bench: evaluated(bench, "exact", QUESTION),
     "rows to choose from without choices": lambda bench: evaluated(bench, "choice", ROW),
     "an answer without a number": lambda bench: evaluated(bench, "number", ROW),

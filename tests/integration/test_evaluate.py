@@ -30,7 +30,7 @@ from tests.launched import ROOT, Ranks, make_workshop
 
 PAGE = ROOT / "docs" / "evaluation.md"
 STARTED = r"^    (?:python|torchrun --nproc-per-node 2) launch/evaluate\.py (.*)$"
-COMMANDS = re.findall(STARTED, PAGE.read_text(), flags=re.MULTILINE)
+COMMANDS = [one for one in re.findall(STARTED, PAGE.read_text(), flags=re.MULTILINE) if "--tasks" not in one]
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 FILES = {
     "data/gsm8k.jsonl": [{"question": "2 + 3?", "answer": "#### 5"}, {"question": "1 + 1?", "answer": "It is 2."}],
