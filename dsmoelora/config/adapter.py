@@ -155,7 +155,7 @@ class AdapterConfig:
         remedy = f"Or load the base in 16 bits ({key})."
         allowed = f"lora or moslora on a base in 4 bits, which has no rows whose lengths could be trained ({key})"
         require(self.expert != "dora", "adapter.expert", self.expert, allowed, remedy)
-        allowed = f"kaiming or gaussian on a base in 4 bits, from which no start can be taken off ({key})"
+        allowed = f"kaiming, gaussian or gradient on a base in 4 bits, from which no start can be taken off ({key})"
         require(self.init != "svd", "adapter.init", self.init, allowed, remedy)
 
     @property

@@ -128,3 +128,14 @@ def test_a_weight_that_is_not_finite(worker_pool: PoolFactory, base: Path, tmp_p
     job = Job(replace(recipe, model=replace(recipe.model, path=str(tmp_path))), zero={"stage": stage})
     for said in worker_pool(2).run(refused, job):
         assert "model.layers.0.mlp.up_proj.weight with numbers that are not finite" in said
+
+
+def test_experts_that_start_from_the_gradient(worker_pool: PoolFactory, base: Path, tmp_path: Path) -> None:
+    other = dequantised(base, tmp_path / "rounded")
+    losses = []
+    for path, quantize in ((base, "nf4"), (other, "none")):
+        recipe = recipe_of(path)
+        model, adapter = replace(recipe.model, quantize=quantize), replace(recipe.adapter, init="gradient")
+        shares = worker_pool(2).run(train_on_rank, Job(replace(recipe, model=model, adapter=adapter)))
+        losses.append([*shares[0].losses, shares[0].final_loss])
+    torch.testing.assert_close(*losses, rtol=TOLERANCE, atol=0)

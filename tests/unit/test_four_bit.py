@@ -21,10 +21,12 @@ from dsmoelora.adapters.fingerprint import fingerprint
 from dsmoelora.adapters.folder import write_adapter
 from dsmoelora.adapters.four_bit import FrozenLinear4bit, packed, packed_layers, read_before_packing, unpacked
 from dsmoelora.config import DataConfig, DataSource, ModelConfig, Recipe
+from dsmoelora.config.run import QUANTIZE
 from dsmoelora.doctor.local import local_findings
-from dsmoelora.errors import ConfigError, ModelError
+from dsmoelora.errors import CheckpointError, ConfigError, ModelError
 from dsmoelora.model import chosen_to_pack, model_for_inference, watched_loading
 from dsmoelora.plan import make_plan
+from dsmoelora.run.identity import check_identity, identity_of
 from tests.architectures import save_model
 from tests.helpers import tiny_llama
 from tests.rounded import dequantised
@@ -213,3 +215,11 @@ def test_the_plan_says_how_much_it_is(base_path: Path, tmp_path: Path) -> None:
 def test_the_doctor_looks(tmp_path: Path) -> None:
     (found,) = [finding for finding in local_findings(tmp_path, {}) if finding.what == "bases in 4 bits"]
     assert found.found.startswith("bitsandbytes 0.") and not found.problem
+
+
+def test_a_run_that_goes_on_keeps_its_bits() -> None:
+    base = {"is_fp16": False, "tensors": {}}
+    recipes = (Recipe(model=ModelConfig("x", "fp32", quantize=quantize)) for quantize in QUANTIZE)
+    then, now = (identity_of(recipe, base, "rows", None) for recipe in recipes)
+    with pytest.raises(CheckpointError, match=r"model\.quantize was none, and is nf4"):
+        check_identity(Path("checkpoint-1"), then, now)
