@@ -46,6 +46,15 @@ WANDB = ["wandb>=0.31"]
 TRACKIO = ["trackio>=0.43"]
 PLOT = ["matplotlib>=3.10"]
 
+# Bases in 4 bits (`model.quantize`): its operators for CPU, CUDA, ROCm and XPU.
+QUANT = ["bitsandbytes>=0.50"]
+
+# Tasks of lm-evaluation-harness (`launch/evaluate.py --tasks`).
+EVAL = ["lm-eval>=0.4.13"]
+
+# What launch/serve.py puts an adapter into: fastapi, uvicorn, openai's types.
+SERVE = ["transformers[serving]"]
+
 DEMO = [
     "gguf>=0.19",  # reads the demo model's file
     "reasoning-gym>=0.1.25",  # writes the demo's instruction set, offline
@@ -54,6 +63,9 @@ DEMO = [
 DEV = [
     *DEMO,  # the tests prepare and run the demo
     *PLOT,  # the tests draw figures
+    *QUANT,  # the tests train on a base in 4 bits
+    *EVAL,  # the tests run a task
+    *SERVE,  # the tests talk to a server
     *MPI,  # the tests start ranks on several nodes with mpirun
     "pytest>=9",  # the tests
     "pytest-xdist>=3.8",  # the tests, two files at a time
@@ -78,5 +90,15 @@ setup(
     packages=find_packages(include=["dsmoelora", "dsmoelora.*"]),
     package_data={"dsmoelora": ["py.typed"]},
     install_requires=REQUIRES,
-    extras_require={"mpi": MPI, "wandb": WANDB, "trackio": TRACKIO, "plot": PLOT, "demo": DEMO, "dev": DEV},
+    extras_require={
+        "mpi": MPI,
+        "wandb": WANDB,
+        "trackio": TRACKIO,
+        "plot": PLOT,
+        "quant": QUANT,
+        "eval": EVAL,
+        "serve": SERVE,
+        "demo": DEMO,
+        "dev": DEV,
+    },
 )

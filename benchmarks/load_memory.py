@@ -1,6 +1,7 @@
 """Peak memory of a rank while a model of a billion parameters is loaded into ZeRO-3 partitions.
 
     python benchmarks/load_memory.py
+    python benchmarks/load_memory.py --quantize      # in 4 bits: packed bytes / W in place of model bytes / W
 
 The model is random and written once, as sharded safetensors, to `.cache/benchmarks`. Measured is RssAnon + RssShmem
 (pages of mapped files belong to the system) of the rank that needs most, on 1, 2 and 4 ranks, against
@@ -18,8 +19,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from worker import ROOT, run_ranks
 
+from dsmoelora.adapters.four_bit import packed_layers
 from dsmoelora.callbacks.memory import GIB, PeakMemory
 from dsmoelora.config import ModelConfig
+from dsmoelora.config.run import QuantizeName
 from dsmoelora.model import load_model
 from dsmoelora.parallel import comm, zero
 
@@ -44,21 +47,28 @@ def write_model(folder: Path) -> None:
 
 
 def num_bytes(module: nn.Module) -> int:
-    """Bytes of all weights of a module."""
+    """Bytes of all weights of a module, as they are kept."""
     return sum(DTYPE.itemsize * zero.full_numel(parameter) for parameter in module.parameters())
 
 
-def worker() -> None:
+def num_bytes_unpacked(module: nn.Module) -> int:
+    """Bytes of all weights of a module in 16 bits, or as wide as the model is."""
+    packed = sum(zero.full_numel(layer.weight) for layer in packed_layers(module).values())
+    weights = sum(layer.in_features * layer.out_features for layer in packed_layers(module).values())
+    return num_bytes(module) + DTYPE.itemsize * (weights - packed)
+
+
+def worker(quantize: QuantizeName) -> None:
     """Load on this rank; rank 0 prints the line."""
     memory = PeakMemory()
     memory.start()
     before = memory.gib()
-    model = load_model(ModelConfig(path=str(FOLDER), dtype=DTYPE_NAME), ZERO_3)
+    model = load_model(ModelConfig(path=str(FOLDER), dtype=DTYPE_NAME, quantize=quantize), ZERO_3)
     peaks = comm.gather_objects(memory.gib())
     if comm.world_size() == 1:
         print(setting())
     if peaks is not None:
-        largest = max(num_bytes(layer) for layer in [*model.model.layers, model.lm_head])
+        largest = max(num_bytes_unpacked(layer) for layer in [*model.model.layers, model.lm_head])
         total = num_bytes(model)
         bound = (total / comm.world_size() + largest + ALLOWANCE_BYTES) / GIB
         verdict = "under" if max(peaks) < bound else "OVER"
@@ -71,11 +81,13 @@ def worker() -> None:
 
 def main() -> None:
     """Write the model if it is not there, then load it on 1, 2 and 4 ranks."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quantize", action="store_true", help="keep the linear layers in 4 bits")
+    quantize = "nf4" if parser.parse_args().quantize else "none"
     if not (FOLDER / "config.json").exists():
         write_model(FOLDER)
     for world_size in (1, 2, 4):
-        run_ranks(__file__, world_size)
+        run_ranks(__file__, world_size, quantize)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.experts.similarity import ExpertCosines
 from dsmoelora.adapters.folder import write_adapter
+from dsmoelora.adapters.four_bit import packed_layers
 from dsmoelora.adapters.given import open_folders, take_experts
 from dsmoelora.adapters.keyed.draws import settle_dropout
 from dsmoelora.adapters.routing import Routing, RoutingLog
@@ -28,12 +29,12 @@ from dsmoelora.adapters.starts.svd import uniform_gates
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
-from dsmoelora.data.chat import Prompt, stop_ids
+from dsmoelora.data.chat import Prompt
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.data.packing_probe import check_probe, probe
 from dsmoelora.model import load_model, load_tokenizer, recompute_activations, watched_loading
-from dsmoelora.model.inputs import fill_context, model_inputs, prompt_inputs, sent
-from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
+from dsmoelora.model.inputs import fill_context, greedy_answers, model_inputs, sent
+from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits, nll_of_rows
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.optim.frozen import FrozenGrams, frozen_grams
 from dsmoelora.optim.rows import frozen_tensors
@@ -322,6 +323,21 @@ class Engine:
         self._context.tokens = BatchTokens()
         return comm.all_reduce_sum([total.item()])[0] / micro_batches[0].num_supervised_global
 
+    def nlls(self, micro_batches: Iterable[MicroBatch]) -> list[list[float]]:
+        """For each row the negative log likelihoods of its targets, in nats.
+
+        Args:
+            micro_batches: of this rank, as many as of every other
+        """
+        self._heartbeat.enter(Phase.EVALUATE, self.step)
+        found: list[list[float]] = []
+        with self._inference():
+            for micro_batch in micro_batches:
+                places_BP, targets_BP = micro_batch.targets()
+                found += nll_of_rows(self._logits(micro_batch, places_BP), sent(targets_BP, self.device))
+        self._context.tokens = BatchTokens()
+        return found
+
     def check_packing(self) -> None:
         """Make sure, in one short forward pass, that samples of a packed row do not see each other.
 
@@ -336,28 +352,16 @@ class Engine:
         comm.together(lambda: check_probe(self.model, logits_BSV))
 
     def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
-        """Greedy answers of the assistant; the same on all ranks."""
+        """Greedy answers of the assistant; all ranks must ask, whatever they ask."""
         self._heartbeat.enter(Phase.GENERATE, self.step)
-        batch = prompt_inputs(self.tokenizer, prompts, self.device)
+        options: dict[str, Any] = {"use_cache": True, "synced_gpus": comm.world_size() > 1}
         with self._inference():
-            output = self.model.generate(  # type: ignore[operator]  # transformers types it as a tensor
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                use_cache=True,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=stop_ids(self.tokenizer, self.model.generation_config.eos_token_id),
-                synced_gpus=comm.world_size() > 1,
-            )
-        answers = output[:, batch["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+            return greedy_answers(self.model, self.tokenizer, prompts, max_new_tokens, **options)
 
     def first_not_finite(self) -> str | None:
         """Name of the first tensor, of the base and the adapters, that is not finite; the same on all ranks."""
-        return zero.first_not_finite(self.model.named_parameters())
+        packed = packed_layers(self.model)  # whose numbers mean nothing, and were looked at when they were read
+        return zero.first_not_finite(pair for pair in self.model.named_parameters() if pair[0] not in packed)
 
     def save(self, root: Path, state: dict[str, Any], keep: int) -> Path:
         """Write `root/checkpoint-{step}`: adapters, moments, counters and the caller's state.
@@ -426,7 +430,7 @@ class Engine:
     def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], start: dict[str, Tensor] | None) -> None:
         base = self.recipe.model.path
         base = str(Path(base).resolve()) if Path(base).exists() else base
-        more = (self.tokenizer.save_pretrained, start)
+        more = (self.tokenizer.save_pretrained, start, self.recipe.model.quantize)
         write_adapter(folder, self.recipe.adapter, self.adapted_layers, tensors, base, self.base_fingerprint, *more)
 
     def _shard_states(self) -> list[ShardState]:

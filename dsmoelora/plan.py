@@ -19,6 +19,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from dsmoelora.adapters import inject, untouched
+from dsmoelora.adapters.four_bit import BITS
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import ModelConfig, Recipe
 from dsmoelora.data.fallback_template import is_fallback
@@ -31,6 +32,8 @@ from dsmoelora.data.vocabulary import check_conversation, tokens_beyond
 from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value, listing
 from dsmoelora.model import (
     check_weights,
+    chosen_to_pack,
+    layers_to_pack,
     load_model_config,
     load_tokenizer,
     model_without_weights,
@@ -96,12 +99,13 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     if recipe.data.packing:
         check_takes_positions(model)
     base = sum(parameter.numel() for parameter in model.parameters())
+    num_packed = _num_packed(recipe.model, model)
     _note_what_is_off(plan, model)
     plan.notes += untouched(model)
     layers = inject(model, recipe.adapter, start=lambda _: None)  # there are no weights to start from
     adapter = sum(math.prod(trainable.shape) for trainable, _ in trainables(model))
     frozen = sum(math.prod(tensor.shape) for tensor, _ in frozen_tensors(model))
-    _describe_model(plan, recipe, model, base, world_size)
+    _describe_model(plan, recipe, model, base, num_packed, world_size)
     _describe_adapter(plan, recipe, layers, adapter, base)
     if frozen:
         plan.add("frozen", f"{frozen:,} numbers of the adapter ({', '.join(recipe.adapter.freeze)})")
@@ -181,6 +185,11 @@ def _check_data(plan: Plan, recipe: Recipe) -> None:
     data, train = recipe.data, recipe.train
     if not data.train:
         raise bad_value("data.train", [], "a list of files", "Example: [{path: data/train.jsonl}].")
+    if train.eval_score != "none" and not (data.eval and train.eval_every):
+        raise ConfigError(
+            f"train.eval_score is {train.eval_score}, but nothing is evaluated. Set data.eval and train.eval_every, or "
+            "train.eval_score to none."
+        )
     if not data.eval and train.num_samples:
         raise ConfigError(
             f"train.num_samples is {train.num_samples}, but data.eval names no file to take prompts from. "
@@ -311,11 +320,25 @@ def _find_on_hub(name: str) -> None:
         ) from error
 
 
-def _describe_model(plan: Plan, recipe: Recipe, model: PreTrainedModel, base: int, world_size: int) -> None:
-    num_bytes = base * recipe.model.torch_dtype.itemsize
+def _num_packed(config: ModelConfig, model: PreTrainedModel) -> int:
+    """Weights of the base that `model.quantize` keeps in 4 bits.
+
+    Raises:
+        ModelError: they cannot be, or the package that does it is missing
+    """
+    if not chosen_to_pack(config):
+        return 0
+    return sum(model.get_parameter(f"{name}.weight").numel() for name in layers_to_pack(model))
+
+
+def _describe_model(
+    plan: Plan, recipe: Recipe, model: PreTrainedModel, base: int, num_packed: int, world_size: int
+) -> None:
+    num_bytes = (base - num_packed) * recipe.model.torch_dtype.itemsize + int(num_packed * BITS / 8)
     share = f", {_size(num_bytes // world_size)} a rank under ZeRO-3" if world_size > 1 else ""
+    packed = f" and {num_packed / base:.0%} of them in 4 bits" if num_packed else ""
     plan.add("model", f"{recipe.model.path} ({type(model).__name__})")
-    plan.add("base weights", f"{base:,} frozen, {_size(num_bytes)} in {recipe.model.dtype}{share}")
+    plan.add("base weights", f"{base:,} frozen, {_size(num_bytes)} in {recipe.model.dtype}{packed}{share}")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and recipe.data.max_length > limit:
         plan.notes.append(f"data.max_length = {recipe.data.max_length} is beyond the model's {limit} positions.")

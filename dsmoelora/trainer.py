@@ -34,18 +34,21 @@ from dsmoelora.run.identity import check_identity, identity_of
 logger = logging.getLogger(__name__)
 
 
-def default_callbacks(console: Console, trackers: Sequence[Callback]) -> list[Callback]:
+def default_callbacks(
+    console: Console, trackers: Sequence[Callback], scores: Sequence[Callback] = ()
+) -> list[Callback]:
     """The callbacks of an ordinary run, on this rank; what only reads and writes is on rank 0 alone.
 
     Args:
         console: what the user looks at
         trackers: from `open_trackers`, on rank 0
+        scores: what evaluations measure beside the loss, on every rank
     """
     if comm.rank() > 0:
-        return [Canary(), RouterHealth(), Samples(console)]
+        return [Canary(), RouterHealth(), *scores, Samples(console)]
     # Canary and health add to the metrics, so they come before those who write them. The bar ends before tables are
     # printed.
-    health: list[Callback] = [Canary(), RouterHealth()]
+    health: list[Callback] = [Canary(), RouterHealth(), *scores]
     return [*health, ProgressBar(console), MetricsFile(), *trackers, Samples(console), Summary(console)]
 
 
@@ -254,9 +257,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         loss = self._engine.evaluate(self._eval_batches)
-        self.run.evaluations.append((self.run.step, loss))
         self.run.metrics["eval/loss"] = loss
         self._call("on_evaluate", loss)
+        self.run.evaluations.append((self.run.step, loss))  # now it is whole: a request to stop may come before
 
     def _finish_metrics(self) -> None:
         self.run.metrics["memory/peak(GiB)"] = self._memory.gib()

@@ -4,8 +4,8 @@
     python launch/export.py --adapter runs/demo/adapter --format average --data data/demo/eval.jsonl --out averaged
 
 `peft` writes one adapter for each expert (exported/expert-00 ...). `average` writes a single one for the average gate
-of each layer on a data file, and prints what that costs; with the router `constant` it needs no data and costs nothing.
-One process, without DeepSpeed.
+of each layer on a data file, and prints what that costs; with `--fit` the factors `b` are fitted to what the mixture
+did there. With the router `constant` an average needs no data and costs nothing. One process, without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.export import (
     Average,
     Lora,
+    PeftBase,
     average_experts,
     check_output,
     expert_loras,
@@ -38,7 +39,12 @@ from dsmoelora.export.merge import plan_merge
 from dsmoelora.model import load_tokenizer, model_for_inference
 
 NOT_THE_MIXTURE = "A mixture that is routed token by token cannot be merged into one LoRA adapter exactly"
-DEFAULTS = {"rank": 0, "num_samples": 256, "max_length": 512}  # of the flags that only --format average has
+DEFAULTS = {
+    "rank": 0,
+    "num_samples": 256,
+    "max_length": 512,
+    "fit": False,
+}  # of the flags that only --format average has
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank
 
 
@@ -73,6 +79,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     average = parser.add_argument_group("--format average")
     average.add_argument("--data", help="data file on which gates and losses are measured; best one not trained on")
+    average.add_argument("--fit", action="store_true", default=None, help="fit b to what the mixture did on the rows")
     average.add_argument("--rank", type=int, help="rank of the adapter; default: that of all, which drops nothing")
     average.add_argument("--num-samples", type=int, help=f"rows used at most; default: {DEFAULTS['num_samples']}")
     average.add_argument("--max-length", type=int, help=f"tokens of a row at most; default: {DEFAULTS['max_length']}")
@@ -106,7 +113,7 @@ def export_experts(options: argparse.Namespace, base: str) -> None:
     if config.num_experts > 1:
         company = " with the shared ones" if config.shared_experts else " alone"
         print(f"{NOT_THE_MIXTURE}: each of these is one expert{company}, with gate 1.")
-    print_use(base, first, next(iter(loras.values())))
+    print_use(described, first, next(iter(loras.values())))
 
 
 def export_constant(options: argparse.Namespace, base: str) -> None:
@@ -117,7 +124,7 @@ def export_constant(options: argparse.Namespace, base: str) -> None:
     described, lora = peft_base(base, shapes, options.trust_remote_code), merge.lora()
     write_loras(options.out, described, {"": lora})
     print(f"{folder.num_experts} experts with the same gates for every token, as one adapter of rank {lora.r}.")
-    print_use(base, options.out, lora)
+    print_use(described, options.out, lora)
 
 
 def export_average(options: argparse.Namespace, base: str) -> None:
@@ -140,10 +147,10 @@ def export_average(options: argparse.Namespace, base: str) -> None:
     print(f"Measuring base, mixture and average, {min(options.num_samples, len(samples)):,} rows each ...", flush=True)
     remedy = "Give its folder with --model, and --trust-remote-code where it brings code that you trust."
     model = model_for_inference(base, remedy, options.trust_remote_code)
-    average = average_experts(model, options.adapter, samples, options.num_samples, options.rank)
+    average = average_experts(model, options.adapter, samples, options.num_samples, options.rank, options.fit)
     write_loras(options.out, described, {"": average.lora})
     print_losses(options, average, samples)
-    print_use(base, options.out, average.lora)
+    print_use(described, options.out, average.lora)
 
 
 def print_losses(options: argparse.Namespace, average: Average, samples: InstructionDataset) -> None:
@@ -153,12 +160,21 @@ def print_losses(options: argparse.Namespace, average: Average, samples: Instruc
     print(f"  base model   {average.base_loss:.4f}")
     print(f"  mixture      {average.mixture_loss:.4f}")
     print(f"  average      {average.average_loss:.4f}   ({average.average_loss - average.mixture_loss:+.4f})")
-    print(f"{NOT_THE_MIXTURE}: the average uses the same gates for every token.")
-    print(f"Rank {average.lora.r} keeps {100 * average.kept:.2f}% of the average's squared norm.")
+    if (fit := average.fit) is not None:
+        print(f"  fitted       {fit.loss:.4f}   ({fit.loss - average.mixture_loss:+.4f})")
+        print(f"Squared distance from the mixture's updates: average {fit.average_error:.1%}, fitted {fit.error:.1%}")
+    print(f"{NOT_THE_MIXTURE}: this one does the same for every token.")
+    print(f"Rank {average.lora.r} keeps {100 * average.kept:.2f}% of its squared norm.")
 
 
-def print_use(base: str, folder: Path, lora: Lora) -> None:
+def print_use(described: PeftBase, folder: Path, lora: Lora) -> None:
     """How to go on."""
+    base = described.path
+    if described.tied_head:
+        print(
+            f"{described.tied_head} shares its weight with the base's embeddings: this adapter is right beside the "
+            "base, and wrong once it is merged into it, which would change the embeddings too. Do not merge it."
+        )
     print(f'PEFT:  PeftModel.from_pretrained(base_model, "{folder}")')
     fitting = [allowed for allowed in VLLM_RANKS if allowed >= lora.r]
     if lora.magnitudes:

@@ -10,6 +10,7 @@ matplotlib and no screen.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,11 +36,11 @@ class Heat:
     """A number for every expert of every layer.
 
     Args:
-        step: at which it was written down
+        where: it was written down, such as `step 10`
         rows: for each layer, those of its experts; NaN where a layer has fewer experts, or there is none
     """
 
-    step: int
+    where: str
     rows: list[list[float]]
 
 
@@ -91,8 +92,13 @@ class Run:
         layers = [[math.nan if one is None else one for one in layer] for layer in lines[-1][what.table][what.column]]
         if not any(not math.isnan(one) for layer in layers for one in layer):
             return None
-        width = max(len(layer) for layer in layers)
-        return Heat(lines[-1]["step"], [layer + [math.nan] * (width - len(layer)) for layer in layers])
+        return Heat(f"step {lines[-1]['step']}", _of_one_width(layers))
+
+
+def _of_one_width(layers: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Filled up with NaN."""
+    width = max(len(layer) for layer in layers)
+    return [[*layer, *[math.nan] * (width - len(layer))] for layer in layers]
 
 
 def main() -> None:
@@ -149,13 +155,10 @@ def draw(runs: Sequence[Run]) -> Any:
     Raises:
         ConfigError: matplotlib is not installed
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "launch/plot.py draws with matplotlib, which is not installed. pip install matplotlib"
-        ) from None
+    check_matplotlib("launch/plot.py")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     maps = [(what, heats) for what in MAPS if (heats := {run.name: heat for run in runs if (heat := run.heat(what))})]
     figure = Figure(figsize=(10, 7.5 + 3.5 * len(maps)), layout="constrained")
     grid = figure.add_gridspec(2 + len(maps), 2, height_ratios=[3, 2] + [3] * len(maps))
@@ -180,13 +183,36 @@ def draw(runs: Sequence[Run]) -> Any:
     return figure
 
 
+def check_matplotlib(who: str) -> None:
+    """Make sure that pictures can be drawn.
+
+    Raises:
+        ConfigError: they cannot
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{who} draws with matplotlib, which is not installed. pip install matplotlib")
+
+
+def draw_routing(report: Mapping[str, Any]) -> Any:
+    """A matplotlib figure: the load of the routers for each group of rows (`RoutingCount.report`)."""
+    from matplotlib.figure import Figure
+
+    groups = {name: found for name, found in report.items() if name != "layers" and found["num_tokens"]}
+    figure = Figure(figsize=(5 * len(groups) + 1, 5), layout="constrained")
+    heats = {
+        name: Heat(f"{found['num_tokens']:,} tokens", _of_one_width(found["share"])) for name, found in groups.items()
+    }
+    _draw_heats([figure.add_subplot(1, len(groups), place) for place in range(1, len(groups) + 1)], MAPS[0], heats)
+    return figure
+
+
 def _draw_heats(all_axes: Sequence[Any], what: Map, heats: Mapping[str, Heat]) -> None:
     """A heat map for each run, of one scale: a row for each layer, a column for each expert."""
     values = [value for heat in heats.values() for row in heat.rows for value in row if not math.isnan(value)]
     lowest, highest = min(0.0, *values), max(1e-9, *values)  # cosines may be negative
     for axes, (name, heat) in zip(all_axes, heats.items(), strict=True):
         image = axes.imshow(heat.rows, aspect="auto", interpolation="nearest", vmin=lowest, vmax=highest)
-        axes.set_title(f"{what.title}, step {heat.step}\n{name}", loc="left", fontsize=11, fontweight="bold")
+        axes.set_title(f"{what.title}, {heat.where}\n{name}", loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("expert", color=GREY)
         axes.tick_params(colors=GREY)
         for axis in (axes.xaxis, axes.yaxis):

@@ -24,6 +24,7 @@ from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank, env_w
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dsmoelora.callbacks import Callback
     from dsmoelora.config import Recipe
     from dsmoelora.data import InstructionDataset, Packing
     from dsmoelora.data.report import SetReport
@@ -164,6 +165,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     if packing is not None:
         assert isinstance(train_data, InstructionDataset), "streamed samples are not packed"
         console.print(packing_report(train_data, packing, recipe), soft_wrap=True)
+    scores = stop.together(lambda: load_scores(recipe))
     config = merge_config(recipe, command.deepspeed, comm.world_size())
     comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
     trackers = comm.together(lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else [])
@@ -176,7 +178,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
         f"{trained} in {len(engine.adapted_layers)} adapted layers; a checkpoint of them takes {mebibytes:.1f} MiB",
         soft_wrap=True,
     )
-    callbacks = default_callbacks(console, trackers)
+    callbacks = default_callbacks(console, trackers, scores)
     return Trainer(engine, folder, train_data, eval_data, callbacks, packing), checkpoint
 
 
@@ -212,6 +214,16 @@ def load_data(recipe: Recipe) -> tuple[InstructionDataset | StreamedSets, Instru
     else:
         train_data = load(data.train, "data.train")
     return train_data, load(data.eval, "data.eval") if data.eval else None
+
+
+def load_scores(recipe: Recipe) -> list[Callback]:
+    """What scores held-out rows at every evaluation, if `train.eval_score` says so."""
+    from dsmoelora.callbacks import HeldOutScore
+    from dsmoelora.model import load_tokenizer
+
+    if recipe.train.eval_score == "none":
+        return []
+    return [HeldOutScore.of(recipe, load_tokenizer(recipe.model))]
 
 
 def load_rows(recipe: Recipe, samples: InstructionDataset | StreamedSets) -> Packing | None:

@@ -1,4 +1,4 @@
-"""`launch/train.py` as a launcher starts it: one process a rank, on a tiny model that it can train in seconds."""
+"""Programs of `launch/` as a launcher starts it: one process a rank, on a tiny model that it can train in seconds."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ class Ranks:
 
     Args:
         argv_of_rank: the command line of every rank
+        program: of launch/
     """
 
-    def __init__(self, *argv_of_rank: list[str]) -> None:
+    def __init__(self, *argv_of_rank: list[str], program: str = "train.py") -> None:
         num_ranks, self.port = str(len(argv_of_rank)), free_port()
         shared = {
             "WORLD_SIZE": num_ranks,
@@ -60,7 +61,7 @@ class Ranks:
         }
         self.processes = [
             Program(
-                [str(ROOT / "launch" / "train.py"), f"--local_rank={rank}", *argv],
+                [str(ROOT / "launch" / program), f"--local_rank={rank}", *argv],
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 umask=0,
             )

@@ -7,6 +7,7 @@ in another dtype is the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,16 +23,26 @@ def places(numel: int) -> Tensor:
     return torch.linspace(0, max(0, numel - 1), NUM_VALUES, dtype=torch.float64).long()
 
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+AsRead = Mapping[str, tuple[Sequence[int], Tensor]]  # by name: shape, and (NUM_VALUES,) numbers at `places`
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]], as_read: AsRead = MappingProxyType({})) -> dict[str, Any]:
     """What tells one base from another; JSON-able.
 
     Args:
         tensors: whole parameters of the base by name, as it came
+        as_read: what is known of those that are no longer as they came
     """
     named = [(name, tensor) for name, tensor in tensors if tensor.numel()]
-    values = [tensor.detach().flatten()[places(tensor.numel()).to(tensor.device)].float().cpu() for _, tensor in named]
+    shapes = [(name, as_read[name][0] if name in as_read else tensor.shape) for name, tensor in named]
+    values = [as_read[name][1] if name in as_read else at_places(tensor) for name, tensor in named]
     is_fp16 = any(tensor.dtype == torch.float16 for _, tensor in named)
-    return described([(name, tensor.shape) for name, tensor in named], values, is_fp16)
+    return described(shapes, values, is_fp16)
+
+
+def at_places(tensor: Tensor) -> Tensor:
+    """(NUM_VALUES,) fp32 numbers of a whole tensor at `places`, on the host."""
+    return tensor.detach().flatten()[places(tensor.numel()).to(tensor.device)].float().cpu()
 
 
 def described(shapes: Sequence[tuple[str, Sequence[int]]], values: Sequence[Tensor], is_fp16: bool) -> dict[str, Any]:

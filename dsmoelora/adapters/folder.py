@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from dsmoelora.adapters.folder_files import (
     read_weights,
     shapes_of,
 )
+from dsmoelora.adapters.four_bit import packed_layers, read_before_packing
 from dsmoelora.adapters.inject import inject
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.routers import routers
@@ -32,9 +34,13 @@ from dsmoelora.adapters.starts.svd import StartFactors, shift_bases, start_names
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.adapters.targets.linear import is_linear
 from dsmoelora.config import AdapterConfig
+from dsmoelora.config.run import QuantizeName
 from dsmoelora.errors import CheckpointError, ModelError, listing
 
 _OF_TRAINING = ("experts_from", "split_ranks", "freeze")  # not in a folder, which has the numbers that came of it
+_KEPT = {"none": "in 16 bits or more", "nf4": "in 4 bits (nf4)"}
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,6 +59,7 @@ def write_adapter(
     base_fingerprint: Mapping[str, Any],
     write_more: Callable[[Path], object] = lambda _: None,
     start: Mapping[str, Tensor] | None = None,
+    base_quantization: QuantizeName = "none",
 ) -> None:
     """Write an adapter folder; an older one of that name is replaced when the new one is whole.
 
@@ -66,6 +73,7 @@ def write_adapter(
         write_more: writes what else belongs into the folder, such as the tokenizer
         start: with `init: svd`, whole factors `a` and `b` of all layers as they were before the first step, by the
             same names as in `tensors`
+        base_quantization: how the base's weights were kept in training
 
     Raises:
         CheckpointError: a tensor is empty or not finite; nothing is written
@@ -84,6 +92,7 @@ def write_adapter(
         "base_model_name_or_path": base_model,
         **{key: value for key, value in asdict(config).items() if key not in _OF_TRAINING},
         "layers": layers,
+        "base_quantization": base_quantization,
         "base_fingerprint": dict(base_fingerprint),
     }
     partial = folder.with_name(f".{folder.name}.partial")
@@ -152,6 +161,15 @@ def _check_base(model: nn.Module, description: dict[str, Any], folder: Path) -> 
     for name in description["layers"]:
         if not is_linear(modules.get(name)):
             raise CheckpointError(f"{folder} adapts {name}, which this model does not have. {remedy}")
-    what = difference(description["base_fingerprint"], fingerprint(model.named_parameters()))
+    found = fingerprint(model.named_parameters(), read_before_packing(model))
+    what = difference(description["base_fingerprint"], found)
     if what is not None:
         raise CheckpointError(f"{folder} was trained on another base model: {what}. {remedy}")
+    then, now = description.get("base_quantization", "none"), "nf4" if packed_layers(model) else "none"
+    if then != now:
+        logger.warning(
+            "%s was trained on its base %s, and is used on it %s: what it says will differ a little.",
+            folder,
+            _KEPT[then],
+            _KEPT[now],
+        )

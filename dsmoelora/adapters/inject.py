@@ -9,6 +9,7 @@ from torch import nn
 
 from dsmoelora.adapters.context import AdapterContext, Exchange
 from dsmoelora.adapters.experts.dora import Gathered, start_magnitudes
+from dsmoelora.adapters.four_bit import FrozenLinear4bit
 from dsmoelora.adapters.given import check_given, start_from_folders
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.routers import RouterPlace, build_router, routers, unwatch_prompts, watch_prompts
@@ -57,6 +58,8 @@ def inject(
         raise ModelError("The model has routed experts already. Load the base model again before adapting it anew.")
     routed, plain = adapted_names(model, config)
     _check_head(model, config, routed, plain)
+    if any(isinstance(model.get_submodule(name), FrozenLinear4bit) for name in (*routed, *plain)):
+        config.check_packed_base("quantize = nf4")
     if config.init == "svd":
         check_svd_start(model, config, [*routed, *plain])
     if config.experts_from:

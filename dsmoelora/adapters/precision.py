@@ -12,6 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from dsmoelora.adapters.four_bit import FrozenLinear4bit
 from dsmoelora.adapters.targets.linear import Linear
 
 
@@ -38,7 +39,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def of_base(base: Linear, x: Tensor) -> Tensor:
     """What a frozen layer says, in the dtype of `x`, whatever its weight is of."""
-    if base.weight.dtype == x.dtype:
+    if base.weight.dtype == x.dtype or isinstance(base, FrozenLinear4bit):  # which is unpacked to the dtype of x
         return base(x)
     with torch.autocast(x.device.type, dtype=x.dtype):
         return base(x)

@@ -7,12 +7,14 @@ from dsmoelora.callbacks.memory import PeakMemory
 from dsmoelora.callbacks.metrics import MetricsFile
 from dsmoelora.callbacks.progress import ProgressBar
 from dsmoelora.callbacks.samples import Samples
+from dsmoelora.callbacks.scores import HeldOutScore
 from dsmoelora.callbacks.summary import Summary
 from dsmoelora.callbacks.trackers import open_trackers
 
 __all__ = [
     "Callback",
     "Canary",
+    "HeldOutScore",
     "MetricsFile",
     "PeakMemory",
     "ProgressBar",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
 from dsmoelora.data.chat import Prompt
-from dsmoelora.data.turns import Message
+from dsmoelora.data.questions import split_prompt
 from dsmoelora.parallel import comm
 
 
@@ -73,10 +72,3 @@ def _questions(run: TrainingRun) -> list[tuple[Prompt, str]]:
     # Rows of plain text have no messages, and no question to ask.
     talks = ((messages, i) for i in range(len(data)) if (messages := data.messages(i)))
     return [split_prompt(messages, data.tools(i)) for messages, i in islice(talks, run.recipe.train.num_samples)]
-
-
-def split_prompt(messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[Prompt, str]:
-    """A conversation as prompt (everything before the last assistant turn) and reference answer, calls included."""
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in messages[last].get("tool_calls", [])]
-    return Prompt(messages[:last], tools), "\n".join([messages[last]["content"], *calls]).strip()

@@ -83,6 +83,8 @@ class Recipe:
             "false with adapter.router `prompt`, which decides once for a whole row",
             "Set data.packing to false, or take another router.",
         )
+        if self.model.quantize != "none":
+            self.adapter.check_packed_base(f"model.quantize = {self.model.quantize}")
         check_losses(self.adapter, self.losses.weights)
         self._check_given()
         check_optim_of_frozen(self.adapter, self.optim)

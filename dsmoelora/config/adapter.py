@@ -179,6 +179,21 @@ class AdapterConfig:
         """The experts of a routed layer: E that the router chooses from, then those that are shared."""
         return self.num_experts + self.shared_experts
 
+    def check_packed_base(self, key: str) -> None:
+        """Make sure that experts can be trained on a base in 4 bits.
+
+        Args:
+            key: what says that it is
+
+        Raises:
+            ConfigError: they read or write its weights
+        """
+        remedy = f"Or load the base in 16 bits ({key})."
+        allowed = f"lora or moslora on a base in 4 bits, which has no rows whose lengths could be trained ({key})"
+        require(self.expert != "dora", "adapter.expert", self.expert, allowed, remedy)
+        allowed = f"kaiming, gaussian or gradient on a base in 4 bits, from which no start can be taken off ({key})"
+        require(self.init != "svd", "adapter.init", self.init, allowed, remedy)
+
     @property
     def frozen(self) -> set[Role]:
         """Roles that are not trained: those of `freeze`, and a router that has nothing to learn."""

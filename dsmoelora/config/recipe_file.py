@@ -17,8 +17,8 @@ from typing import Any, Literal, Union
 
 import yaml
 
-from dsmoelora.config import Recipe
-from dsmoelora.errors import ConfigError, listing
+from dsmoelora.config import DataSource, Recipe
+from dsmoelora.errors import ConfigError, bad_value, listing
 
 # Derived from another key: setting it in a recipe would be overruled in silence, so it is no key at all.
 DERIVED = {"adapter.seed": "run.seed"}
@@ -99,6 +99,23 @@ def check_list(flag: str, text: str) -> None:
         return  # jsonargparse says it better
     if isinstance(node, yaml.SequenceNode):
         _check_node(Path(flag), node, key_types()[flag.removeprefix("--")], flag.removeprefix("--"))
+
+
+def data_source(flag: str, text: str) -> DataSource:
+    """A set of rows as a flag names it: a path, or a mapping in YAML with the keys of `data.eval`.
+
+    Raises:
+        ConfigError: naming flag, key and remedy
+    """
+    if not text.lstrip().startswith("{"):
+        return DataSource(path=text)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        allowed = "a path, or a mapping with the keys of data.eval"
+        raise bad_value(flag, text, allowed, "Example: {path: data/eval.jsonl, format: alpaca}.") from None
+    _check_node(Path(flag), node, DataSource, "data.eval[0]")
+    return DataSource(**yaml.safe_load(text))
 
 
 def _check_value(path: Path, node: yaml.Node, annotation: Any, key: str) -> None:

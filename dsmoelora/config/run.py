@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -12,6 +12,8 @@ from dsmoelora.config.checks import expanded, require, require_positive, require
 from dsmoelora.config.dtype import DTYPES
 
 CompileChoice = Literal["auto", "on", "off"]
+QuantizeName = Literal["none", "nf4"]
+QUANTIZE: tuple[QuantizeName, ...] = get_args(QuantizeName)
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of the package that it needs
 
 
@@ -51,15 +53,21 @@ class ModelConfig:
             know it
         attention: attention implementation of transformers
         trust_remote_code: run Python code that comes with the model
+        quantize: keep the linear layers' weights in 4 bits, `nf4` (QLoRA), a third to a quarter of their memory; head,
+            embeddings and routers of the base stay as they are
     """
 
     path: str = ""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+    quantize: QuantizeName = "none"
 
     def __post_init__(self) -> None:
         self.path = expanded("model.path", self.path)
+        ok = self.quantize == "none" or self.dtype != "fp16"
+        reason = "none with model.dtype fp16: on a base in 4 bits experts are trained in bf16 or fp32"
+        require(ok, "model.quantize", self.quantize, reason, "Set model.dtype to auto or bf16.")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -105,8 +113,10 @@ class TrainConfig:
         loss_chunk: targets whose logits the output head makes at a time, 0 for all at once
         compile: have `torch.compile` fuse what makes many passes over wide tensors, which is `adapter.lora_dropout`:
             one pass instead of a dozen, the same numbers. `auto` does so on an accelerator where there is a compiler
+        eval_score: what an evaluation measures beside the loss: `exact`, `number` or `choice` (docs/evaluation.md)
+        eval_score_samples: rows of each held-out set that are scored
         num_samples: held-out prompts that are answered before and after training
-        sample_max_new_tokens: tokens of such an answer at most
+        sample_max_new_tokens: tokens of such an answer at most, and of those that are scored
         max_skipped_steps: steps in a row without a finite loss and gradient after which the run ends
         hang_timeout_s: seconds without any progress (a forward pass, a part of a file) after which every rank prints
             its stacks and the job ends
@@ -125,6 +135,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     loss_chunk: int = 256
     compile: CompileChoice = "auto"
+    eval_score: Literal["none", "exact", "number", "choice"] = "none"
+    eval_score_samples: int = 64
     num_samples: int = 0
     sample_max_new_tokens: int = 64
     max_skipped_steps: int = 20
@@ -141,12 +153,15 @@ class TrainConfig:
             "keep_checkpoints",
             "dead_after",
             "sample_max_new_tokens",
+            "eval_score_samples",
             "max_skipped_steps",
             "hang_timeout_s",
         )
         for name in ("max_steps", "eval_every", "save_every", "num_samples", "health_every"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", value, "0 or more", f"0 switches train.{name} off.")
+        if self.eval_score == "none":
+            require_unset("train", self, "where train.eval_score is none", "eval_score_samples")
         require(self.loss_chunk >= 0, "train.loss_chunk", self.loss_chunk, "0 or more", "0 takes all targets at once.")
         if isinstance(self.report_to, str):
             self.report_to = [] if self.report_to == "none" else [self.report_to]

@@ -97,14 +97,23 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    **options: Any,
 ) -> list[int]:
-    """What a model reads before it answers: in training, in the samples of a run, and in `launch/generate.py`.
+    """What a model reads before it answers: in training, in the samples of a run, and in the programs of `launch/`.
+
+    Args:
+        tokenizer: with a chat template
+        messages: up to the answer
+        tools: that it may call
+        options: more for the template, where whoever asks wants another prompt than training's
 
     Raises:
         RowProblem: the template refuses the conversation
     """
-    return _ids(tokenizer, _render(tokenizer, messages, tools, prompt=True))
+    return _ids(tokenizer, _render(tokenizer, messages, tools, prompt=True, **options))
 
 
 def tokenise_chats(tokenizer: PreTrainedTokenizerBase, conversations: list[Conversation]) -> list[list[TokenisedChat]]:
@@ -147,9 +156,11 @@ def _render(
     tools: list[Any] | None,
     *,
     prompt: bool = False,
+    **options: Any,
 ) -> str:
+    options |= {"tokenize": False, "add_generation_prompt": prompt}
     try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
+        return str(tokenizer.apply_chat_template(messages, tools=tools, **options))
     except (TemplateError, TypeError) as error:  # a type error: the template meets something it cannot join
         raise _refusal(error) from None
 

@@ -5,12 +5,38 @@ from __future__ import annotations
 import ast
 import json
 import string
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsmoelora.data.problems import RowProblem, found, shown, words
 from dsmoelora.errors import listing
 
 AnswerIs = Literal["index", "letter", "text"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with several answers to choose from.
+
+    Args:
+        question: without the answers
+        texts: of the answers
+        right: which one is
+    """
+
+    question: str
+    texts: tuple[str, ...]
+    right: int
+
+    @property
+    def letters(self) -> str:
+        """A letter for each answer."""
+        return string.ascii_uppercase[: len(self.texts)]
+
+    def listed(self) -> str:
+        """The question with its answers below, each behind its letter."""
+        lines = "\n".join(f"{letter}. {text}" for letter, text in zip(self.letters, self.texts, strict=True))
+        return f"{self.question}\n\n{lines}"
 
 
 def choices_of(row: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -87,10 +87,15 @@ class InstructionDataset:
         tools: list[dict[str, Any]] | None = json.loads(self._rows[int(index)]["tools"])
         return tools
 
-    def origin(self, index: int) -> str:
-        """Source and row that a sample came from."""
+    def place(self, index: int) -> tuple[str, int]:
+        """Name of the source that a sample came from, and its row there."""
         name = self._names[int(np.searchsorted(self._ends, index, side="right"))]
-        return f"{name}, row {self._rows[int(index)]['row']}"
+        return name, int(self._rows[int(index)]["row"])
+
+    def origin(self, index: int) -> str:
+        """The same in words."""
+        name, row = self.place(index)
+        return f"{name}, row {row}"
 
 
 def load_instructions(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dsmoelora.config import DataSource
 from dsmoelora.data import rows
+from dsmoelora.data.choices import Choice
 from dsmoelora.data.columns import format_of
 from dsmoelora.data.keys import check_row_is_learned, check_row_is_text
 from dsmoelora.data.layouts import is_conversation, nested_cause, table_cause
@@ -31,6 +32,7 @@ class Conversation:
         problem: why the row is skipped; then there is nothing else
         learned: indices of the messages that are learned; None for all of the assistant's
         tools: handed to the chat template
+        choice: what the last question gives to choose from; None for a question that is open
     """
 
     messages: list[Message]
@@ -40,6 +42,7 @@ class Conversation:
     problem: str = ""
     learned: tuple[int, ...] | None = None
     tools: list[dict[str, Any]] | None = None
+    choice: Choice | None = None
 
     @property
     def origin(self) -> str:
@@ -91,7 +94,8 @@ class RowParser:
         self._has_right_row = True
         if isinstance(parsed, str):
             return Conversation([], self._name, number, parsed)
-        return Conversation(parsed.messages, self._name, number, learned=parsed.learned, tools=parsed.tools)
+        rest: dict[str, Any] = {"learned": parsed.learned, "tools": parsed.tools, "choice": parsed.choice}
+        return Conversation(parsed.messages, self._name, number, **rest)
 
     def _parsed(self, given: Any) -> Chat | str:
         if isinstance(given, RowProblem):

@@ -6,11 +6,10 @@ Each takes a row and returns its chat, or the text of a row that is no conversat
 
 from __future__ import annotations
 
-import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dsmoelora.data.choices import AnswerIs, answer_of, choices_of, list_of
+from dsmoelora.data.choices import AnswerIs, Choice, answer_of, choices_of, list_of
 from dsmoelora.data.columns import QUESTIONS, TURNS
 from dsmoelora.data.keys import THOUGHTS, is_given
 from dsmoelora.data.problems import RowProblem, found, kind, words
@@ -26,11 +25,13 @@ class Chat:
         messages: in order
         learned: indices of those that are learned; None for all of the assistant's
         tools: which the assistant may call, as chat templates take them
+        choice: what the last question gives to choose from; None for a question that is open
     """
 
     messages: list[Message]
     learned: tuple[int, ...] | None = None
     tools: list[dict[str, Any]] | None = None
+    choice: Choice | None = None
 
 
 def alpaca(row: dict[str, Any]) -> Chat:
@@ -69,10 +70,8 @@ def multiple_choice(row: dict[str, Any], answer_is: AnswerIs | None = None) -> C
     key = next((key for key in QUESTIONS if key in row), QUESTIONS[0])
     question = _with_context(row, text_of(row, key, "what is asked"))
     choices, labels = choices_of(row)
-    letters = string.ascii_uppercase[: len(choices)]
-    lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
-    answer = letters[answer_of(row, choices, labels, answer_is)]
-    return _answered(row, _exchange(f"{question}\n\n{lines}", answer))
+    choice = Choice(question, tuple(choices), answer_of(row, choices, labels, answer_is))
+    return replace(_answered(row, _exchange(choice.listed(), choice.letters[choice.right])), choice=choice)
 
 
 def plain_text(row: dict[str, Any]) -> str:

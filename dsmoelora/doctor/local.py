@@ -57,6 +57,7 @@ def local_findings(run_dir: Path, env: Mapping[str, str]) -> list[Finding]:
     return [
         *judged_versions(versions, _wanted_versions()),
         *bad_pairs(versions),
+        *_four_bits(),
         *_accelerator(),
         *network(env, [name for _, name in socket.if_nameindex()]),
         *_disk(run_dir),
@@ -82,6 +83,17 @@ def bad_pairs(versions: Mapping[str, str]) -> Iterator[Finding]:
         if known and all(SpecifierSet(spec).contains(versions[name], prereleases=True) for name, spec in pair):
             found = f"{one} {versions[one]}, {other} {versions[other]}"
             yield Finding("versions together", found, f"{what_happens}. Install the versions of constraints.txt.")
+
+
+def _four_bits() -> Iterator[Finding]:
+    """Whether a base can be kept in 4 bits (`model.quantize`); who does not want that need not have it."""
+    try:
+        found = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("bases in 4 bits", "no: bitsandbytes is not installed (pip install 'dsmoelora[quant]')")
+        return
+    is_old = not SpecifierSet(">=0.50").contains(found, prereleases=True)
+    yield Finding("bases in 4 bits", f"bitsandbytes {found}", "0.50 or newer is wanted." if is_old else "")
 
 
 def network(env: Mapping[str, str], interfaces: Collection[str]) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,25 @@ from dsmoelora.data import InstructionDataset
 from dsmoelora.data.dataset import IGNORED
 from dsmoelora.errors import bad_value
 from dsmoelora.export.experts import ExpertFactors, read_experts
+from dsmoelora.export.fitted import measured_moments
 from dsmoelora.export.peft_folder import Lora
+
+Pairs = dict[str, tuple[Tensor, Tensor]]  # by layer: (D, F) and (O, F), fp64
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `b` by least squares is worth (see `fitted`).
+
+    Args:
+        loss: as those of `Average`
+        average_error, error: squared distance from the mixture's updates, of their square, over all layers and tokens,
+            with the average gates and with the fit; before the rank is cut
+    """
+
+    loss: float
+    average_error: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -33,9 +51,10 @@ class Average:
     """The averaged mixture, and what it costs.
 
     Args:
-        lora: the adapter, with scale 1
+        lora: the adapter, with scale 1; where there is a fit, its
         kept: share of the averaged update's squared Frobenius norm that the rank keeps, over all layers
         base_loss, mixture_loss, average_loss: mean negative log likelihood per supervised token, in nats
+        fit: None for the average gates alone
     """
 
     lora: Lora
@@ -43,17 +62,21 @@ class Average:
     base_loss: float
     mixture_loss: float
     average_loss: float
+    fit: Fit | None = None
 
 
-def average_experts(model: Any, folder: Path, samples: InstructionDataset, num_samples: int, rank: int) -> Average:
+def average_experts(
+    model: Any, folder: Path, samples: InstructionDataset, num_samples: int, rank: int, fits: bool = False
+) -> Average:
     """Measure the average gates, put the experts together with them, and compare the losses.
 
     Args:
-        model: the base model, not adapted; it ends with the averaged adapter on it
+        model: the base model, not adapted; it ends with the adapter on it
         folder: adapter folder
         samples: tokenised data file
         num_samples: how many of its first rows are used
         rank: of the adapter; 0 for that of all experts (with `adapter.init: svd` twice that), which loses nothing
+        fits: whether `b` is then fitted to what the mixture did on these rows
 
     Raises:
         ConfigError: a rank above that
@@ -69,12 +92,35 @@ def average_experts(model: Any, folder: Path, samples: InstructionDataset, num_s
     rank = rank or full
     base_loss = mean_loss(model.eval(), samples, num_samples)
     load_adapter(model, folder)
-    with measured_gates(model) as gates:
+    with measured_gates(model) as gates, measured_moments(model, fits) as moments:
         mixture_loss = mean_loss(model, samples, num_samples)
-    layers, shifts, kept, total = {}, {}, 0.0, 0.0
+    shifts = {name: _scaled_shift(factors, config.scale) for name, factors in experts.items()}
+    pairs = {name: weighted_sum(one, config.scale * gates[name].cpu()) for name, one in experts.items()}
+    dtypes = {name: factors.a_EDR.dtype for name, factors in experts.items()}
+    lora, kept = _as_lora(pairs, shifts, dtypes, rank)
+    _put_on(model, lora, shifts)
+    average = Average(lora, kept, base_loss, mixture_loss, mean_loss(model, samples, num_samples))
+    if not fits:
+        return average
+    error = average_error = square = 0.0
     for name, factors in experts.items():
-        a_DF, b_OF = weighted_sum(factors, config.scale * gates[name].cpu())
-        taken_DF, taken_OF = shifts[name] = _scaled_shift(factors, config.scale)
+        a_DF, start_OF = pairs[name]
+        _, b_OF = weighted_sum(factors, torch.full((len(factors.b_EOR),), config.scale))
+        pairs[name] = a_DF, moments[name].fitted(b_OF, start_OF)
+        of_average, of_mixture = moments[name].errors(b_OF, start_OF)
+        of_fit, _ = moments[name].errors(b_OF, pairs[name][1])
+        error, average_error, square = error + of_fit, average_error + of_average, square + of_mixture
+    lora, kept = _as_lora(pairs, shifts, dtypes, rank)
+    _put_on(model, lora, shifts)
+    found = Fit(mean_loss(model, samples, num_samples), average_error / square, error / square)
+    return replace(average, lora=lora, kept=kept, fit=found)
+
+
+def _as_lora(pairs: Pairs, shifts: Pairs, dtypes: dict[str, torch.dtype], rank: int) -> tuple[Lora, float]:
+    """The updates `a b^T` of all layers and what was taken from the base, as one adapter, and the share it keeps."""
+    layers, kept, total = {}, 0.0, 0.0
+    for name, (a_DF, b_OF) in pairs.items():
+        taken_DF, taken_OF = shifts[name]
         a_DF, b_OF = torch.cat((a_DF, taken_DF), 1), torch.cat((b_OF, -taken_OF), 1)
         before = _square_norm(a_DF, b_OF)
         if rank < a_DF.shape[1]:
@@ -82,12 +128,8 @@ def average_experts(model: Any, folder: Path, samples: InstructionDataset, num_s
         else:  # a layer of plain LoRA has the rank of one expert
             a_DF, b_OF = (nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in (a_DF, b_OF))
         kept, total = kept + _square_norm(a_DF, b_OF), total + before
-        dtype = factors.a_EDR.dtype
-        layers[name] = (a_DF.t().to(dtype), b_OF.to(dtype))
-    lora = Lora(rank, rank, False, layers)
-    _put_on(model, lora, shifts)
-    share = kept / total if total else 1.0
-    return Average(lora, share, base_loss, mixture_loss, mean_loss(model, samples, num_samples))
+        layers[name] = (a_DF.t().to(dtypes[name]), b_OF.to(dtypes[name]))
+    return Lora(rank, rank, False, layers), kept / total if total else 1.0
 
 
 @contextmanager
@@ -163,7 +205,7 @@ def _scaled_shift(factors: ExpertFactors, scale: float) -> tuple[Tensor, Tensor]
     return a_DF.double(), scale * b_OF.double()
 
 
-def _put_on(model: nn.Module, lora: Lora, shifts: dict[str, tuple[Tensor, Tensor]]) -> None:
+def _put_on(model: nn.Module, lora: Lora, shifts: Pairs) -> None:
     """Replace the mixture on a model by one adapter (of scale 1), and give the base back what was taken from it."""
     eject(model)
     rank = lora.r + max(a_DF.shape[1] for a_DF, _ in shifts.values())

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from dsmoelora.adapters.targets import output_head_name
 from dsmoelora.adapters.targets.base_experts import base_experts
 from dsmoelora.adapters.targets.linear import features, is_linear
 from dsmoelora.config import ModelConfig
@@ -38,11 +39,13 @@ class PeftBase:
         path: folder or hub name
         target_modules: name suffixes that match the adapted layers and nothing else, or their full names
         fan_in_fan_out: some adapted layers keep their weight as (D, O): GPT-2's `Conv1D`
+        tied_head: the output head, where it is adapted and its weight is that of the embeddings too; else empty
     """
 
     path: str
     target_modules: list[str]
     fan_in_fan_out: bool
+    tied_head: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ def peft_base(path: str, shapes: Mapping[str, tuple[int, int]], trust_remote_cod
     suffixes = sorted({name.rpartition(".")[2] for name in shapes})
     meant = {name for name in modules if name.rpartition(".")[2] in suffixes}
     targets = suffixes if meant == set(shapes) else list(shapes)
-    return PeftBase(path, targets, any(isinstance(modules[name], Conv1D) for name in shapes))
+    head, is_tied = output_head_name(model), getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    tied_head = head if head in shapes and is_tied else ""
+    return PeftBase(path, targets, any(isinstance(modules[name], Conv1D) for name in shapes), tied_head or "")
 
 
 def check_output(out: Path, flag: str = "--out") -> None:

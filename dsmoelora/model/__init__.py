@@ -2,6 +2,7 @@
 
 from dsmoelora.model.loading import (
     check_weights,
+    chosen_to_pack,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -15,12 +16,18 @@ from dsmoelora.model.loading import (
     watched_loading,
     without_dropout,
 )
+from dsmoelora.model.quantizing import layers_to_pack
+from dsmoelora.model.trained import base_loader, load_trained, trained_tokenizer
 
 __all__ = [
+    "base_loader",
     "check_weights",
+    "chosen_to_pack",
+    "layers_to_pack",
     "load_model",
     "load_model_config",
     "load_tokenizer",
+    "load_trained",
     "model_for_inference",
     "model_without_weights",
     "num_embeddings",
@@ -28,6 +35,7 @@ __all__ = [
     "pretrained",
     "random_model",
     "recompute_activations",
+    "trained_tokenizer",
     "watched_loading",
     "without_dropout",
 ]

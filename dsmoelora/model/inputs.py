@@ -17,7 +17,7 @@ from dsmoelora.adapters.context import AdapterContext, BatchTokens
 from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.data import MicroBatch
-from dsmoelora.data.chat import Prompt, prompt_ids
+from dsmoelora.data.chat import Prompt, prompt_ids, stop_ids
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -63,6 +63,38 @@ def prompt_inputs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], dev
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     tokenizer.padding_side = side
     return {name: sent(tensor, device) for name, tensor in batch.items()}
+
+
+def greedy_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], max_new_tokens: int, **options: Any
+) -> list[str]:
+    """The assistant's greedy answers, without special tokens and blanks around them.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode
+        tokenizer: of the model
+        prompts: answered in one batch
+        max_new_tokens: of an answer at most
+        options: more of `generate`
+
+    Raises:
+        RowProblem: the chat template refuses a prompt
+    """
+    batch = prompt_inputs(tokenizer, prompts, model.device)
+    with torch.no_grad():
+        output = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stop_ids(tokenizer, model.generation_config.eos_token_id),
+            **options,
+        )
+    answers = output[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def fill_context(context: AdapterContext, batch: MicroBatch, seed: int, device: torch.device) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,15 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from dsmoelora.adapters.four_bit import check_installed
 from dsmoelora.config import ModelConfig
-from dsmoelora.config.dtype import has_bf16
+from dsmoelora.config.dtype import best_dtype, has_bf16
+from dsmoelora.config.run import QuantizeName
 from dsmoelora.data.fallback_template import ensure_chat_template
 from dsmoelora.data.sentencepiece_model import has_sentencepiece_alone, load_sentencepiece
 from dsmoelora.errors import ModelError, bad_value, listing
 from dsmoelora.model.heap import large_blocks_apart
+from dsmoelora.model.quantizing import build_recorded, check_packed, packing_weights
 from dsmoelora.signs_of_life.waits import waiting_for, watching
 
 # Settings of transformers' configurations that make a training forward pass random; those of other heads do not.
@@ -83,12 +87,33 @@ def load_model(config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrai
     described = load_model_config(config)
     without_dropout(described)
     # transformers looks for a living object of this class to learn that ZeRO-3 is on
+    chosen = chosen_to_pack(config)  # before ZeRO-3 is on: it is found out on a model without weights
     zero_3_is_on = HfDeepSpeedConfig(deepspeed_config)
-    with large_blocks_apart():
+    with large_blocks_apart(), packing(config, chosen, zero_3_is_on.is_zero3()):
         model = pretrained(config.path, "Check model.path.", comm.together, config=described, **_options(config))
     del zero_3_is_on
+    comm.together(lambda: check_packed(model, chosen))
     model.config.use_cache = False
     return model
+
+
+def chosen_to_pack(config: ModelConfig) -> frozenset[int]:
+    """The layers that `model.quantize` means, see `build_recorded`; none without it.
+
+    Raises:
+        ModelError: they cannot be packed
+    """
+    if config.quantize == "none":
+        return frozenset()
+    check_installed()
+    return build_recorded(lambda: model_without_weights(config))[1]
+
+
+@contextlib.contextmanager
+def packing(config: ModelConfig, chosen: frozenset[int], is_partitioned: bool) -> Iterator[None]:
+    """`packing_weights`, where there are some to pack."""
+    with packing_weights(chosen, config.torch_dtype, is_partitioned) if chosen else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
@@ -100,13 +125,18 @@ def watched_loading(path: str, beat: Callable[[], None], speaks: bool) -> Iterat
         beat: notes a sign of life
         speaks: whether this process says how far loading is, where it takes long
     """
-    found: dict[tuple[int, str], torch.nn.Parameter | None] = {}
+    found: dict[tuple[int, str], Callable[[], torch.nn.Parameter | None]] = {}
 
     def note(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        found[id(module), name] = parameter
+        if parameter is not None:
+            found[id(module), name] = weakref.ref(parameter)
 
-    def num_loaded() -> int:  # with this mark transformers keeps its own random start off what it has loaded
-        return sum(getattr(parameter, "_is_hf_initialized", False) for parameter in list(found.values()))
+    def is_loaded(parameter: torch.nn.Parameter | None) -> bool:
+        # with this mark transformers keeps its own random start off what it has loaded; gone is what was packed then
+        return parameter is None or getattr(parameter, "_is_hf_initialized", False)
+
+    def num_loaded() -> int:
+        return sum(is_loaded(parameter()) for parameter in list(found.values()))
 
     def what() -> str:
         return f"the weights of {path} ({num_loaded()} of {len(found)} tensors are here)"
@@ -143,17 +173,25 @@ def pretrained(
     return cast(PreTrainedModel, model)
 
 
-def model_for_inference(path: str, remedy: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def model_for_inference(
+    path: str, remedy: str, trust_remote_code: bool = False, quantize: QuantizeName = "none"
+) -> PreTrainedModel:
     """A whole model on this machine's accelerator, for programs without DeepSpeed.
 
-    Its dtype is the one it was saved in, but fp32 on a CPU that has no instructions for 16 bits.
+    Its dtype is the one it was saved in, but fp32 on a CPU that has no instructions for 16 bits; in 4 bits it is the
+    best of the machine.
 
     Raises:
-        ModelError: as `pretrained`
+        ModelError: as `pretrained`; or it cannot be kept in 4 bits
     """
     device = own_device()
-    dtype = torch.float32 if device.type == "cpu" and not has_bf16(device) else "auto"
-    model = pretrained(path, remedy, dtype=dtype, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = ModelConfig(path, best_dtype(device), quantize=quantize, **options)
+    chosen = chosen_to_pack(config)
+    dtype = "auto" if has_bf16(device) or device.type != "cpu" else torch.float32
+    with packing(config, chosen, is_partitioned=False):
+        model = pretrained(path, remedy, dtype=config.torch_dtype if chosen else dtype, **options)
+    check_packed(model, chosen)
     return torch.nn.Module.to(model, device)
 
 

@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
 
 from dsmoelora.adapters import RoutedLinear
+from dsmoelora.data.dataset import IGNORED
 
 LogitsOf = Callable[[Tensor], Tensor]  # (T, D) -> (T, V)
 
@@ -40,6 +41,15 @@ def can_keep_logits(model: PreTrainedModel) -> bool:
     except (RuntimeError, IndexError, TypeError, ValueError):
         return False
     return tuple(kept_BPD.shape) == (*places_BP.shape, 1)
+
+
+def nll_of_rows(logits_BPV: Tensor, targets_BP: Tensor) -> list[list[float]]:
+    """For each row the negative log likelihoods of its targets, in nats; those of -100 are none."""
+    found = []
+    for logits_PV, targets_P in zip(logits_BPV, targets_BP, strict=True):  # in fp32 one row at a time
+        nll_P = nn.functional.cross_entropy(logits_PV.float(), targets_P, ignore_index=IGNORED, reduction="none")
+        found.append(nll_P[targets_P != IGNORED].tolist())
+    return found
 
 
 class ChunkedLoss:

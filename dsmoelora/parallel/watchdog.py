@@ -39,23 +39,28 @@ logger = logging.getLogger(__name__)
 HANG_EXIT_CODE = 75
 _MIN_PATIENCE_S = 3.0
 _REMEDY = "The newest whole checkpoint is untouched: start again with `--resume auto`"
+_ELSEWHERE = f"stop it (touch {{folder}}/{STOP_FILE}), or set another run.name"
 
 
 @contextmanager
-def watched(folder: Path, hang_timeout_s: float) -> Iterator[Heartbeat]:
+def watched(
+    folder: Path, hang_timeout_s: float, remedy: str = _REMEDY, elsewhere: str = _ELSEWHERE
+) -> Iterator[Heartbeat]:
     """Watch over what is done inside (collective); it reports its progress to the heartbeat it gets.
 
     Args:
         folder: of the run
         hang_timeout_s: how long nothing may happen
+        remedy: what to do about a rank that hangs or is gone
+        elsewhere: what to do about another start in the same `{folder}` beside waiting for its end
 
     Raises:
         ConfigError: another start of this run is alive
         LostRankError: instead of a collective's error, when a peer is gone
     """
-    comm.together(lambda: _claim(folder) if comm.rank() == 0 else None)
+    comm.together(lambda: _claim(folder, elsewhere.format(folder=folder)) if comm.rank() == 0 else None)
     comm.set_timeout(hang_timeout_s)
-    watchdog = Watchdog(folder, Heartbeat(), hang_timeout_s, comm.rank(), comm.world_size())
+    watchdog = Watchdog(folder, Heartbeat(), hang_timeout_s, comm.rank(), comm.world_size(), remedy)
     watchdog.start()
     try:
         yield watchdog.heartbeat
@@ -69,14 +74,11 @@ def watched(folder: Path, hang_timeout_s: float) -> Iterator[Heartbeat]:
     watchdog.stop(Phase.DONE)
 
 
-def _claim(folder: Path) -> None:
+def _claim(folder: Path, elsewhere: str) -> None:
     """Two jobs in one folder would remove each other's half-written checkpoints."""
     other = running_elsewhere(folder)
     if other is not None:
-        raise ConfigError(
-            f"{folder} is in use: {other} is alive. Wait for its end, stop it (touch {folder / STOP_FILE}), or set "
-            "another run.name."
-        )
+        raise ConfigError(f"{folder} is in use: {other} is alive. Wait for its end, {elsewhere}.")
     clear_signs(folder)
 
 
@@ -90,11 +92,20 @@ class Watchdog:
         heartbeat: what to look at
         hang_timeout_s: seconds without a beat that mean a hang
         rank, world_size: of this process
+        remedy: for what it says where a rank hangs or is gone
     """
 
-    def __init__(self, folder: Path, heartbeat: Heartbeat, hang_timeout_s: float, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        heartbeat: Heartbeat,
+        hang_timeout_s: float,
+        rank: int,
+        world_size: int,
+        remedy: str = _REMEDY,
+    ) -> None:
         self.heartbeat = heartbeat
-        self._folder, self._timeout_s = folder, hang_timeout_s
+        self._folder, self._timeout_s, self._remedy = folder, hang_timeout_s, remedy
         self._rank, self._others = rank, [other for other in range(world_size) if other != rank]
         self._interval_s = min(INTERVAL_S, hang_timeout_s / 8)
         self._patience_s = max(_MIN_PATIENCE_S, 3 * self._interval_s)
@@ -128,7 +139,7 @@ class Watchdog:
                 f"of them (see above). {symptom.splitlines()[0] if symptom else ''}"
             )
         speaker = min(rank for rank in (self._rank, *self._others) if rank not in culprits)
-        return LostRankError(f"{what} {_REMEDY}.", is_speaker=self._rank == speaker)
+        return LostRankError(f"{what} {self._remedy}.", is_speaker=self._rank == speaker)
 
     def _run(self) -> None:
         last_beat, idle_s, before = self.heartbeat.num_beats, 0.0, time.monotonic()
@@ -151,7 +162,7 @@ class Watchdog:
         where = f"error: rank {self._rank}: no progress for {idle_s:.0f} s ({phase} at step {step}). "
         _say(f"{where}The stacks of its threads:\n{_stacks()}")
         silent = silent_ranks(self._folder, self._others, self._patience_s)
-        _say(f"{where}{self._blame(silent)} {_REMEDY}. If the work is only slow, raise train.hang_timeout_s.\n")
+        _say(f"{where}{self._blame(silent)} {self._remedy}. If the work is only slow, raise train.hang_timeout_s.\n")
         self.heartbeat.phase = Phase.LEFT
         self._give_sign("no progress")
         os._exit(HANG_EXIT_CODE)

@@ -18,7 +18,12 @@ FAILED_FILE = "FAILED"  # of a run that cannot succeed as it is, with the reason
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line that a crash cut off is left out."""
+    """The lines of a `metrics.jsonl`."""
+    return read_json_lines(path)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line; a line that a crash cut off is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

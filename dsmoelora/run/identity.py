@@ -38,6 +38,7 @@ def identity_of(
     return {
         _BASE: dict(base),
         "model.dtype": recipe.model.dtype,
+        "model.quantize": recipe.model.quantize,
         **{f"adapter.{key}": value for key, value in adapter.items()},
         **{f"losses.{name}": "on" if losses[name] else "off" for name in kinds},
         "run.seed": recipe.run.seed,

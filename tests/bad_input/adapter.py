@@ -1,12 +1,13 @@
-"""A trained adapter, read by launch/generate.py and launch/export.py."""
+"""A trained adapter, read by launch/generate.py, launch/export.py, launch/evaluate.py and serve.py."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 from safetensors.torch import load_file, save_file
 
-from tests.bad_input.bench import Bench, Case, cut
+from tests.bad_input.bench import ROW, Bench, Case, cut
 from tests.bad_input.model import missing_tensor
 from tests.helpers import bring_own_code, tiny_llama
 
@@ -123,6 +124,30 @@ def start_from_dora(bench: Bench) -> list[str]:
     return start_from_it(bench)
 
 
+def evaluated(bench: Bench, score: str, row: object, *more: object) -> list[str]:
+    file = bench.folder / "asked.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    return bench.evaluate("--data", file, "--score", score, *more)
+
+
+def another_evaluation(bench: Bench) -> list[str]:
+    folder = bench.folder / "scores"
+    folder.mkdir()
+    (folder / "evaluation.json").write_text('{"score": "exact"}')
+    return evaluated(bench, "loss", ROW, "--out", folder)
+
+
+def served_prompts(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", router="prompt")
+    return ["serve.py", "--adapter", str(bench.adapter), "--continuous-batching"]
+
+
+def tasks_of_prompts(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", router="prompt")
+    return bench.evaluate("--tasks", "arc_easy")
+
+
+QUESTION = {"instruction": "Say it."}
 AFTER_A_RUN: dict[str, Case] = {
     "the adapter folder does not exist": no_adapter,
     "adapter_config.json is damaged": broken_adapter_config,
@@ -154,5 +179,23 @@ AFTER_A_RUN: dict[str, Case] = {
     "an average of experts of kind `dora`": export_average_of_dora,
     "an average without data": lambda bench: bench.export("average"),
     "data where nothing is measured": lambda bench: bench.export("peft", "--data", "x.jsonl"),
+    "nothing to score": lambda bench: bench.evaluate("--data", "x.jsonl"),
+    "rows beside tasks": lambda bench: bench.evaluate("--tasks", "arc_easy", "--data", "x.jsonl"),
+    "a folder of tasks without tasks": lambda bench: evaluated(bench, "loss", ROW, "--tasks-dir", bench.folder),
+    "tasks for a router of prompts": tasks_of_prompts,
+    "rows without an answer": lambda bench: evaluated(bench, "exact", QUESTION),
+    "rows to choose from without choices": lambda bench: evaluated(bench, "choice", ROW),
+    "an answer without a number": lambda bench: evaluated(bench, "number", ROW),
+    "text that asks nothing": lambda bench: evaluated(bench, "exact", {"text": "Once."}),
+    "a row too long to be asked": lambda bench: evaluated(bench, "exact", ROW, "--data.max_length", 9),
+    "rows of an unknown key": lambda bench: bench.evaluate("--score", "loss", "--data", "{pth: x}"),
+    "rows that are no mapping": lambda bench: bench.evaluate("--score", "loss", "--data", "{path"),
+    "rows that are not there": lambda bench: bench.evaluate("--score", "loss", "--data", bench.folder / "no.jsonl"),
+    "choices where none are made": lambda bench: evaluated(bench, "loss", ROW, "--choices", "texts"),
+    "routing of the base": lambda bench: evaluated(bench, "loss", ROW, "--base-only", "--routing"),
+    "an empty batch": lambda bench: evaluated(bench, "loss", ROW, "--batch-size", 0),
+    "a folder of another evaluation": another_evaluation,
+    "a port that is none": lambda bench: ["serve.py", "--adapter", str(bench.adapter), "--port", "0"],
+    "requests mixed for a router of prompts": served_prompts,
     "a rank of the export below 1": lambda bench: bench.export("average", "--data", "x.jsonl", "--rank", 0),
 }

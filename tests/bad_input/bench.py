@@ -63,6 +63,10 @@ class Bench:
         """A command line of launch/merge.py."""
         return ["merge.py", "--adapters", str(self.adapter), *map(str, more)]
 
+    def evaluate(self, *more: object) -> list[str]:
+        """A command line of launch/evaluate.py."""
+        return ["evaluate.py", "--adapter", str(self.adapter), *map(str, more)]
+
     @property
     def model(self) -> Path:
         return self.folder / "model"

@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dsmoelora.callbacks import MetricsFile, ProgressBar, Samples, Summary, TrainingRun
 from dsmoelora.callbacks.memory import resident_bytes
-from dsmoelora.callbacks.samples import split_prompt
 from dsmoelora.callbacks.tensorboard import TensorBoard
 from dsmoelora.config import Recipe, TrainConfig
 from dsmoelora.data.chat import Prompt
+from dsmoelora.data.questions import split_prompt
 from dsmoelora.engine import StepResult
 from dsmoelora.run.files import read_metrics
 from tests.fake_engine import FakeDataset, FakeEngine

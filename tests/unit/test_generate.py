@@ -93,3 +93,40 @@ def test_a_system_message_for_a_template_that_knows_none(tmp_path: Path) -> None
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer", refusal + CHATML_TEMPLATE)
     with pytest.raises(ModelError, match=r"--system cannot be used: .*System role not supported.*Leave --system out"):
         answer(model, tokenizer, "Hi", "Be kind.", max_new_tokens=1)
+
+
+def test_a_chat_is_asked_with_all_that_was_said_and_can_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model")).eval()
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    asked: list[str] = []
+    own = model.generate
+
+    def note(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        asked.append(tokenizer.decode(input_ids[0]))
+        return own(input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", note)
+    said = iter(["Hi", "And?", "/new", "Hm", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    generate.chat(model, tokenizer, "Be kind.", max_new_tokens=3)
+    opening = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+    first = answer(model, tokenizer, "Hi", "Be kind.", max_new_tokens=3)
+    ending = "<|im_end|>\n<|im_start|>assistant\n"
+    turns = f"{opening}Hi{ending}{first}<|im_end|>\n<|im_start|>user\nAnd?{ending}"
+    assert asked[:3] == [f"{opening}Hi{ending}", turns, f"{opening}Hm{ending}"]
+    assert first in capsys.readouterr().out
+
+
+def test_a_chat_ends_with_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
+    generate.chat(Mock(), tiny_tokenizer(tmp_path), None, max_new_tokens=1)
+
+
+def test_either_prompts_or_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--chat", "--prompt", "x"]):
+        with pytest.raises(SystemExit):
+            generate.parse_options(["--adapter", "a", *words])
+    assert "not allowed with" in capsys.readouterr().err
+    assert generate.parse_options(["--adapter", "a", "--chat"]).chat

@@ -1,4 +1,4 @@
-"""What counts as a linear layer: torch's `nn.Linear`, and the transposed `Conv1D` of GPT-2."""
+"""What counts as a linear layer: torch's `nn.Linear`, ours in 4 bits, and the transposed `Conv1D` of GPT-2."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from dsmoelora.adapters.four_bit import FrozenLinear4bit
+
 Linear = nn.Linear | Conv1D
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
     """Whether the module maps (T, D) to (T, O) with one weight that nobody but itself reads.
 
-    Subclasses of `nn.Linear` with a forward pass of their own are something else: routers that return tuples, layers
-    with quantised weights. torch's multi-head attention reads the weight of its output layer without calling it.
+    Other subclasses of `nn.Linear` with a forward pass of their own are something else: routers that return tuples,
+    layers with weights that others have quantised. torch's multi-head attention reads the weight of its output layer
+    without calling it.
     """
-    if isinstance(module, Conv1D):
+    if isinstance(module, Conv1D | FrozenLinear4bit):
         return True
     ours = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return ours and not isinstance(module, NonDynamicallyQuantizableLinear)
