@@ -134,7 +134,7 @@ def measured(ranks: StandIn, rank: int, answers: list[str]) -> str:
     start = time.perf_counter()
     group = ranks.group_of(rank, answers)
     mapped = time.perf_counter()
-    sent = Preconditioner(group, OptimConfig(preconditioner="tangent")).shapes
+    sent = Preconditioner(group, OptimConfig(preconditioner="tangent"), frozen={}).shapes
     done = time.perf_counter()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

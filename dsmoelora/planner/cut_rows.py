@@ -52,12 +52,12 @@ def step_buffer_bytes(trained: list[ParameterShape], optim: OptimConfig, num_cut
     """
     factors = [one.trainable for one in trained if one.trainable is not None]
     clip = int(bool(optim.max_grad_norm_router) and any(of.factor is Factor.ROUTER for of in factors))
-    of_a = [one for one in trained if one.trainable is not None and one.trainable.factor is Factor.A]
-    if optim.preconditioner == "none" or not of_a:
+    # one of a pair may be frozen, so a layer's pairs are counted by whichever of its factors is trained
+    of_layer = {of.layer: (one, of) for one in trained if (of := one.trainable) and of.factor in (Factor.A, Factor.B)}
+    if optim.preconditioner == "none" or not of_layer:
         return _FP32 * clip
-    assert of_a[0].trainable is not None
-    rank = of_a[0].trainable.row_size
-    pairs = sum(one.numel // (rank * one.trainable.shape[1]) for one in of_a if one.trainable is not None)
+    rank = next(of.row_size for _, of in of_layer.values())
+    pairs = sum(one.numel // (rank * of.shape[1]) for one, of in of_layer.values())
     has_mixers = any(of.factor is Factor.M for of in factors)
     squares = 2 + (2 if has_mixers else int(optim.preconditioner == "tangent"))
     return _FP32 * (squares * pairs * rank**2 + 2 * num_cut * rank + clip)

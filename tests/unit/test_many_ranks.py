@@ -34,7 +34,7 @@ def test_shards_cover_everything_once_and_cut_what_is_planned(world_size: int, n
             start, stop = one.piece * place, min(one.piece * (place + 1), one.numel)
             assert held == ([(start, stop)] if start < stop else [])
         assert len(group.cut_rows) == num_cut
-        sent = Preconditioner(group, optim).shapes
+        sent = Preconditioner(group, optim, frozen={}).shapes
         assert 4 * sum(map(math.prod, sent.values())) == step_buffer_bytes(planned, optim, num_cut)
 
 
