@@ -88,7 +88,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["dsmoelora", "dsmoelora.*"]),
-    package_data={"dsmoelora": ["py.typed"]},
+    package_data={"dsmoelora": ["py.typed", "planner/devices.yaml"]},
     install_requires=REQUIRES,
     extras_require={
         "mpi": MPI,

@@ -98,6 +98,10 @@ class RoutedLinear(nn.Module):
             y_TO = self._with_others(x_TD, gate_TE, selected_TE, tokens_TD, shared, attachment)
         else:
             base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
+            if features:
+                # Nobody reads the tokens here. ZeRO-3 ends a module's backward pass once all its inputs have their
+                # gradients: one that never gets any would keep its weights, and those computed again, to the end.
+                tokens_TD = tokens_TD.detach()
             y_TO = experts(base_TO, tokens_TD, gate_TE, selected_TE, attachment=attachment, features=features)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 

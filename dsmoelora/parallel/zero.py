@@ -195,7 +195,8 @@ def shard_groups(
             *(deepspeed.__version__, KNOWN_VERSIONS[0], KNOWN_VERSIONS[-1]),
         )
         _check_values(partitions, found, layout)
-    own_cuts = [cut for _, shard, _ in partitions for cut in rows_cut_by(shard.runs)]
+    of_factors = [run for _, shard, _ in partitions for run in shard.runs if run.of.factor in (Factor.A, Factor.B)]
+    own_cuts = rows_cut_by(of_factors)
     all_cuts = comm.all_gather_objects(own_cuts)
     cut = sorted({(name, row) for one in all_cuts for name, row in one})
     groups = []

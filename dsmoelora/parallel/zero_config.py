@@ -9,7 +9,7 @@ import copy
 import difflib
 from collections import Counter
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.config import CommsLoggerConfig
@@ -70,6 +70,11 @@ def keep_whole_what_fits(config: dict[str, Any], adapters: list[int], base: list
     fitting = [numel for (numel, _), total in zip(counts, kept, strict=True) if total <= _MAX_KEPT_WHOLE]
     threshold = max([_SMALL, *fitting])
     zero[_THRESHOLD_KEY] = threshold if threshold >= max(adapters) else _SMALL
+
+
+def read_zero(config: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """The section `zero_optimization` of a merged configuration as DeepSpeed reads it, with its defaults."""
+    return cast(DeepSpeedZeroConfig, _checked("zero_optimization", DeepSpeedZeroConfig, config))
 
 
 def merge_config(recipe: Recipe, user_config: dict[str, Any], world_size: int) -> dict[str, Any]:

@@ -50,6 +50,10 @@ class Bench:
         content = json.loads(path.read_text()) | changes
         path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
+    def plan(self, *more: object) -> list[str]:
+        """A command line of launch/plan.py."""
+        return ["plan.py", *self.train(*more)[1:]]
+
     def generate(self, *more: object) -> list[str]:
         """A command line of launch/generate.py."""
         return ["generate.py", "--adapter", str(self.adapter), "--prompt", "x", *map(str, more)]

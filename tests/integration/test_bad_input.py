@@ -20,7 +20,7 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 
 from dsmoelora.cli import parse_command, run_guarded
-from launch import evaluate, export, generate, merge, serve, train
+from launch import evaluate, export, generate, merge, plan, serve, train
 from tests.bad_input import AFTER_A_RUN, EARLY, LATE, ROW, TOGETHER, Bench, make_bench
 from tests.conftest import PoolFactory, thorough
 from tests.forked import Program
@@ -30,7 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 ROOT = PAGE.parents[1]
 PATIENCE_S = 180.0
 PROGRAMS = {
-    f"{one.__name__.rpartition('.')[2]}.py": one.main for one in (train, generate, export, merge, evaluate, serve)
+    f"{one.__name__.rpartition('.')[2]}.py": one.main for one in (train, generate, export, merge, evaluate, serve, plan)
 }
 SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 

@@ -111,7 +111,7 @@ class ExpertsOfRouters:
     def __init__(self, sizes: list[int], device: torch.device) -> None:
         num_experts = torch.tensor(sizes, dtype=torch.int64, device=device)
         self._num_routers = len(sizes)
-        self._router_of = torch.arange(len(sizes), device=device).repeat_interleave(num_experts)
+        self._router_of = torch.arange(len(sizes), device=device).repeat_interleave(num_experts, output_size=sum(sizes))
         self.uniform = (1.0 / num_experts.double())[self._router_of]
 
     def per_router(self, values: Tensor) -> Tensor:

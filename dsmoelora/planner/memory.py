@@ -1,0 +1,250 @@
+"""Memory of a rank, part by part: exact where ZeRO allocates by rule, estimated where it depends on what runs when.
+
+W ranks, b bytes of a number of the model's dtype. n numbers of a tensor take a rank ceil(n / W) under ZeRO-3, and the
+pieces of tensors that only an expert-parallel group's peers share are as many as these peers. Stages 1 and 2 string all
+trained tensors together, fill up to a multiple of 2 W, and cut the string into W pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from dsmoelora.config import OptimConfig, Recipe
+from dsmoelora.errors import bad_value
+from dsmoelora.model import load_model_config, without_dropout
+from dsmoelora.parallel.zero_config import merge_config, read_zero
+from dsmoelora.planner.cut_rows import num_cut_rows, step_buffer_bytes
+from dsmoelora.planner.gathering import Gathered, GatherRules, gathered_in_pass
+from dsmoelora.planner.shapes import ModelShapes, ParameterShape, shapes_of
+from dsmoelora.planner.stand_in import PassBytes, pass_bytes
+
+_FP32 = 4
+
+
+class Phase(Enum):
+    """When a part is there."""
+
+    ALWAYS = "always"
+    LOAD = "load"
+    PASS = "pass"
+    STEP = "step"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one thing takes of a rank.
+
+    Args:
+        name: of the thing
+        num_bytes: of it
+        phase: when it is there
+        is_exact: it follows from sizes and rules alone
+        on_host: it lies in the host's memory
+    """
+
+    name: str
+    num_bytes: float
+    phase: Phase = Phase.ALWAYS
+    is_exact: bool = True
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All parts of a rank, those of no bytes left out.
+
+    Args:
+        parts: in the order in which they are shown
+        left_out: what is not counted
+    """
+
+    parts: list[Part]
+    left_out: list[str]
+
+    def total(self, phase: Phase, on_host: bool = False, exact_only: bool = False) -> float:
+        """Bytes in a phase, with what is always there."""
+        return sum(
+            part.num_bytes
+            for part in self.parts
+            if part.phase in (Phase.ALWAYS, phase) and part.on_host == on_host and (part.is_exact or not exact_only)
+        )
+
+    @property
+    def peak_phase(self) -> Phase:
+        """In which the device holds most."""
+        return max((Phase.LOAD, Phase.PASS, Phase.STEP), key=self.total)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the device at the worst moment."""
+        return self.total(self.peak_phase)
+
+    @property
+    def certain(self) -> float:
+        """Bytes of the device that are certain at the worst moment."""
+        return max(self.total(phase, exact_only=True) for phase in Phase)
+
+
+def plan_memory(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> MemoryPlan:
+    """The memory of the first rank of a run; no other has more, but for the last row of a tensor.
+
+    Args:
+        recipe: of the run, with its dtype settled
+        deepspeed: content of the DeepSpeed file
+        world_size: W
+
+    Raises:
+        UserError: recipe, DeepSpeed file and model cannot work together
+    """
+    if recipe.parallel.ep_size > 1:
+        raise bad_value(
+            "parallel.ep_size",
+            recipe.parallel.ep_size,
+            "1 for a plan of the memory, which does not know yet what the token exchange keeps",
+            "Plan with --parallel.ep_size 1, which takes more for experts and less for their tokens.",
+        )
+    if recipe.model.quantize != "none":
+        raise bad_value(
+            "model.quantize",
+            recipe.model.quantize,
+            "none for a plan of the memory, which does not know yet what a base in 4 bits takes",
+            "Plan with --model.quantize none, which takes more.",
+        )
+    recipe.train.accumulation_steps(world_size)
+    config = merge_config(recipe, deepspeed, world_size)
+    shapes = shapes_of(recipe, config, world_size)
+    described = load_model_config(recipe.model)
+    without_dropout(described)
+    passed = pass_bytes(described, recipe)
+    parts = [
+        *_base_parts(shapes, config, recipe),
+        *_adapter_parts(shapes, config, recipe),
+        *_optimizer_parts(shapes, config, recipe),
+        *_pass_parts(shapes, config, recipe, passed),
+    ]
+    return MemoryPlan([part for part in parts if part.num_bytes], _left_out(recipe))
+
+
+def _itemsize(recipe: Recipe) -> int:
+    return recipe.model.torch_dtype.itemsize
+
+
+def _whole(parameters: Iterable[ParameterShape]) -> int:
+    return sum(one.numel for one in parameters)
+
+
+def _pieces(parameters: Iterable[ParameterShape]) -> int:
+    return sum(one.piece for one in parameters)
+
+
+def _kept(parameters: Iterable[ParameterShape]) -> int:
+    """Numbers of whole tensors that stay beside the pieces; with one rank they are the same memory."""
+    return sum(one.padded for one in parameters if one.is_kept_whole and one.num_pieces > 1)
+
+
+def _string(shapes: ModelShapes) -> int:
+    """Numbers of all trained tensors behind one another, filled up, as stages 1 and 2 have them."""
+    step = 2 * shapes.layout.world_size
+    return -(-_whole(shapes.trained) // step) * step
+
+
+def _offloads(config: dict[str, Any], section: str) -> bool:
+    offload = getattr(read_zero(config), section)
+    return offload is not None and offload.device != "none"
+
+
+def _base_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe) -> list[Part]:
+    stage, itemsize, frozen = read_zero(config).stage, _itemsize(recipe), shapes.frozen
+    largest = max(one.numel for one in frozen)
+    buffers = Part("buffers of the base", shapes.buffer_bytes)
+    if stage < 3:
+        return [Part("base, whole", _whole(frozen) * itemsize), buffers]
+    away = _offloads(config, "offload_param")
+    leaves = [one for one in frozen if not (away and one.is_kept_whole)]
+    return [
+        Part("base, partitioned", _pieces(leaves) * itemsize, on_host=away),
+        Part("base, pieces of what is kept whole", (_pieces(frozen) - _pieces(leaves)) * itemsize),
+        Part("base, kept whole", _kept(frozen) * itemsize),
+        buffers,
+        Part("largest tensor, whole", largest * itemsize, Phase.LOAD),
+    ]
+
+
+def _adapter_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe) -> list[Part]:
+    stage, itemsize, trained = read_zero(config).stage, _itemsize(recipe), shapes.trained
+    if stage == 0:
+        return [Part("adapters, whole", _whole(trained) * itemsize)]
+    if stage < 3:
+        return [Part("adapters, whole", _string(shapes) * itemsize)]
+    away = _offloads(config, "offload_param")
+    return [
+        Part("adapters, partitioned", _pieces(trained) * itemsize, on_host=away),
+        Part("adapters, kept whole", _kept(trained) * itemsize),
+    ]
+
+
+def num_moments(optim: OptimConfig) -> int:
+    """fp32 numbers that the optimizer keeps of each trained number."""
+    return 2 if optim.name == "adamw" else int(optim.momentum > 0)
+
+
+def _optimizer_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe) -> list[Part]:
+    zero, trained = read_zero(config), shapes.trained
+    stage, away = zero.stage, _offloads(config, "offload_optimizer")
+    string = _string(shapes)
+    own = {0: _whole(trained), 3: _pieces(trained)}.get(stage, string // shapes.layout.world_size)
+    accumulated = string if stage == 1 and not away else own
+    # elsewhere gradients are there from the backward pass to the step alone
+    stays = stage == 3 or away or (stage == 1 and recipe.model.dtype == "bf16")
+    comes, flattened = Phase.ALWAYS if stays else Phase.PASS, Phase.ALWAYS if away else Phase.STEP
+    num_cut = num_cut_rows(trained, stage, string // shapes.layout.world_size)
+    buffer = step_buffer_bytes(trained, recipe.optim, num_cut)
+    return [
+        Part("masters, fp32", own * _FP32 if stage else 0, on_host=away),
+        Part("moments, fp32", own * _FP32 * num_moments(recipe.optim), on_host=away),
+        Part("gradients, fp32", accumulated * _FP32, comes, on_host=away),
+        Part("buffer of the preconditioner", buffer, on_host=away),
+        Part("gradients, flattened for the step", own * _FP32 if stage == 3 else 0, flattened, on_host=away),
+        Part("adapters, a copy for the host", own * _itemsize(recipe) if away and stage < 3 else 0, on_host=True),
+    ]
+
+
+def _pass_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe, passed: PassBytes) -> list[Part]:
+    zero = read_zero(config)
+    bucket = zero.reduce_bucket_size * _FP32 if zero.stage and zero.contiguous_gradients else 0
+    buckets = {1: 0 if recipe.model.dtype == "bf16" else 1, 2: 1}.get(zero.stage, 1)
+    if zero.stage in (1, 2) and zero.overlap_comm:
+        buckets *= 2
+    gathered = _gathered(shapes, config, recipe, passed)
+    kept = "inputs of the layers, kept" if recipe.train.activation_checkpointing else "activations, kept"
+    return [
+        Part("reduce bucket", bucket * buckets, Phase.ALWAYS if zero.stage == 3 else Phase.PASS),
+        Part("base, gathered", gathered.peak * _itemsize(recipe), Phase.PASS, is_exact=False),
+        Part(kept, passed.kept, Phase.PASS, is_exact=False),
+        Part("activations, at work", passed.peak - passed.kept, Phase.PASS, is_exact=False),
+    ]
+
+
+def _gathered(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe, passed: PassBytes) -> Gathered:
+    zero = read_zero(config)
+    if zero.stage < 3 or shapes.layout.world_size == 1:
+        return Gathered()
+    rules = GatherRules(zero.prefetch_bucket_size, zero.max_live_parameters, zero.max_reuse_distance)
+    return gathered_in_pass(shapes, passed.order, rules, recipe.train.activation_checkpointing)
+
+
+def _left_out(recipe: Recipe) -> list[str]:
+    notes = [
+        "what an allocator rounds up or cannot use for fragments",
+        "workspaces of kernels, and copies that a kernel makes for itself",
+        "batches and their masks beyond the one at hand, the routers' sums, the tokenizer and the data (host)",
+        "evaluation and answers to held-out prompts, which keep a key-value cache",
+    ]
+    if recipe.model.attention == "flash_attention_2":
+        notes.append("flash_attention_2 is counted as sdpa")
+    if recipe.adapter.init == "svd":
+        notes.append("the singular value decompositions before the first step")
+    return notes

@@ -1,0 +1,198 @@
+"""One micro-batch of a rank on tensors without memory: what it keeps, and the most that lives at a time.
+
+The model's own code runs, with its adapters, its attention and its loss, forward and backward, so nothing is assumed of
+an architecture. Layers that are alike are run once or twice and counted as often as they are there.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dsmoelora.adapters import adapter_context, inject
+from dsmoelora.adapters.context import AdapterContext
+from dsmoelora.adapters.contrastive import ContrastiveLosses
+from dsmoelora.adapters.routing import RoutingLog
+from dsmoelora.config import Recipe
+from dsmoelora.data import MicroBatch
+from dsmoelora.model import recompute_activations
+from dsmoelora.model.inputs import fill_context, model_inputs
+from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
+from dsmoelora.planner.live_bytes import LiveBytes
+
+_CPU = torch.device("cpu")
+# Fake tensors know no kernels of other packages; those of torch keep the same for the backward pass.
+_RUNS_AS = {"flash_attention_2": "sdpa"}
+
+
+Order = dict[type[nn.Module], list[str]]
+
+
+@dataclass(frozen=True)
+class PassBytes:
+    """Of a forward and a backward pass of one micro-batch, parameters and their gradients aside.
+
+    Args:
+        kept: bytes at the end of the forward pass: what the backward pass needs
+        peak: the most bytes that live at a time
+        order: for each class of module, its children's names in the order in which they are called
+    """
+
+    kept: float
+    peak: float
+    order: Order
+
+
+def pass_bytes(shape: Any, recipe: Recipe) -> PassBytes:
+    """What a micro-batch of full rows takes, every token but the first of a row being a target.
+
+    Args:
+        shape: the model's configuration, of transformers
+        recipe: of the run, with its dtype settled; `parallel.ep_size` is 1
+    """
+    num_layers = shape.get_text_config().num_hidden_layers
+    some = _period(shape)
+    if not some or num_layers <= 2 * some:
+        return _measured(shape, recipe)
+    one, two = (_measured(_with_layers(shape, some * times), recipe) for times in (1, 2))
+    more = (num_layers - some) / some
+    kept, peak = (small + more * (large - small) for small, large in ((one.kept, two.kept), (one.peak, two.peak)))
+    return PassBytes(kept, peak, two.order)
+
+
+def _measured(shape: Any, recipe: Recipe) -> PassBytes:
+    model = _on_meta(shape, recipe)
+    inject(model, recipe.adapter, start=lambda _: None)
+    model.train()
+    if recipe.train.activation_checkpointing:
+        recompute_activations(model)
+    loss = ChunkedLoss.of(model, recipe.train.loss_chunk)
+    keeps_logits = can_keep_logits(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=_CPU)
+        _drop_gradients(model)
+        batch, context = _full_batch(recipe), adapter_context(model)
+        log, called = _listen(model, recipe, context), _note_calls(model)
+        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            with log.listening():
+                nll = _nll_sum(model, batch, recipe, loss, keeps_logits)
+            kept = live.now
+            nll.backward()
+        return PassBytes(kept, live.peak, _order(model, called))
+
+
+def _note_calls(model: nn.Module) -> list[nn.Module]:
+    """Gets the model's modules as they are called."""
+    called: list[nn.Module] = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, _: called.append(module))
+    return called
+
+
+def _order(model: nn.Module, called: list[nn.Module]) -> Order:
+    """A list of modules is not called itself, and takes the place of the first of those in it."""
+    first = {id(module): place for place, module in reversed(list(enumerate(called)))}
+
+    def place(module: nn.Module) -> int:
+        return min((first.get(id(part), len(called)) for part in module.modules()), default=len(called))
+
+    order: Order = {}
+    for module in model.modules():
+        children = dict(module.named_children())
+        if len(children) > len(order.get(type(module), [])) and not isinstance(module, nn.ModuleList):
+            order[type(module)] = sorted(children, key=lambda name: place(children[name]))
+    return order
+
+
+def _listen(model: PreTrainedModel, recipe: Recipe, context: AdapterContext) -> RoutingLog:
+    """Whoever listens to the layers in a run does so here."""
+    log = context.log = RoutingLog(model, recipe.losses, _CPU)
+    context.losses = ContrastiveLosses(model, recipe.losses, _CPU, recipe.adapter.num_used)
+    log.begin_step(recipe.train.micro_batch_size * recipe.data.max_length, 1.0)
+    context.losses.begin_step(recipe.train.micro_batch_size, 1.0)
+    return log
+
+
+def _nll_sum(
+    model: PreTrainedModel, batch: MicroBatch, recipe: Recipe, loss: ChunkedLoss | None, keeps_logits: bool
+) -> Tensor:
+    """As the engine has it (`Engine._nll_sum`)."""
+    length = recipe.data.max_length
+    places_BP = torch.arange(length - 1).expand(recipe.train.micro_batch_size, -1)
+    inputs = model_inputs(batch, model.config._attn_implementation, _CPU)
+    fill_context(adapter_context(model), batch, recipe.run.seed, _CPU)
+    if keeps_logits:
+        inputs["logits_to_keep"] = places_BP
+    targets_T = torch.zeros(places_BP.numel(), dtype=torch.int64)
+    if loss is not None:
+        wanted_T = torch.arange(places_BP.numel())
+        return loss.nll_sum(lambda: model(**inputs), wanted_T, targets_T, 1.0)
+    logits_BPV = model(**inputs).logits
+    if not keeps_logits:
+        logits_BPV = torch.take_along_dim(logits_BPV, places_BP.unsqueeze(-1), dim=1)
+    return nn.functional.cross_entropy(logits_BPV.flatten(0, 1).float(), targets_T, reduction="sum")
+
+
+def _full_batch(recipe: Recipe) -> MicroBatch:
+    num_rows, length = recipe.train.micro_batch_size, recipe.data.max_length
+    ids_BS = torch.zeros(num_rows, length, dtype=torch.int64)
+    packed = recipe.data.packing
+    return MicroBatch(
+        ids_BS,
+        torch.ones_like(ids_BS),
+        ids_BS,
+        ids_BS if packed else ids_BS[:, 0],
+        num_supervised_global=ids_BS.numel(),
+        num_tokens_global=ids_BS.numel(),
+        position_ids=torch.arange(length).expand(num_rows, -1) if packed else None,
+    )
+
+
+def _drop_gradients(model: nn.Module) -> None:
+    """Have each gradient gone as soon as it is whole, as ZeRO has it once it has taken it over."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop)
+
+
+def _on_meta(shape: Any, recipe: Recipe) -> PreTrainedModel:
+    attention = _RUNS_AS.get(recipe.model.attention, recipe.model.attention)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(shape),
+            dtype=recipe.model.torch_dtype,
+            attn_implementation=attention,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    model.config.use_cache = False
+    return model
+
+
+def _period(shape: Any) -> int:
+    """After how many layers their kinds come again; 0 where that cannot be told from the configuration."""
+    text = shape.get_text_config()
+    if hasattr(text, "first_k_dense_replace") or getattr(text, "decoder_sparse_step", 1) != 1:
+        return 0
+    kinds = getattr(text, "layer_types", None) or [""]
+    if getattr(text, "mlp_only_layers", None):
+        return 0
+    return next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+
+
+def _with_layers(shape: Any, num_layers: int) -> Any:
+    fewer = copy.deepcopy(shape)
+    text = fewer.get_text_config()
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+    return fewer

@@ -1,0 +1,70 @@
+"""The planner's memory beside what two ranks really hold while they train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dsmoelora.planner import Phase, plan_memory
+from tests.conftest import PoolFactory, thorough
+from tests.helpers import tiny_llama
+from tests.memory_of_rank import train_and_measure
+
+ROUTERS_SUMS = 30_000  # bytes, and what else the planner says that it leaves out
+# as in a model that is too large for its weights to stay from one pass to the next
+LARGE = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 20_000,
+    "stage3_prefetch_bucket_size": 8_000,
+    "stage3_max_live_parameters": 60_000,
+}
+
+
+OFFLOADED = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+
+
+def recipe_of(folder: Path, dtype: Any, length: int, checkpointing: bool = False) -> Recipe:
+    base = tiny_llama(folder, num_hidden_layers=4)
+    return Recipe(
+        model=ModelConfig(path=str(base), dtype=dtype),
+        adapter=AdapterConfig(num_experts=4, top_k=2, target_modules="all-linear"),
+        optim=OptimConfig(preconditioner="tangent"),
+        data=DataConfig(max_length=length),
+        train=TrainConfig(activation_checkpointing=checkpointing, micro_batch_size=2, batch_size=4, loss_chunk=32),
+    )
+
+
+def zero_of(stage: int, **more: Any) -> dict[str, Any]:
+    return {"stage": stage, "reduce_bucket_size": 10_000} | (LARGE if stage == 3 else {}) | more
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", [3, 0, thorough(1), thorough(2)])
+def test_memory_of_a_rank(stage: int, checkpointing: bool, tmp_path: Path, worker_pool: PoolFactory) -> None:
+    recipe, zero = recipe_of(tmp_path, "fp32", 128, checkpointing), zero_of(stage)
+    plan = plan_memory(recipe, {"zero_optimization": zero}, 2)
+    found = worker_pool(2).run(train_and_measure, recipe, zero)[0]
+    always = plan.total(Phase.ALWAYS)
+    assert always == pytest.approx(found.at_rest, abs=ROUTERS_SUMS)
+    assert plan.total(Phase.PASS) - always == pytest.approx(found.peak, rel=0.1)
+    if stage == 3:
+        gathered = next(part.num_bytes for part in plan.parts if part.name == "base, gathered")
+        assert gathered / 4 == pytest.approx(found.gathered_peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [(3, OFFLOADED), (1, {}), thorough(2, {}), thorough(2, {"offload_optimizer": {"device": "cpu"}}), thorough(3, {})],
+)
+def test_what_is_held_between_two_steps_in_bf16(
+    stage: int, more: dict[str, Any], tmp_path: Path, worker_pool: PoolFactory
+) -> None:
+    """Device and host together, for here they are one."""
+    recipe, zero = recipe_of(tmp_path, "bf16", 16), zero_of(stage, **more)
+    plan = plan_memory(recipe, {"zero_optimization": zero}, 2)
+    found = worker_pool(2).run(train_and_measure, recipe, zero)[0]
+    always = sum(plan.total(Phase.ALWAYS, on_host=on_host) for on_host in (False, True))
+    assert always == pytest.approx(found.at_rest, abs=ROUTERS_SUMS)

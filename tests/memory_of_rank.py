@@ -1,0 +1,107 @@
+"""What a rank really holds, counted by Python's collector and by torch's own allocator, and what ZeRO gathers."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dsmoelora.config import Recipe
+from dsmoelora.data import MicroBatch
+
+
+@dataclass(frozen=True)
+class Held:
+    """Of one rank.
+
+    Args:
+        at_rest: bytes of all tensors that an engine brings, between two steps
+        peak: bytes that are allocated beside them in a step, at most
+        gathered_peak: numbers that ZeRO-3 has gathered at most
+    """
+
+    at_rest: int
+    peak: int
+    gathered_peak: int
+
+
+def train_and_measure(recipe: Recipe, zero: dict[str, Any]) -> Held:
+    """Three steps of one micro-batch: ZeRO-3 learns the order of the modules in the first two."""
+    from dsmoelora.engine import Engine
+
+    before = _bytes_of_tensors()
+    engine = Engine.build(recipe, {"zero_optimization": zero})
+    batch = padded_batch(recipe)
+    for _ in range(3):
+        engine.train_step([batch])
+    at_rest = _bytes_of_tensors() - before
+    coordinator = getattr(engine._deepspeed.optimizer, "_get_param_coordinator", lambda: None)()
+    with _Gathering(coordinator) as gathering:
+        peak = allocated_peak(lambda: engine.train_step([batch]))
+    return Held(at_rest, peak, gathering.peak)
+
+
+def padded_batch(recipe: Recipe) -> MicroBatch:
+    """Full rows but for the last token of the first, so that there is a mask; all tokens are targets."""
+    from dsmoelora.parallel import comm
+
+    num_rows, length = recipe.train.micro_batch_size, recipe.data.max_length
+    mask_BS = torch.ones(num_rows, length, dtype=torch.int64)
+    mask_BS[0, -1] = 0
+    ids_BS = torch.arange(num_rows * length).view(num_rows, length) % 200
+    total = comm.world_size() * num_rows * length
+    return MicroBatch(ids_BS, mask_BS, ids_BS, torch.arange(num_rows), total, total)
+
+
+def allocated_peak(run: Any) -> int:
+    """The most bytes that torch's allocator of the CPU has given out inside the call, beside what it had."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def _bytes_of_tensors() -> int:
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if (
+            isinstance(thing, torch.Tensor)
+            and thing.device.type == "cpu"
+            and type(thing) in (torch.Tensor, torch.nn.Parameter)
+        ):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class _Gathering:
+    """Watches DeepSpeed's coordinator inside the block."""
+
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
+        self.peak = 0
+
+    def __enter__(self) -> _Gathering:
+        if self._coordinator is None:
+            return self
+        fetch = self._coordinator.fetch_sub_module
+        name = "_PartitionedParameterCoordinator__n_available_params"
+
+        def fetched(*args: Any, **kwargs: Any) -> None:
+            fetch(*args, **kwargs)
+            self.peak = max(self.peak, getattr(self._coordinator, name))
+
+        self._coordinator.fetch_sub_module = fetched
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._coordinator is not None:
+            del self._coordinator.fetch_sub_module

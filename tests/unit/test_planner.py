@@ -1,0 +1,183 @@
+"""The planner's exact parts against formulas of the model's sizes, and against the real shards and buffers."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig
+
+from dsmoelora.adapters import Factor
+from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dsmoelora.config.adapter_options import ROUTERS
+from dsmoelora.optim.preconditioner import Preconditioner
+from dsmoelora.optim.rows import Shard, ShardGroup, Trainable, rows_cut_by
+from dsmoelora.planner import MemoryPlan, Part, Phase, device_named, device_names, plan_memory, verdict
+from dsmoelora.planner.cut_rows import num_cut_rows, step_buffer_bytes
+from dsmoelora.planner.devices import GIB
+from dsmoelora.planner.shapes import ParameterShape
+from dsmoelora.planner.stand_in import _measured, pass_bytes
+from tests.helpers import tiny_llama
+from tests.shardings import per_parameter, some_parameters
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+NUM_LAYERS, WIDTH, INNER, VOCABULARY, EXPERTS, RANK = 3, 64, 128, 261, 5, 3  # 261: no multiple of the ranks
+
+
+def recipe_of(path: Path | str, dtype: Any = "bf16", **train: Any) -> Recipe:
+    return Recipe(
+        model=ModelConfig(path=str(path), dtype=dtype),
+        adapter=AdapterConfig(num_experts=EXPERTS, r=RANK, top_k=2, target_modules=["q_proj", "v_proj"]),
+        data=DataConfig(max_length=24),
+        train=TrainConfig(batch_size=48, **{"micro_batch_size": 2, "loss_chunk": 16} | train),
+    )
+
+
+def sizes_of_base() -> list[int]:
+    """Of a Llama with two heads for keys of four: embedding, head, norms, and the matrices of its layers."""
+    layer = [WIDTH**2, WIDTH**2 // 2, WIDTH**2 // 2, WIDTH**2, *3 * [WIDTH * INNER], WIDTH, WIDTH]
+    return 2 * [VOCABULARY * WIDTH] + NUM_LAYERS * layer + [WIDTH]
+
+
+def sizes_of_adapters() -> list[int]:
+    """`a`, `b` and router of q and v."""
+    q = [EXPERTS * WIDTH * RANK, EXPERTS * WIDTH * RANK, EXPERTS * WIDTH]
+    v = [EXPERTS * WIDTH * RANK, EXPERTS * WIDTH // 2 * RANK, EXPERTS * WIDTH]
+    return NUM_LAYERS * (q + v)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    return tiny_llama(folder, num_hidden_layers=NUM_LAYERS, hidden_size=WIDTH, vocab_size=VOCABULARY)
+
+
+def parts_of(recipe: Recipe, zero: dict[str, Any], world_size: int) -> dict[str, float]:
+    plan = plan_memory(recipe, {"zero_optimization": zero}, world_size)
+    return {part.name: part.num_bytes for part in plan.parts if part.is_exact}
+
+
+def test_stage_3_cuts_every_tensor_and_keeps_small_ones_whole(base: Path) -> None:
+    ranks, threshold = 8, EXPERTS * WIDTH * RANK
+    found = parts_of(recipe_of(base), {"stage": 3, "reduce_bucket_size": 1000}, ranks)
+    # left to itself the threshold is DeepSpeed's 100,000 here, above all of this model's tensors
+    whole = [math.ceil(size / ranks) * ranks for size in sizes_of_base()]
+    own = sum(math.ceil(size / ranks) for size in sizes_of_adapters())
+    assert found["base, partitioned"] == 2 * sum(math.ceil(size / ranks) for size in sizes_of_base())
+    assert found["base, kept whole"] == 2 * sum(whole)
+    assert found["adapters, partitioned"] == 2 * own
+    assert found["masters, fp32"] == found["gradients, fp32"] == 4 * own
+    assert found["moments, fp32"] == 8 * own
+    assert found["reduce bucket"] == 4000
+    zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+    found = parts_of(recipe_of(base), zero, ranks)
+    assert found["base, kept whole"] == 2 * (2 * NUM_LAYERS + 1) * WIDTH
+    assert found["adapters, kept whole"] == 2 * sum(math.ceil(size / ranks) * ranks for size in sizes_of_adapters())
+
+
+def test_other_stages_and_offload(base: Path) -> None:
+    ranks, base_bytes, trained = 8, 2 * sum(sizes_of_base()), sum(sizes_of_adapters())
+    string = math.ceil(trained / (2 * ranks)) * 2 * ranks
+    for stage in (1, 2):
+        found = parts_of(recipe_of(base), {"stage": stage}, ranks)
+        assert found["base, whole"] == base_bytes
+        assert found["adapters, whole"] == 2 * string
+        assert found["masters, fp32"] == 4 * string // ranks
+        assert found["gradients, fp32"] == 4 * (string if stage == 1 else string // ranks)
+    found = parts_of(recipe_of(base, dtype="fp32"), {"stage": 0}, ranks)
+    assert found["base, whole"] == 2 * base_bytes
+    assert "masters, fp32" not in found
+    assert found["moments, fp32"] == 8 * trained
+    offload = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **offload}
+    plan = plan_memory(recipe_of(base), {"zero_optimization": zero}, ranks)
+    own = sum(math.ceil(size / ranks) for size in sizes_of_adapters())
+    cut = sum(math.ceil(size / ranks) for size in sizes_of_base())
+    assert plan.total(Phase.PASS, on_host=True) == 2 * cut + (2 + 4 + 4 + 8 + 4) * own
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7, 1024])
+@pytest.mark.parametrize("rule", ["scaled", "tangent"])
+def test_cut_rows_and_the_step_are_those_of_the_real_code(world_size: int, rule: Any) -> None:
+    """The preconditioner's own buffer, for shards of a random model."""
+    found = [of for of in some_parameters(random.Random(3), num_experts=5) if of.factor is Factor.ROUTER or of.row_size]
+    rank = 3
+    found = [replace(of, shape=(*of.shape[:-1], rank)) if of.factor is not Factor.ROUTER else of for of in found]
+    runs = [run for of_rank in per_parameter(found, world_size) for runs in of_rank for run in runs]
+    by_name = {of.name: of for of in found}
+    cut = {(name, row) for name, row in rows_cut_by(runs) if by_name[name].factor is not Factor.ROUTER}
+    shapes = [ParameterShape(of.name, math.prod(of.shape), world_size, of) for of in found]
+    assert num_cut_rows(shapes, stage=3, partition=0) == len(cut)
+    shard = Shard(torch.zeros(1), [])
+    group = ShardGroup(found, [shard], [(by_name[name], row) for name, row in sorted(cut)])
+    optim = OptimConfig(preconditioner=rule)
+    sent = Preconditioner(group, optim, frozen={}).shapes
+    assert step_buffer_bytes(shapes, optim, len(cut)) == 4 * sum(map(math.prod, sent.values()))
+
+
+def test_stages_1_and_2_cut_one_string() -> None:
+    found = [Trainable(f"{k}.a", str(k), Factor.A, (1, 5, 3)) for k in range(3)]
+    shapes = [ParameterShape(of.name, 15, 4, of) for of in found]
+    # 45 numbers in pieces of 12: cuts at 12, 24, 36; rows begin at multiples of 3, so none is cut
+    assert num_cut_rows(shapes, stage=2, partition=12) == 0
+    # pieces of 11: cuts at 11, 22, 33, 44, inside the rows 9 to 12, 21 to 24, 42 to 45, and at 33
+    assert num_cut_rows(shapes, stage=2, partition=11) == 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma2Config])
+def test_layers_that_are_alike_count_as_often_as_they_are_there(kind: Any, checkpointing: bool) -> None:
+    """Gemma's layers come in pairs, of which one sees a window."""
+    more = {"head_dim": 8} if kind is Gemma2Config else {}
+    shape = kind(**SMALL, **more, num_hidden_layers=7)
+    recipe = recipe_of("", activation_checkpointing=checkpointing)
+    recipe = replace(recipe, model=replace(recipe.model, attention="eager"))
+    few, whole = pass_bytes(shape, recipe), _measured(shape, recipe)
+    assert few.kept == pytest.approx(whole.kept, rel=0.005)
+    assert few.peak == pytest.approx(whole.peak, rel=0.005)
+
+
+@pytest.mark.parametrize("router", sorted(set(ROUTERS) - {"arrow"}))  # arrow needs experts that exist
+def test_every_router_can_be_counted(router: Any) -> None:
+    top_k = {"top_k": 2} if "top_k" in ROUTERS[router].options else {"top_k": None}
+    adapter = AdapterConfig(num_experts=4, r=2, target_modules="all-linear", router=router, **top_k)
+    recipe = replace(recipe_of(""), adapter=adapter)
+    found = pass_bytes(LlamaConfig(**SMALL, num_hidden_layers=1), recipe)
+    assert 0 < found.kept < found.peak
+
+
+def plan_of(certain: float, estimated: float) -> MemoryPlan:
+    parts = [
+        Part("base, partitioned", certain * GIB),
+        Part("base, gathered", estimated * GIB, Phase.PASS, is_exact=False),
+    ]
+    return MemoryPlan(parts, [])
+
+
+def test_a_verdict_says_how_sure_it_is() -> None:
+    device = device_named("a100-40")  # 39.4 GiB, of which 1.5 are assumed to be taken
+    assert verdict(plan_of(10, 5), device).text.startswith("fits: 16.5 of 39.4 GiB (42 %) in forward and backward")
+    tight = verdict(plan_of(10, 26), device)
+    assert tight.fits
+    assert tight.text.startswith("fits, but tightly: 37.5 of 39.4 GiB (95 %)")
+    unsure, certain = verdict(plan_of(10, 30), device), verdict(plan_of(40, 5), device)
+    assert (unsure.fits, unsure.is_certain, certain.fits, certain.is_certain) == (False, False, False, True)
+    assert certain.limits[0].startswith("base, partitioned, 40.00 GiB: more ranks")
+
+
+def test_devices_say_where_their_figures_are_from() -> None:
+    for name in device_names():
+        device = device_named(name)
+        assert device.source
+        assert 0 < device.context_gib < device.memory_gib
