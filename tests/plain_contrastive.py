@@ -19,14 +19,21 @@ class PlainContrastive:
 
     def __init__(self, model: Any) -> None:
         self.values: list[dict[str, float]] = []
+        self._inputs: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[Any, Tensor, Tensor]] = {}
         for name, layer in adapted_layers(model):
             if layer.experts.shapes["a"][0] == 1:
                 continue
+            layer.register_forward_pre_hook(partial(self._note, name))
             layer.experts.register_forward_pre_hook(partial(self._remember, name))
 
+    def _note(self, name: str, _: Any, inputs: tuple[Any, ...]) -> None:
+        self._inputs[name] = inputs[0].flatten(0, -2)
+
     def _remember(self, name: str, experts: Any, inputs: tuple[Any, ...]) -> None:
-        self._seen[name] = experts, inputs[1], inputs[3]
+        """Experts that the router has made features for are handed no tokens with a graph, but there is no dropout."""
+        x_TD = inputs[1] if inputs[1].requires_grad else self._inputs[name]
+        self._seen[name] = experts, x_TD, inputs[3]
 
     def of_step(self, keys_BS: Tensor, mask_BS: Tensor, config: LossesConfig) -> Tensor | float:
         """What the step's losses add to that of the text: means over rows and layers."""

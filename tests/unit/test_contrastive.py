@@ -70,15 +70,19 @@ def run_step(
 def reference(network: TwoLayers, losses: LossesConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses in fp64 from outputs of all experts for all tokens, and the inputs they depend on."""
     adapter_context(network).losses, network.recompute = None, False
-    seen: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+    inputs_of: dict[str, Tensor] = {}
+    seen: dict[str, tuple[Tensor, Tensor | None]] = {}
     handles = []
     for name, layer in adapted_layers(network):
 
-        def remember(_: Any, inputs: tuple[Any, ...], others: dict[str, Any], name: str) -> None:
-            seen[name] = inputs[1], inputs[3], others.get("ratio_LO")
+        def note(_: Any, inputs: tuple[Any, ...], name: str) -> None:
+            inputs_of[name] = inputs[0].flatten(0, -2)
 
-        hook = partial(remember, name=name)
-        handles.append(layer.experts.register_forward_pre_hook(hook, with_kwargs=True))
+        def remember(_: Any, inputs: tuple[Any, ...], others: dict[str, Any], name: str) -> None:
+            seen[name] = inputs[3], others.get("ratio_LO")
+
+        handles.append(layer.register_forward_pre_hook(partial(note, name=name)))
+        handles.append(layer.experts.register_forward_pre_hook(partial(remember, name=name), with_kwargs=True))
     x, real_BS, keys_BS = batch()
     x.requires_grad_()
     network(x)
@@ -86,7 +90,7 @@ def reference(network: TwoLayers, losses: LossesConfig) -> tuple[Tensor, Tensor,
         handle.remove()
     found = []
     for name, layer in adapted_layers(network):
-        x_TD, selected_TE, ratio_EO = seen[name]
+        x_TD, (selected_TE, ratio_EO) = inputs_of[name], seen[name]
         a, b = layer.experts.a.double(), layer.experts.b.double()
         a = a if layer.experts.m is None else a @ layer.experts.m.double()
         b = b if ratio_EO is None else ratio_EO.double().unsqueeze(-1) * b
