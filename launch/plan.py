@@ -15,21 +15,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
-import transformers
 from rich.console import Console
 
 from dsmoelora.cli import parse_command, run_guarded
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, bad_value
+from dsmoelora.logs import setup_logging
 
 
 def main() -> None:
     """Plan as the command line says, and fail where it does not fit."""
     options, rest = parse_options(sys.argv[1:])
     command = parse_command(rest)
+    setup_logging(rank=0)
     from dsmoelora.planner import device_named, plan_memory, print_memory, verdict
 
-    transformers.logging.set_verbosity_error()
     device = device_named(options.gpu)
     plan = plan_memory(with_dtype(command.recipe), command.deepspeed, options.gpus)
     print_memory(plan, device, options.gpus, Console())

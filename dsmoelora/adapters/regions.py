@@ -1,7 +1,7 @@
 """Pure functions of wide tensors that a compiler may fuse into one pass over memory; they run as they stand otherwise.
 
-Only what makes many passes over tensors as wide as a layer's input is worth it. A call into compiled code costs the
-host as much as ten small kernels, so what a router does to its (T, E) numbers stays as it is.
+Only what makes many passes over tensors as wide as a layer's input is worth it. A call into compiled code has a price
+of its own on the host, so what a router does to its (T, E) numbers stays as it is.
 """
 
 from __future__ import annotations
