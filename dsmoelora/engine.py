@@ -99,7 +99,7 @@ class Engine:
         skipped_steps: steps dropped because loss or gradient was not finite
         adapted_layers: names of the layers with experts
         num_trainable: trainable numbers, of all experts; those of `adapter.freeze` are not among them
-        base_fingerprint: see `adapters.base`
+        base_fingerprint: see `adapters.fingerprint`
         awaits_start: neither `draw_start` nor `load` has given the experts the start that `adapter.init: gradient` asks
             for
     """

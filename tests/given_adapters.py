@@ -58,6 +58,15 @@ def our_adapter(base_path: Path, folder: Path, config: AdapterConfig, seed: int 
     return folder
 
 
+def two_adapters(base_path: Path, folder: Path, targets: list[str]) -> list[str]:
+    """One of PEFT on the first two of these layers, and one of ours with three experts on all."""
+    ours = AdapterConfig(r=3, lora_alpha=12, num_experts=3, top_k=1, target_modules=targets)
+    return [
+        str(peft_adapter(base_path, folder / "peft", r=2, lora_alpha=8, target_modules=targets[:2])),
+        str(our_adapter(base_path, folder / "ours", ours)),
+    ]
+
+
 def other_base(base_path: Path, folder: Path) -> Path:
     """The same model with other numbers."""
     model = AutoModelForCausalLM.from_pretrained(base_path)

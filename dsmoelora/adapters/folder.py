@@ -69,7 +69,7 @@ def write_adapter(
         layers: names of the adapted layers
         tensors: whole tensors by qualified name
         base_model: path or name of the base model
-        base_fingerprint: of the base as it came, see `adapters.base`
+        base_fingerprint: of the base as it came, see `adapters.fingerprint`
         write_more: writes what else belongs into the folder, such as the tokenizer
         start: with `init: svd`, whole factors `a` and `b` of all layers as they were before the first step, by the
             same names as in `tensors`

@@ -18,7 +18,7 @@ from dsmoelora.parallel.layout import ExpertLayout
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """`adapters.base.fingerprint` of a model that is not adapted yet, on every rank (collective)."""
+    """`adapters.fingerprint.fingerprint` of a model that is not adapted yet, on every rank (collective)."""
     packed = packed_layers(model)
     named = [(name, parameter) for name, parameter in model.named_parameters() if zero.full_numel(parameter)]
     whole = [(name, parameter) for name, parameter in named if name not in packed]

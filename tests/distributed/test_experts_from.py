@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dsmoelora import AdapterConfig
 from dsmoelora.adapters.given import settings_of
 from dsmoelora.config import Recipe
 from tests.conftest import PoolFactory, release
 from tests.engine_ranks import Job, assert_parity, build_engine, train_on_rank
 from tests.expert_parallel import partitioned
-from tests.given_adapters import our_adapter, peft_adapter
+from tests.given_adapters import two_adapters
 from tests.plain_training import SGD, Training, make_base, make_recipe, train_plainly
 
 HALF, WHOLE = 2, 4
@@ -27,11 +26,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Trainin
     """A recipe that goes on from PEFT's adapter and from one of ours with three experts, and what torch makes of it."""
     folder = tmp_path_factory.mktemp("given")
     base = make_base(folder / "base")
-    ours = AdapterConfig(r=3, lora_alpha=12, num_experts=3, top_k=1, target_modules=TARGETS)
-    paths = [
-        str(peft_adapter(base, folder / "peft", r=2, lora_alpha=6, target_modules=TARGETS[:2])),
-        str(our_adapter(base, folder / "ours", ours)),
-    ]
+    paths = two_adapters(base, folder, TARGETS)
     adapter = settings_of(paths, {}) | {"experts_from": paths, "router": "softmax", "top_k": None}
     recipe = make_recipe(base, adapter=adapter, optim=SGD, max_steps=WHOLE, seed=3)
     return recipe, train_plainly(recipe)

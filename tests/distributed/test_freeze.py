@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
-from dsmoelora import AdapterConfig, inject
+from dsmoelora import inject
 from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.given import settings_of
 from dsmoelora.config import Recipe
@@ -23,7 +23,7 @@ from dsmoelora.optim.rows import frozen_tensors
 from tests.conftest import PoolFactory, release
 from tests.engine_ranks import Job, Share, assert_parity, batches_of, build_engine, numbers_of
 from tests.expert_parallel import partitioned
-from tests.given_adapters import our_adapter, peft_adapter
+from tests.given_adapters import two_adapters
 from tests.plain_training import SGD, Training, make_base, make_recipe, train_plainly
 
 HALF, WHOLE = 2, 4
@@ -65,11 +65,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Reci
     """For each of `FROZEN` a recipe, what plain torch makes of it, and the frozen tensors as they came."""
     folder = tmp_path_factory.mktemp("given")
     base = make_base(folder / "base")
-    ours = AdapterConfig(r=3, lora_alpha=12, num_experts=3, top_k=1, target_modules=TARGETS)
-    paths = [
-        str(peft_adapter(base, folder / "peft", r=2, lora_alpha=8, target_modules=TARGETS[:2])),
-        str(our_adapter(base, folder / "ours", ours)),
-    ]
+    paths = two_adapters(base, folder, TARGETS)
     found = {}
     for name, (freeze, optim) in FROZEN.items():
         adapter = settings_of(paths, {}) | {"experts_from": paths, "router": "softmax", "top_k": None, "freeze": freeze}

@@ -65,7 +65,7 @@ class GivenFolder:
         num_experts: that it brings to every layer
         layers: by name
         read: some experts of a layer; one with a single expert has that one for each of the folder's
-        base: fingerprint of the base model, where the folder has one (see `adapters.base`)
+        base: fingerprint of the base model, where the folder has one (see `adapters.fingerprint`)
         plain_layers: names of the layers without a router among those with one
         routers: shapes of what the routers keep, by qualified name
         router: kind of the routers, and how their gates are made where that is a setting; None without any

@@ -34,8 +34,8 @@ def draw_a(a_DR: Tensor, rng: torch.Generator, init: InitName = "kaiming") -> No
     """Fill the factor `a` (D, R) of one expert, fp32, with its starting values, as PEFT fills its A (R, D).
 
     `kaiming` is uniform in +-1/sqrt(D) (`kaiming_uniform_(a=sqrt(5))`, PEFT's default), `gaussian` is normal with
-    standard deviation 1/R (PEFT's `init_lora_weights="gaussian"`). With `svd` and `gradient` it is 0 until `svd_start`
-    or `gradient_start` fills it.
+    standard deviation 1/R (PEFT's `init_lora_weights="gaussian"`). With `svd` and `gradient` it is 0 until `starts.svd`
+    or `starts.gradient` fills it.
     """
     in_features, rank = a_DR.shape
     if init in ("svd", "gradient"):
