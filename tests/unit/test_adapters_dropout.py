@@ -17,6 +17,7 @@ from dsmoelora.adapters.keyed import draws
 from dsmoelora.adapters.keyed.draws import keyed_dropout, keyed_normal, settle_dropout
 from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.layer import RoutedLinear
+from dsmoelora.adapters.regions import Region
 from dsmoelora.adapters.shared_input import Siblings
 from dsmoelora.errors import ConfigError
 
@@ -231,5 +232,9 @@ def test_without_a_compiler_dropout_stays_as_it_is_or_says_so(
 def test_nothing_is_compiled_where_nothing_is_won(
     choice: Any, probability: float, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", None)
+    tried: list[Any] = []
+    monkeypatch.setattr(Region, "use_compiled", lambda region, example: tried.append(region))
     settle_dropout(choice, probability, torch.device(device), torch.float32)
+    assert not tried
+    settle_dropout("on", 0.3, torch.device("cpu"), torch.float32)
+    assert tried == [draws._dropped], "this is how it would be compiled"
