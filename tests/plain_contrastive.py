@@ -31,9 +31,10 @@ class PlainContrastive:
         self._inputs[name] = inputs[0].flatten(0, -2)
 
     def _remember(self, name: str, experts: Any, inputs: tuple[Any, ...]) -> None:
-        """Experts that the router has made features for are handed no tokens with a graph, but there is no dropout."""
-        x_TD = inputs[1] if inputs[1].requires_grad else self._inputs[name]
-        self._seen[name] = experts, x_TD, inputs[3]
+        """Experts that read no tokens are handed them without their graph; the values are those after dropout."""
+        handed_TD, x_TD = inputs[1], self._inputs[name]
+        cut_off = x_TD.requires_grad and not handed_TD.requires_grad
+        self._seen[name] = experts, x_TD if cut_off else handed_TD, inputs[3]
 
     def of_step(self, keys_BS: Tensor, mask_BS: Tensor, config: LossesConfig) -> Tensor | float:
         """What the step's losses add to that of the text: means over rows and layers."""
