@@ -2,8 +2,8 @@
 
     python benchmarks/row_maps.py
 
-The project's own code (`parallel.zero.shard_groups`, `optim.preconditioner`) maps the shards of the first, a middle and
-the last of W ranks, with stand-ins in place of DeepSpeed's optimizer and of the other ranks' answers: experts on all
+The project's own code (`parallel.shards`, `optim.preconditioner`) maps the shards of the first, a middle and the last
+of W ranks, with stand-ins in place of DeepSpeed's optimizer and of the other ranks' answers: experts on all
 linear layers of a model of Llama-2-7B's shape. Both parts run once, at the start of a run; seconds are those while
 Python's memory is traced, which makes them longer.
 """
@@ -32,6 +32,7 @@ from dsmoelora.optim.preconditioner import Preconditioner
 from dsmoelora.optim.rows import ShardGroup, Trainable
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.shards import shard_groups
 
 EXPERTS = ((20, 4), (5, 12))  # E, R
 WORLD_SIZES = (64, 256, 1024, 1008)  # of the last, whole nodes of eight but no power of two, borders cut most rows
@@ -67,7 +68,7 @@ class StandIn:
             mock.patch.object(zero.dist, "get_world_size", lambda group=None: self.world_size),
             mock.patch.object(comm, "all_gather_objects", exchange),
         ):
-            (group,) = zero.shard_groups(engine, zip(self.found, parameters, strict=True), layout)
+            (group,) = shard_groups(engine, zip(self.found, parameters, strict=True), layout)
         return group
 
     def answers(self) -> list[str]:

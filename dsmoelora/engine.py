@@ -45,7 +45,9 @@ from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.factors import expert_cosines
 from dsmoelora.parallel.gradient_start import StartReport, start_from_gradients
+from dsmoelora.parallel.pieces import first_not_finite, held_pieces
 from dsmoelora.parallel.reports import over_ranks
+from dsmoelora.parallel.shards import shard_groups
 from dsmoelora.parallel.start_shards import StartShards
 from dsmoelora.parallel.stopping import StopRequest
 from dsmoelora.parallel.watch import AdapterWatch
@@ -174,7 +176,7 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
         )
-        self.optimizer.bind(zero.shard_groups(self._deepspeed, found, self.layout))
+        self.optimizer.bind(shard_groups(self._deepspeed, found, self.layout))
         if self._start is not None:
             self._start.bind(self.optimizer.shards)
 
@@ -361,7 +363,7 @@ class Engine:
     def first_not_finite(self) -> str | None:
         """Name of the first tensor, of the base and the adapters, that is not finite; the same on all ranks."""
         packed = packed_layers(self.model)  # whose numbers mean nothing, and were looked at when they were read
-        return zero.first_not_finite(pair for pair in self.model.named_parameters() if pair[0] not in packed)
+        return first_not_finite(pair for pair in self.model.named_parameters() if pair[0] not in packed)
 
     def save(self, root: Path, state: dict[str, Any], keep: int) -> Path:
         """Write `root/checkpoint-{step}`: adapters, moments, counters and the caller's state.
@@ -439,7 +441,7 @@ class Engine:
             start = {} if self._start is None else {"start": self._start.flat[k]}
             value = {"value": shard.tensor.detach().view(-1)}
             states.append(ShardState(shard.runs, value | self.optimizer.state[shard.tensor] | start))
-        frozen = zero.held_pieces(self._frozen, self.layout)
+        frozen = held_pieces(self._frozen, self.layout)
         return states + [ShardState(runs, {"value": piece}) for runs, piece in frozen]
 
     def _nll_sum(self, micro_batch: MicroBatch, gradient: float = 1.0) -> Tensor:

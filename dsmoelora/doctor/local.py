@@ -18,8 +18,9 @@ from packaging.specifiers import SpecifierSet
 
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError
-from dsmoelora.parallel import comm, zero
+from dsmoelora.parallel import comm
 from dsmoelora.parallel.dtype import settle_dtype
+from dsmoelora.parallel.versions import check_version, is_known_version
 from dsmoelora.run.folder import existing_parent, is_open_to_all
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "numpy")
@@ -141,10 +142,10 @@ def judged_versions(versions: Mapping[str, str], wanted: Mapping[str, SpecifierS
             problem = f"setup.py wants {wanted[name]}. Run: make install"
         elif name == "deepspeed":
             try:
-                zero.check_version()
+                check_version()
             except ConfigError as error:
                 problem = str(error)
-            if not zero.is_known_version():
+            if not is_known_version():
                 found += " (not tested with; a run checks ZeRO's partitions when it starts)"
         yield Finding(name, found, problem)
 

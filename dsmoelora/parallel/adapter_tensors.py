@@ -15,6 +15,7 @@ from dsmoelora.optim.rows import adapter_tensors
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.factors import of_all_experts
 from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.pieces import numbers_at
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any]:
     named = [(name, parameter) for name, parameter in model.named_parameters() if zero.full_numel(parameter)]
     whole = [(name, parameter) for name, parameter in named if name not in packed]
     parameters = [parameter for _, parameter in whole]
-    found = zero.numbers_at(parameters, [places(zero.full_numel(parameter)) for parameter in parameters])
+    found = numbers_at(parameters, [places(zero.full_numel(parameter)) for parameter in parameters])
     values = dict(zip((name for name, _ in whole), found, strict=True)) | _read_on_rank_0(packed)
     shapes = [(name, packed[name].shape if name in packed else zero.full_shape(one)) for name, one in named]
     is_fp16 = any(parameter.dtype == torch.float16 for parameter in parameters)

@@ -12,35 +12,30 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
-from packaging.version import Version
 from torch import Tensor, nn
 
-from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.config import Recipe
-from dsmoelora.errors import ConfigError, bad_value
-from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, rows_cut_by, whole
+from dsmoelora.errors import ConfigError
+from dsmoelora.optim.rows import Run, Shard, Trainable
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.layout import ExpertLayout, check_layout
+from dsmoelora.parallel.versions import KNOWN_VERSIONS, is_known_version
 
 logger = logging.getLogger(__name__)
 
-KNOWN_VERSIONS = ("0.19.4", "0.19.5", "0.19.6", "0.19.7", "0.19.8")
-# Before it stages 1 and 2 drop gradients on a CPU (`split_half_float_double`), and before 0.19.7 they do not say where
-# parameters begin in their flat partitions (`round_robin_bit16_offsets`).
-_FIRST_OF_STAGES_1_AND_2 = "0.19.8"
 # What is read of the optimizer that DeepSpeed makes for a stage.
 _READ: dict[type, tuple[str, ...]] = {
     DeepSpeedZeroOptimizer_Stage3: (
@@ -60,27 +55,19 @@ _READ: dict[type, tuple[str, ...]] = {
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def is_known_version() -> bool:
-    """Whether this file was checked against the DeepSpeed at hand; another one checks itself in `shard_groups`."""
-    return deepspeed.__version__.partition("+")[0] in KNOWN_VERSIONS
+@dataclass(frozen=True)
+class Partition:
+    """What this rank holds of the trainable tensors that ZeRO strings together in one process group.
 
-
-def check_version(stage: int = 3) -> None:
-    """Refuse a DeepSpeed that is older than what this file, or a stage of ZeRO, needs.
-
-    Raises:
-        ConfigError: it is
+    Args:
+        trainables: all that lie in it, in ZeRO's order
+        shard: the flat fp32 memory of this rank, and what its numbers are
+        process_group: of the ranks among which it is cut
     """
-    first = _FIRST_OF_STAGES_1_AND_2 if stage in (1, 2) else KNOWN_VERSIONS[0]
-    if Version(deepspeed.__version__) < Version(first):
-        of_stage = f" for zero_optimization.stage {stage}" if stage in (1, 2) else ""
-        other = "Use stage 3 (ds_configs/zero3.json), or: " if of_stage else ""
-        raise bad_value(
-            "deepspeed.__version__",
-            deepspeed.__version__,
-            f"{first} or newer{of_stage}",
-            f"{other}pip install deepspeed=={KNOWN_VERSIONS[-1]}",
-        )
+
+    trainables: list[Trainable]
+    shard: Shard
+    process_group: Any
 
 
 def _expect(holds: bool, otherwise: str) -> None:
@@ -103,15 +90,13 @@ def _check_internals(optimizer: Any) -> None:
         _expect(hasattr(optimizer, name), f"{type(optimizer).__name__} has no {name}")
 
 
-def _check_values(
-    partitions: list[_Partition], found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
-) -> None:
+def _check_values(read: list[Partition], found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout) -> None:
     """Whether the masters, where we believe each number to lie, are the model's parameters (collective).
 
     Raises:
         ConfigError: they are not, on any rank
     """
-    runs = [(run, shard.tensor.detach()) for _, shard, _ in partitions for run in shard.runs]
+    runs = [(run, each.shard.tensor.detach()) for each in read for run in each.shard.runs]
     wrong = False
     for trainable, parameter in found:
         first = layout.experts_of(trainable).start * math.prod(trainable.shape[1:])
@@ -160,10 +145,10 @@ def place_experts(found: Iterable[tuple[Trainable, nn.Parameter]], layout: Exper
             parameter.ds_zero_partition_process_group = layout.expert_data_group  # type: ignore[attr-defined]
 
 
-def shard_groups(
-    engine: deepspeed.DeepSpeedEngine, found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
-) -> list[ShardGroup]:
-    """What each number of this rank's flat fp32 partitions is, by process group, in ZeRO's order (collective).
+def partitions(
+    engine: deepspeed.DeepSpeedEngine, found: Sequence[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
+) -> list[Partition]:
+    """This rank's flat fp32 partitions under stages 1 to 3, in ZeRO's order (collective).
 
     Args:
         engine: from `deepspeed.initialize`
@@ -173,54 +158,31 @@ def shard_groups(
     Raises:
         ConfigError: this DeepSpeed works in another way than those we know
     """
-    found = list(found)
     known = {id(parameter): trainable for trainable, parameter in found}
     optimizer = engine.optimizer
-    if not engine.zero_optimization():
-        return [_replicated(found)]
     _check_internals(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        partitions = list(_stage_3_partitions(optimizer, known, layout))
+        read = list(_stage_3_partitions(optimizer, known, layout))
     elif isinstance(optimizer, BF16_Optimizer):
-        partitions = list(_bf16_partitions(optimizer, known))
+        read = list(_bf16_partitions(optimizer, known))
     else:
-        partitions = list(_stage_2_partitions(optimizer, known))
-    covered = [trainable.name for group, _, _ in partitions for trainable in group]
+        read = list(_stage_2_partitions(optimizer, known))
+    covered = [trainable.name for partition in read for trainable in partition.trainables]
     _expect(sorted(covered) == sorted(of.name for of in known.values()), "some trainable tensor is not optimised")
-    process_groups = [process_group for _, _, process_group in partitions]
-    _expect(len(set(map(id, process_groups))) == len(partitions), "a step comes in parts, two in one process group")
+    process_groups = {id(partition.process_group) for partition in read}
+    _expect(len(process_groups) == len(read), "a step comes in parts, two in one process group")
     if not is_known_version():
         logger.warning(
             "DeepSpeed %s is newer than what this release was tested with (%s to %s); its partitions are checked.",
             *(deepspeed.__version__, KNOWN_VERSIONS[0], KNOWN_VERSIONS[-1]),
         )
-        _check_values(partitions, found, layout)
-    of_factors = [run for _, shard, _ in partitions for run in shard.runs if run.of.factor in (Factor.A, Factor.B)]
-    own_cuts = rows_cut_by(of_factors)
-    all_cuts = comm.all_gather_objects(own_cuts)
-    cut = sorted({(name, row) for one in all_cuts for name, row in one})
-    groups = []
-    for trainables, shard, process_group in partitions:
-        by_name = {of.name: of for of in trainables if of.factor in (Factor.A, Factor.B)}
-        is_expert_group = layout.ep_size > 1 and process_group is layout.expert_data_group
-        experts = layout.local_experts if is_expert_group else None
-        cut_rows = [
-            (by_name[name], row)
-            for name, row in cut
-            # the same tensors have other experts in other groups
-            if name in by_name and (experts is None or row // by_name[name].shape[1] in experts)
-        ]
-        num_ranks = dist.get_world_size(group=process_group)
-        groups.append(ShardGroup(trainables, [shard], cut_rows, _all_reduce_in(process_group), experts, num_ranks))
-    return groups
-
-
-_Partition = tuple[list[Trainable], Shard, Any]
+        _check_values(read, found, layout)
+    return read
 
 
 def _stage_3_partitions(
     optimizer: DeepSpeedZeroOptimizer_Stage3, known: dict[int, Trainable], layout: ExpertLayout
-) -> Iterator[_Partition]:
+) -> Iterator[Partition]:
     """Stage 3 cuts every parameter into equal pieces, pads the last, and strings a rank's own together.
 
     There are as many pieces as ranks in the parameter's process group. Runs count in the tensor of all experts.
@@ -245,10 +207,10 @@ def _stage_3_partitions(
             offset += piece
             trainables.append(trainable)
         _expect(offset == flat.numel(), "a flat partition is longer than its pieces")
-        yield trainables, Shard(flat, runs), process_group
+        yield Partition(trainables, Shard(flat, runs), process_group)
 
 
-def _stage_2_partitions(optimizer: DeepSpeedZeroOptimizer, known: dict[int, Trainable]) -> Iterator[_Partition]:
+def _stage_2_partitions(optimizer: DeepSpeedZeroOptimizer, known: dict[int, Trainable]) -> Iterator[Partition]:
     """Stages 1 and 2 string all parameters together, with gaps where aligned, and cut the whole into W pieces."""
     for index, parameters in enumerate(optimizer.round_robin_bit16_groups):
         flat, process_group = optimizer.single_partition_of_fp32_groups[index], optimizer.real_dp_process_group[index]
@@ -256,7 +218,7 @@ def _stage_2_partitions(optimizer: DeepSpeedZeroOptimizer, known: dict[int, Trai
         yield _piece_of_a_string(parameters, offsets, flat, process_group, known)
 
 
-def _bf16_partitions(optimizer: BF16_Optimizer, known: dict[int, Trainable]) -> Iterator[_Partition]:
+def _bf16_partitions(optimizer: BF16_Optimizer, known: dict[int, Trainable]) -> Iterator[Partition]:
     """Stage 1 in bf16 strings all parameters together without gaps, and cuts the whole into W pieces."""
     for index, parameters in enumerate(optimizer.bf16_groups):
         flat, process_group = optimizer.fp32_groups_flat_partition[index], optimizer.real_dp_process_group[index]
@@ -266,7 +228,7 @@ def _bf16_partitions(optimizer: BF16_Optimizer, known: dict[int, Trainable]) -> 
 
 def _piece_of_a_string(
     parameters: list[nn.Parameter], offsets: list[int], flat: Tensor, process_group: Any, known: dict[int, Trainable]
-) -> _Partition:
+) -> Partition:
     """This rank's piece, as long as all others, of parameters that lie at these offsets."""
     first = dist.get_rank(group=process_group) * flat.numel()
     trainables, runs = [], []
@@ -276,48 +238,7 @@ def _piece_of_a_string(
         if start < stop:
             runs.append(Run(trainable, start, stop, offset + start - first))
         trainables.append(trainable)
-    return trainables, Shard(flat, runs), process_group
-
-
-def _replicated(found: Iterable[tuple[Trainable, nn.Parameter]]) -> ShardGroup:
-    """Stage 0: every rank holds and steps every parameter, with the averaged gradient."""
-    found = list(found)
-    shards = [whole(trainable, parameter, comm.world_size()) for trainable, parameter in found]
-    return ShardGroup([trainable for trainable, _ in found], shards, num_ranks=comm.world_size())
-
-
-def _all_reduce_in(process_group: Any) -> Callable[[Tensor], None] | None:
-    """Sum over a process group in place; the optimizer's tensors may lie on the CPU, NCCL's must not."""
-    if dist.get_world_size(group=process_group) == 1:
-        return None
-
-    def all_reduce(flat: Tensor) -> None:
-        on_device = flat.to(get_accelerator().current_device_name())
-        dist.all_reduce(on_device, group=process_group)
-        if on_device is not flat:
-            flat.copy_(on_device)
-
-    return all_reduce
-
-
-def held_pieces(
-    found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
-) -> list[tuple[list[Run], Tensor]]:
-    """What this rank holds of tensors that nobody trains: the memory itself, and what its numbers are.
-
-    Where they are written to, `push_master_weights` lets whole copies follow.
-    """
-    pieces = []
-    for trainable, parameter in found:
-        first, start, numel = layout.experts_of(trainable).start * math.prod(trainable.shape[1:]), 0, parameter.numel()
-        held: Any = parameter
-        if is_partitioned(parameter):
-            held, numel = parameter.ds_tensor, parameter.ds_numel  # type: ignore[attr-defined]
-            start = held.numel() * parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
-        stop = min(start + held.numel(), numel)
-        runs = [Run(trainable, first + start, first + stop, 0)] if start < stop else []
-        pieces.append((runs, held.detach().view(-1)))
-    return pieces
+    return Partition(trainables, Shard(flat, runs), process_group)
 
 
 def push_master_weights(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -361,6 +282,17 @@ def gather_joined_factors(model: nn.Module) -> None:
             deepspeed.zero.register_external_parameter(layer.router, parameter)
 
 
+def held_piece(parameter: Any) -> tuple[Tensor, int]:
+    """What this rank holds of a parameter: the memory, flat, and the place of its first number in the whole.
+
+    It is empty where the parameter lies on NVMe.
+    """
+    if not is_partitioned(parameter):
+        return parameter.detach().view(-1), 0
+    piece = parameter.ds_tensor.detach().view(-1)
+    return piece, piece.numel() * dist.get_rank(parameter.ds_process_group)
+
+
 def full_numel(parameter: Tensor) -> int:
     """How many numbers a parameter has, partitioned or not."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
@@ -369,48 +301,6 @@ def full_numel(parameter: Tensor) -> int:
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of a parameter, partitioned or not."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def numbers_at(parameters: Sequence[Any], places: Sequence[Tensor]) -> list[Tensor]:
-    """The numbers at these places of flattened parameters, in fp32, on every rank (collective).
-
-    Nothing is gathered that lies in memory: every rank brings those that it holds.
-
-    Args:
-        parameters: partitioned or not; the same on all ranks
-        places: indices (P,) for each
-    """
-    own = []
-    for parameter, at in zip(parameters, places, strict=True):
-        piece, first = parameter.detach().flatten(), 0
-        is_mine = torch.full(at.shape, comm.rank() == 0)
-        if is_partitioned(parameter) and not parameter.ds_tensor.numel():  # it lies on NVMe
-            with gathered([parameter]):
-                piece = parameter.detach().flatten().clone()
-        elif is_partitioned(parameter):
-            piece = parameter.ds_tensor.detach().flatten()
-            first = dist.get_rank(parameter.ds_process_group) * piece.numel()
-            is_mine = (at >= first) & (at < first + piece.numel())
-        held = torch.zeros(at.shape)
-        held[is_mine] = piece[(at[is_mine] - first).to(piece.device)].float().cpu()
-        own += held.tolist()
-    summed = torch.tensor(comm.all_reduce_sum(own), dtype=torch.float32)
-    return list(summed.split([len(at) for at in places]))
-
-
-def first_not_finite(named: Iterable[tuple[str, Any]]) -> str | None:
-    """The first parameter with a number that is not finite, looked for in every rank's own pieces (collective).
-
-    Args:
-        named: the same on all ranks
-    """
-    names, is_bad = [], []
-    for name, parameter in named:
-        own = parameter.ds_tensor if is_partitioned(parameter) else parameter
-        names.append(name)
-        is_bad.append(float(not torch.isfinite(own.detach()).all()))  # pieces lie on several devices with offloading
-    counts = comm.all_reduce_sum(is_bad)
-    return next((name for name, count in zip(names, counts, strict=True) if count), None)
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:

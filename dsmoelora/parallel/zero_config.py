@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, bad_value, listing
-from dsmoelora.parallel.zero import check_version
+from dsmoelora.parallel.versions import check_version
 
 # What the user may set beside `zero_optimization`; everything else would be ignored, or decide what the recipe decides.
 _FREE_KEYS = {

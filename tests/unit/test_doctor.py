@@ -9,10 +9,10 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from dsmoelora.doctor.local import bad_pairs, judged_versions, local_findings, network
-from dsmoelora.parallel import zero
+from dsmoelora.parallel.versions import KNOWN_VERSIONS
 
 ROOT = Path(__file__).parents[2]
-GOOD = {"torch": "2.13.0", "deepspeed": zero.KNOWN_VERSIONS[-1], "transformers": "5.23.0"}
+GOOD = {"torch": "2.13.0", "deepspeed": KNOWN_VERSIONS[-1], "transformers": "5.23.0"}
 INTERFACES = ["lo", "eth0", "ib0"]
 
 
@@ -60,9 +60,9 @@ def test_the_oldest_tested_versions_are_those_that_setup_lets_in() -> None:
     bounds = dict(re.findall(r'^    "([a-z]+)>=([0-9.]+),<[^"]*"', (ROOT / "setup.py").read_text(), flags=re.MULTILINE))
     for name in ("torch", "deepspeed", "transformers"):
         assert oldest[name].removesuffix(".0") == bounds[name]
-    assert oldest["deepspeed"] == zero.KNOWN_VERSIONS[0]
-    assert pins("tests/versions/middle.txt")["deepspeed"] in zero.KNOWN_VERSIONS
-    assert pins("constraints.txt")["deepspeed"] == zero.KNOWN_VERSIONS[-1]
+    assert oldest["deepspeed"] == KNOWN_VERSIONS[0]
+    assert pins("tests/versions/middle.txt")["deepspeed"] in KNOWN_VERSIONS
+    assert pins("constraints.txt")["deepspeed"] == KNOWN_VERSIONS[-1]
 
 
 def problems_of(env: dict[str, str]) -> dict[str, str]:

@@ -112,7 +112,7 @@ class Ranks:
 
 
 def sharded_optimizers(problem: Problem, config: OptimConfig, layout: list[Runs]) -> tuple[Ranks, list[ShardOptimizer]]:
-    """An optimizer for each rank, bound as `zero.shard_groups` would do it."""
+    """An optimizer for each rank, bound as `parallel.shards.shard_groups` would do it."""
     factors = {each.name: each for each in problem.trainables if each.factor in (Factor.A, Factor.B)}
     every_run = [run for runs_of_rank in layout for runs in runs_of_rank for run in runs]
     cut_rows = [(factors[name], row) for name, row in rows_cut_by(every_run) if name in factors]

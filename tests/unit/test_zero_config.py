@@ -13,6 +13,7 @@ import torch
 from dsmoelora.config import AdapterConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel import zero, zero_config
+from dsmoelora.parallel.versions import check_version
 from dsmoelora.parallel.zero_config import keep_whole_what_fits, merge_config
 
 
@@ -20,7 +21,7 @@ def skip_without_stage(stage: Any) -> None:
     """Older versions of DeepSpeed are refused for stages 1 and 2, whatever else a file says."""
     if stage in (1, 2):
         try:
-            zero.check_version(stage)
+            check_version(stage)
         except ConfigError as error:
             pytest.skip(str(error))
 
