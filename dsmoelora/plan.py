@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,29 +21,27 @@ from dsmoelora.adapters import inject, untouched
 from dsmoelora.adapters.four_bit import BITS
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.config import ModelConfig, Recipe
-from dsmoelora.data.fallback_template import is_fallback
 from dsmoelora.data.formats import read_conversations
 from dsmoelora.data.packing_probe import check_takes_positions
 from dsmoelora.data.problems import RowProblem
-from dsmoelora.data.readers import HUB_TIMEOUT_S, may_be_hub_name, open_source
+from dsmoelora.data.readers import open_source
 from dsmoelora.data.tokenised import TokeniseOptions, tokenise
 from dsmoelora.data.vocabulary import check_conversation, tokens_beyond
-from dsmoelora.errors import ConfigError, DataError, ModelError, bad_value, listing
+from dsmoelora.errors import ConfigError, DataError, bad_value, listing
 from dsmoelora.model import (
     check_weights,
     chosen_to_pack,
     layers_to_pack,
-    load_model_config,
     load_tokenizer,
     model_without_weights,
     num_embeddings,
     without_dropout,
 )
+from dsmoelora.model.folder import check_model_folder
 from dsmoelora.optim import trainables
 from dsmoelora.optim.rows import frozen_tensors
 from dsmoelora.run.folder import check_run_folder, existing_parent, is_open_to_all
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _FP32_BYTES = 4
 _TOKENISED_ROWS = 200  # of each training set, whose conversations are looked at
 _STREAMED_ROWS = 1000  # of each streamed set, whose tokens are looked at
@@ -91,7 +88,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     _check_trackers(recipe.train.report_to)
     _check_data(plan, recipe)
     merge_config(recipe, deepspeed, world_size)
-    _check_model_folder(plan, recipe.model)
+    plan.notes += check_model_folder(recipe.model)
     model = model_without_weights(recipe.model)
     _check_tokens(plan, recipe)
     _note_splits(plan, recipe)
@@ -122,19 +119,6 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(what, Text(how_much))
     console.print(table)
     print_notes(plan, console)
-
-
-def check_trainable(recipe: Recipe) -> None:
-    """What training needs beyond a plan.
-
-    Raises:
-        ModelError: the model folder has no weights
-    """
-    if not has_weights(recipe.model):
-        raise ModelError(
-            f"model.path is {recipe.model.path!r}, a folder without weights ({', '.join(_WEIGHTS)}). "
-            "Download them; without them there is only --dry-run."
-        )
 
 
 def print_notes(plan: Plan, console: Console) -> None:
@@ -213,46 +197,6 @@ def _check_data(plan: Plan, recipe: Recipe) -> None:
         plan.notes.append("train.eval_every is 0: there will be no held-out loss.")
 
 
-def _check_model_folder(plan: Plan, config: ModelConfig) -> None:
-    """The folder, its config.json, its tokenizer and its weights are there."""
-    if not config.path:
-        raise bad_value("model.path", config.path, "a folder of a transformers model, or a hub name", "Set model.path.")
-    folder = Path(config.path)
-    if folder.is_file():
-        raise bad_value("model.path", config.path, "a folder", f"Give the folder that holds it: {folder.parent}.")
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise ModelError(
-            f"model.path is {config.path!r}, a folder without config.json. Give the folder of a transformers model."
-        )
-    if not folder.exists():
-        _find_on_hub(config.path)
-    _check_plain(config)
-    if not has_weights(config):
-        plan.notes.append(f"{folder} holds no weights ({', '.join(_WEIGHTS)}): it can be planned with, not trained.")
-    if is_fallback(load_tokenizer(config)):
-        plan.notes.append(
-            f"the tokenizer of {config.path} has no chat template: turns are written as ### User: and ### Assistant: "
-            "(docs/data.md). --preview 3 shows what comes of it."
-        )
-
-
-def _check_plain(config: ModelConfig) -> None:
-    """What transformers would do unasked with the folder: put an adapter on the model, or load quantised weights."""
-    if (Path(config.path) / "adapter_config.json").exists():
-        raise ModelError(
-            f"model.path is {config.path!r}, and holds an adapter (adapter_config.json), which transformers would put "
-            "on the model. Merge it into the weights, or move its files elsewhere."
-        )
-    described = load_model_config(config)  # the tokenizer reads it too, and would blame itself
-    quantised = getattr(described, "quantization_config", None)
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise ModelError(
-            f"model.path is {config.path!r}, whose config.json says that its weights are quantised ({method}), but "
-            "experts are trained on plain ones. Take the model in bf16, fp16 or fp32, or dequantise and save it."
-        )
-
-
 def _check_tokens(plan: Plan, recipe: Recipe) -> None:
     """The embedding has a row for every token that is certain to come; streamed sets are looked at in part."""
     data, size = recipe.data, num_embeddings(recipe.model)
@@ -290,34 +234,6 @@ def _note_splits(plan: Plan, recipe: Recipe) -> None:
                 f"{source.path}: {len(places)} of the first {len(first)} rows become {count} rows, one for each "
                 f"answer, because {why}."
             )
-
-
-def has_weights(config: ModelConfig) -> bool:
-    """Whether there are weights to train with; of a hub name it is believed."""
-    folder = Path(config.path)
-    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
-
-
-def _find_on_hub(name: str) -> None:
-    """Say at once that a local folder is missing, or that the hub has no such model or cannot be reached.
-
-    Left to themselves, the libraries below would try an unreachable hub for a minute.
-    """
-    if not may_be_hub_name(name):
-        raise ModelError(
-            f"model.path is {name!r}, but there is no such folder. "
-            "Check the path; it is relative to the folder you start in."
-        )
-    if huggingface_hub.try_to_load_from_cache(name, "config.json") is not None:
-        return
-    try:
-        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
-    except Exception as error:  # of several libraries; whatever it is, the model is out of reach
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"model.path is {name!r}, but there is no such folder, and the hub does not give a model of that name "
-            f"({reason}). Check the path, or download the model first."
-        ) from error
 
 
 def _num_packed(config: ModelConfig, model: PreTrainedModel) -> int:

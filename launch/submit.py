@@ -106,13 +106,14 @@ def check(command: Command, world_size: int) -> None:
     Raises:
         UserError: something cannot work
     """
-    from dsmoelora.plan import check_trainable, make_plan  # imports torch, which takes seconds
+    from dsmoelora.model.folder import check_trainable  # imports torch, which takes seconds
+    from dsmoelora.plan import make_plan
 
     recipe = command.recipe
     if recipe.model.dtype == "auto":  # the accelerator is on another machine
         recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
     make_plan(recipe, command.deepspeed, world_size, "auto" if command.resume == "none" else command.resume)
-    check_trainable(recipe)
+    check_trainable(recipe.model)
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,10 @@ def run(command: Command) -> None:
     """Check everything, then do what the command says (collective)."""
     setup_logging(env_rank(), command.verbose)
     # Imports of seconds, which an error in the recipe need not wait for.
+    from dsmoelora.model.folder import check_trainable
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.dtype import settle_dtype
-    from dsmoelora.plan import check_trainable, make_plan, print_notes, print_plan
+    from dsmoelora.plan import make_plan, print_notes, print_plan
     from dsmoelora.run.folder import dtype_before
     from dsmoelora.signs_of_life.waits import waiting_for
 
@@ -77,7 +78,7 @@ def run(command: Command) -> None:
     elif command.preview:
         comm.together(lambda: show_samples(command, console))
     else:
-        comm.together(lambda: check_trainable(recipe))
+        comm.together(lambda: check_trainable(recipe.model))
         print_notes(plan, console)
         console.print(f"Computes in {dtype.why}")
         train(command, console)
