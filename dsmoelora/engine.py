@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,10 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsmoelora.adapters import adapter_context, inject
-from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.experts.similarity import ExpertCosines
 from dsmoelora.adapters.folder import write_adapter
@@ -30,11 +29,11 @@ from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, lo
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import Prompt
-from dsmoelora.data.dataset import IGNORED
 from dsmoelora.data.packing_probe import check_probe, probe
 from dsmoelora.model import load_model, load_tokenizer, recompute_activations, watched_loading
-from dsmoelora.model.inputs import fill_context, greedy_answers, model_inputs, sent
-from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits, nll_of_rows
+from dsmoelora.model.calls import ModelCalls
+from dsmoelora.model.inputs import greedy_answers
+from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.optim.frozen import FrozenGrams, frozen_grams
 from dsmoelora.optim.rows import frozen_tensors
@@ -125,12 +124,13 @@ class Engine:
         self.step = self.skipped_steps = 0
         self.awaits_start = recipe.adapter.init == "gradient"
         self.layout = zero.make_layout(recipe)
-        self._can_keep_logits = can_keep_logits(model)
+        keeps_logits = can_keep_logits(model)
         self._adapt(resumes)
         dropout = recipe.adapter.lora_dropout
         comm.together(lambda: settle_dropout(recipe.train.compile, dropout, self.device, recipe.model.torch_dtype))
-        self._chunked_loss = ChunkedLoss.of(model, recipe.train.loss_chunk)
+        chunked_loss = ChunkedLoss.of(model, recipe.train.loss_chunk)
         self._initialise(deepspeed_config)
+        self._calls = ModelCalls(self._deepspeed, self._context, recipe.run.seed, keeps_logits, chunked_loss)
         self.watch = AdapterWatch(self.optimizer)
         self._routing = self._context.log = RoutingLog(model, recipe.losses, self.device)
         comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
@@ -229,7 +229,7 @@ class Engine:
         with self._context.unheard():
             passes = [partial(self._backward, micro_batch) for micro_batch in micro_batches]
             report = start_from_gradients(self._deepspeed, self.optimizer, passes, self.recipe)
-        self._context.tokens = BatchTokens()
+        self._calls.forget()
         self.awaits_start = False
         return report
 
@@ -255,7 +255,7 @@ class Engine:
         report = {} if skipped else over_ranks(self.optimizer.reports)
         if not skipped:
             self._routing.finish_step(routing)
-        self._context.tokens = BatchTokens()
+        self._calls.forget()
         named = dict(zip(self._routing.loss_names + self._contrast.loss_names, values, strict=True))
         num_supervised = micro_batches[0].num_supervised_global
         loss = nll_sum / num_supervised
@@ -282,7 +282,7 @@ class Engine:
         """Forward and backward pass; returns the sum of negative log likelihoods."""
         weight = comm.world_size() / micro_batch.num_supervised_global
         with self._routing.listening():
-            nll = self._nll_sum(micro_batch, weight * zero.loss_scale(self._deepspeed))
+            nll = self._calls.nll_sum(micro_batch, weight * zero.loss_scale(self._deepspeed))
         self._deepspeed.backward(nll * weight, scale_wrt_gas=False)
         return nll.detach()
 
@@ -319,10 +319,9 @@ class Engine:
         """
         self._heartbeat.enter(Phase.EVALUATE, self.step)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self._inference(), nullcontext() if routed else uniform_gates(self.model):
+        with self._calls.inference(), nullcontext() if routed else uniform_gates(self.model):
             for micro_batch in micro_batches:
-                total += self._nll_sum(micro_batch)
-        self._context.tokens = BatchTokens()
+                total += self._calls.nll_sum(micro_batch)
         return comm.all_reduce_sum([total.item()])[0] / micro_batches[0].num_supervised_global
 
     def nlls(self, micro_batches: Iterable[MicroBatch]) -> list[list[float]]:
@@ -332,13 +331,8 @@ class Engine:
             micro_batches: of this rank, as many as of every other
         """
         self._heartbeat.enter(Phase.EVALUATE, self.step)
-        found: list[list[float]] = []
-        with self._inference():
-            for micro_batch in micro_batches:
-                places_BP, targets_BP = micro_batch.targets()
-                found += nll_of_rows(self._logits(micro_batch, places_BP), sent(targets_BP, self.device))
-        self._context.tokens = BatchTokens()
-        return found
+        with self._calls.inference():
+            return [row for micro_batch in micro_batches for row in self._calls.nlls(micro_batch)]
 
     def check_packing(self) -> None:
         """Make sure, in one short forward pass, that samples of a packed row do not see each other.
@@ -348,16 +342,15 @@ class Engine:
         """
         micro_batch = probe(self.model.config.get_text_config().vocab_size)
         places_BP = torch.arange(micro_batch.input_ids.shape[1]).expand_as(micro_batch.input_ids)
-        with self._inference():
-            logits_BSV = self._logits(micro_batch, places_BP)
-        self._context.tokens = BatchTokens()
+        with self._calls.inference():
+            logits_BSV = self._calls.logits(micro_batch, places_BP)
         comm.together(lambda: check_probe(self.model, logits_BSV))
 
     def generate(self, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
         """Greedy answers of the assistant; all ranks must ask, whatever they ask."""
         self._heartbeat.enter(Phase.GENERATE, self.step)
         options: dict[str, Any] = {"use_cache": True, "synced_gpus": comm.world_size() > 1}
-        with self._inference():
+        with self._calls.inference():
             return greedy_answers(self.model, self.tokenizer, prompts, max_new_tokens, **options)
 
     def first_not_finite(self) -> str | None:
@@ -443,46 +436,3 @@ class Engine:
             states.append(ShardState(shard.runs, value | self.optimizer.state[shard.tensor] | start))
         frozen = held_pieces(self._frozen, self.layout)
         return states + [ShardState(runs, {"value": piece}) for runs, piece in frozen]
-
-    def _nll_sum(self, micro_batch: MicroBatch, gradient: float = 1.0) -> Tensor:
-        """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar).
-
-        Args:
-            micro_batch: of this rank
-            gradient: that the sum will get in the backward pass
-        """
-        # Few tokens are targets, and logits are large: the output head computes what the loss wants, nothing else.
-        places_BP, targets_BP = micro_batch.targets()
-        if self._chunked_loss is None:
-            logits_BPV = self._logits(micro_batch, places_BP)
-            logits_TV, targets_T = logits_BPV.flatten(0, 1).float(), sent(targets_BP, self.device).flatten()
-            return nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
-        wanted_T = (targets_BP != IGNORED).flatten().nonzero().squeeze(-1)
-        targets_T = sent(targets_BP.flatten()[wanted_T], self.device)
-        call = partial(self._call, micro_batch, places_BP)
-        return self._chunked_loss.nll_sum(call, sent(wanted_T, self.device), targets_T, gradient)
-
-    def _logits(self, micro_batch: MicroBatch, places_BP: Tensor) -> Tensor:
-        """(B, P, V): the logits at `places_BP`, a tensor of the host, of each row."""
-        logits: Tensor = self._call(micro_batch, places_BP).logits
-        if self._can_keep_logits:
-            return logits
-        return torch.take_along_dim(logits, sent(places_BP, self.device).unsqueeze(-1), dim=1)
-
-    def _call(self, micro_batch: MicroBatch, places_BP: Tensor) -> Any:
-        """What the model says, at `places_BP` alone where it can."""
-        inputs = model_inputs(micro_batch, self.model.config._attn_implementation, self.device)
-        fill_context(self._context, micro_batch, self.recipe.run.seed, self.device)
-        if self._can_keep_logits:
-            inputs["logits_to_keep"] = sent(places_BP, self.device)
-        return self._deepspeed(**inputs)
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        was_training = self.model.training
-        self._deepspeed.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._deepspeed.train(was_training)
