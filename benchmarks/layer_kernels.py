@@ -4,7 +4,7 @@
 
 Kernels are counted by a dispatch mode: operations that only look at memory in another way are left out. Bytes are those
 that the backward pass of a layer needs for a token, beside the layer's input and the parameters. The layer is called as
-the engine does, with the routers' log on.
+the engine does, with the routers' log on; what that does once for all layers has a line of its own.
 """
 
 from __future__ import annotations
@@ -104,6 +104,21 @@ def layer_cost(losses: LossesConfig | None = None, dtype: torch.dtype = torch.fl
         return _forward_and_backward(model.train())
 
 
+def log_cost(num_layers: int, losses: LossesConfig | None = None) -> list[str]:
+    """Kernels of the routers' log for all layers of a model together, when a forward pass is over."""
+    model = nn.Sequential(*(_linear(torch.float32)[0] for _ in range(num_layers)))
+    inject(model, AdapterConfig(num_experts=NUM_EXPERTS, r=RANK, target_modules="all-linear"))
+    x_BSD = torch.randn(NUM_SEQUENCES, LENGTH, WIDTH)
+    context = adapter_context(model)
+    context.tokens = BatchTokens(real_BS=torch.ones(NUM_SEQUENCES, LENGTH, dtype=torch.bool))
+    log = context.log = RoutingLog(model.train(), losses or LossesConfig(), torch.device("cpu"))
+    log.begin_step(NUM_SEQUENCES * LENGTH, 1.0)
+    with Kernels() as kernels, log.listening():
+        model(x_BSD)
+        kernels.names.clear()
+    return kernels.names
+
+
 def peft_cost(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Cost:
     """The same of PEFT's LoRA of rank E R."""
     config = peft.LoraConfig(r=NUM_EXPERTS * RANK, target_modules=["0"], lora_dropout=dropout)
@@ -163,6 +178,11 @@ def main() -> None:
     line("lora, softmax_topk, dropout", layer_cost(lora_dropout=0.1))
     line("lora, softmax_topk, gate_power 0.5", layer_cost(gate_power=0.5))
     line("lora, softmax_topk, bf16", layer_cost(dtype=torch.bfloat16))
+    for name, losses in (
+        ("the log of all layers", None),
+        ("... with balance and z", LossesConfig(balance=0.01, z=0.001)),
+    ):
+        print(f"{name:38s} kernels: {len(log_cost(20, losses))} once a forward")
 
 
 if __name__ == "__main__":

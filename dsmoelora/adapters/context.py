@@ -72,18 +72,21 @@ class BatchTokens:
     real_BS: Tensor | None = None
     sequences_BS: Tensor | None = None
     prompt_BS: Tensor | None = None
-    _counts: dict[bool, Tensor] = field(default_factory=dict, init=False)
+    _counts: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def counts(self, like_NE: Tensor) -> Tensor:
         """(N,) fp32: how many real tokens each of N tokens or sequences stands for."""
+        if len(like_NE) not in self._counts:  # once for all layers
+            self._counts[len(like_NE)] = self._count(like_NE)
+        return self._counts[len(like_NE)]
+
+    def _count(self, like_NE: Tensor) -> Tensor:
         if self.real_BS is None:
             return torch.ones(len(like_NE), device=like_NE.device)
-        per_token = len(like_NE) == self.real_BS.numel()
-        assert per_token or len(like_NE) == len(self.real_BS), "a router sees all tokens, or each sequence once"
-        if per_token not in self._counts:  # once for all layers
-            counts_N = self.real_BS.flatten() if per_token else self.real_BS.sum(-1)
-            self._counts[per_token] = counts_N.float()
-        return self._counts[per_token]
+        if len(like_NE) == self.real_BS.numel():
+            return self.real_BS.flatten().float()
+        assert len(like_NE) == len(self.real_BS), "a router sees all tokens, or each sequence once"
+        return self.real_BS.sum(-1).float()
 
 
 @dataclass(slots=True)

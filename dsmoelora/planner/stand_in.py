@@ -122,7 +122,7 @@ def _listen(model: PreTrainedModel, recipe: Recipe, context: AdapterContext) -> 
 def _nll_sum(
     model: PreTrainedModel, batch: MicroBatch, recipe: Recipe, loss: ChunkedLoss | None, keeps_logits: bool
 ) -> Tensor:
-    """As the engine has it (`Engine._nll_sum`)."""
+    """As the engine has it (`ModelCalls.nll_sum`)."""
     length = recipe.data.max_length
     places_BP = torch.arange(length - 1).expand(recipe.train.micro_batch_size, -1)
     inputs = model_inputs(batch, model.config._attn_implementation, _CPU)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsmoelora import AdapterConfig
 from dsmoelora.adapters import adapted_layers, adapter_context
 from dsmoelora.adapters.context import BatchTokens
-from dsmoelora.adapters.routing import RoutingLog
+from dsmoelora.adapters.routing import RoutingLog, sums
 from dsmoelora.adapters.routing.losses import LossWeights, WithRouterLosses
 from dsmoelora.config import LossesConfig, Recipe
 from dsmoelora.errors import ConfigError
@@ -72,6 +72,18 @@ def test_what_sees_neither_all_tokens_nor_each_sequence_once_is_not_counted() ->
     assert tokens.counts(torch.empty(8 * LENGTH, 1)).sum() == tokens.counts(torch.empty(8, 1)).sum() > 8
     with pytest.raises(AssertionError, match="all tokens, or each sequence once"):
         tokens.counts(torch.empty(8 * 2, 1))
+
+
+def test_much_that_routers_say_is_summed_before_the_forward_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for most in (sums._MOST_KEPT, 1):
+        monkeypatch.setattr(sums, "_MOST_KEPT", most)
+        network = TwoLayers()
+        log = RoutingLog(network, LossesConfig(BALANCE, Z), torch.device("cpu"))
+        run_step(network, log, 1)
+        found.append(log.sums)
+    assert found[0].any()
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("recompute", [False, True])

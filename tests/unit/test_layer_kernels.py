@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.layer_kernels import NUM_EXPERTS, RANK, layer_cost, peft_cost
+from benchmarks.layer_kernels import NUM_EXPERTS, RANK, layer_cost, log_cost, peft_cost
 from dsmoelora.config import LossesConfig
 
 LOSSES = LossesConfig(balance=0.01, z=0.001)
@@ -17,15 +17,21 @@ LOSSES = LossesConfig(balance=0.01, z=0.001)
     ("at_most", "losses", "settings"),
     [
         pytest.param(15, None, {"num_experts": 1}, id="one-expert"),
-        pytest.param(30, None, {}, id="routed"),
-        pytest.param(42, LOSSES, {}, id="losses"),
-        pytest.param(45, None, {"dtype": torch.bfloat16}, id="bf16"),
-        pytest.param(46, None, {"lora_dropout": 0.1}, id="dropout"),
+        pytest.param(27, None, {}, id="routed"),
+        pytest.param(34, LOSSES, {}, id="losses"),
+        pytest.param(38, None, {"dtype": torch.bfloat16}, id="bf16"),
+        pytest.param(43, None, {"lora_dropout": 0.1}, id="dropout"),
     ],
 )
 def test_a_layer_launches_no_more_kernels(at_most: int, losses: LossesConfig | None, settings: dict[str, Any]) -> None:
     cost = layer_cost(losses, **settings)
     assert 0 < len(cost.forward) + len(cost.backward) <= at_most, (cost.forward, cost.backward)
+
+
+@pytest.mark.parametrize("losses", [None, LOSSES])
+def test_the_log_takes_as_many_kernels_for_many_layers_as_for_few(losses: LossesConfig | None) -> None:
+    few, many = log_cost(2, losses), log_cost(20, losses)
+    assert 0 < len(few) == len(many), (few, many)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -75,16 +75,13 @@ class RoutingLog:
             return logits_NE
         place = self._place[layer]
         if self._is_open:
-            with torch.no_grad():
-                log_total_N1 = logits_NE.logsumexp(-1, keepdim=True)
-                self._sums.add_logits(place, logits_NE.softmax(-1), log_total_N1, num_tokens_N)
+            self._sums.add_logits(place, logits_NE, num_tokens_N)
         return self._losses.attach(place, logits_NE, num_tokens_N)
 
     def add(self, layer: str, gate_NE: Tensor, selected_NE: Tensor, num_tokens_N: Tensor) -> None:
         """Count what a router decided for N tokens or sequences."""
         if self._is_open:
-            with torch.no_grad():
-                self._sums.add_decisions(self._place[layer], gate_NE, selected_NE, num_tokens_N)
+            self._sums.add_decisions(self._place[layer], gate_NE, selected_NE, num_tokens_N)
 
     def loss_values(self, sums: Tensor) -> Tensor:
         """The losses of the step at hand, those of `loss_names`, with the counts of this very step.

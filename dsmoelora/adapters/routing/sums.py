@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_MOST_KEPT = 1 << 18  # numbers, 1 MiB: what is kept then has tokens enough to be worth kernels of its own
 
 
 class Totals(NamedTuple):
@@ -27,12 +30,36 @@ class Totals(NamedTuple):
     z: Tensor
 
 
+@dataclass
+class _Heard:
+    """What routers said that have as many experts each and looked at the same N tokens or sequences.
+
+    Args:
+        num_tokens_N: fp32, how many real tokens each of them stands for
+        routers: places in the order of the model
+        said: of each router, tensors (N, E)
+    """
+
+    num_tokens_N: Tensor
+    routers: list[int] = field(default_factory=list)
+    said: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
+class _Places(NamedTuple):
+    """For each kind of sum, where the numbers of each router lie."""
+
+    choices: Sequence[Tensor]
+    gates: Sequence[Tensor]
+    probabilities: Sequence[Tensor]
+    entropy: Sequence[Tensor]
+    z: Sequence[Tensor]
+
+
 class RoutingSums:
     """All sums in one fp64 tensor, so that one all-reduce brings those of all ranks together.
 
-    A router's numbers lie side by side, so that it adds them in two products: what it decided (choices, gates, entropy)
-    and what its logits were (probabilities, z). The sums of one forward pass are taken in fp32, all of them are moved
-    to `flat` at once when it is over.
+    What routers say is kept until the forward pass is over, or much has come together, and summed for many of them at
+    once, in fp32: a layer's forward adds nothing itself.
 
     Args:
         sizes: number of experts of each router
@@ -43,30 +70,18 @@ class RoutingSums:
     """
 
     def __init__(self, sizes: list[int], device: torch.device) -> None:
-        lengths = [4 * size + 1 for size in sizes]
-        self.flat = torch.zeros(sum(lengths), dtype=torch.float64, device=device)
-        self._of_forward = self.flat.float()
-        # Views are made once: to cut them in each layer's forward would take time that grows with the layers' square.
-        blocks = zip(self._of_forward.split(lengths), sizes, strict=True)
-        pairs = [block.split([3 * size, size + 1]) for block, size in blocks]
-        self._decided, self._logits = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        begins = [sum(lengths[:router]) for router in range(len(sizes))]
-
-        def places(of_router: Callable[[int], range]) -> Tensor:
-            found = [b + k for b, size in zip(begins, sizes, strict=True) for k in of_router(size)]
-            return torch.tensor(found, dtype=torch.int64, device=device)
-
-        self._places = Totals(
-            choices=places(lambda size: range(size)),
-            gates=places(lambda size: range(size, 2 * size)),
-            probabilities=places(lambda size: range(3 * size, 4 * size)),
-            entropy=places(lambda size: range(2 * size, 3 * size)),
-            z=places(lambda size: range(4 * size, 4 * size + 1)),
-        )
+        self._lengths = [*4 * [sum(sizes)], len(sizes)]  # of the fields of `Totals`
+        self.flat = torch.zeros(sum(self._lengths), dtype=torch.float64, device=device)
+        places = self.totals(torch.arange(len(self.flat), device=device))
+        choices, gates, probabilities, entropy = (part.split(sizes) for part in places[:4])
+        self._places = _Places(choices, gates, probabilities, entropy, places.z.split(1))
+        self._decisions: dict[tuple[int, int], _Heard] = {}
+        self._scores: dict[tuple[int, int], _Heard] = {}
+        self._num_kept = 0
 
     def totals(self, flat: Tensor) -> Totals:
         """A tensor as `flat`, such as the sum over all ranks, by kind."""
-        return Totals(*(flat[places] for places in self._places))
+        return Totals(*flat.split(self._lengths))
 
     def add_decisions(self, router: int, gate_NE: Tensor, selected_NE: Tensor, num_tokens_N: Tensor) -> None:
         """Count what a router decided.
@@ -77,24 +92,42 @@ class RoutingSums:
             selected_NE: bool
             num_tokens_N: fp32, how many real tokens each of them stands for
         """
-        decided_NX = torch.cat((selected_NE, gate_NE, torch.special.entr(gate_NE)), -1)
-        self._decided[router].addmv_(decided_NX.t(), num_tokens_N)
+        self._keep(self._decisions, router, num_tokens_N, gate_NE, selected_NE)
 
-    def add_logits(self, router: int, share_NE: Tensor, log_total_N1: Tensor, num_tokens_N: Tensor) -> None:
-        """Count what a router's logits were.
+    def add_logits(self, router: int, logits_NE: Tensor, num_tokens_N: Tensor) -> None:
+        """Count what a router's logits were (arguments as of `add_decisions`)."""
+        self._keep(self._scores, router, num_tokens_N, logits_NE)
 
-        Args:
-            router: its place in the order of the model
-            share_NE: fp32, their softmax
-            log_total_N1: the logarithm of the sum of their exponentials
-            num_tokens_N: as of `add_decisions`
-        """
-        self._logits[router].addmv_(torch.cat((share_NE, log_total_N1.square()), -1).t(), num_tokens_N)
-
+    @torch.no_grad()
     def finish_forward(self) -> None:
-        """Move the sums of a forward pass to `flat`."""
-        self.flat += self._of_forward
-        self._of_forward.zero_()
+        """Move what has been kept to `flat`."""
+        for heard in self._decisions.values():
+            gates, selected = zip(*heard.said, strict=True)
+            self._add(heard, torch.stack(selected, 1).float(), self._places.choices)
+            gate_NKE = torch.stack(gates, 1)
+            self._add(heard, gate_NKE, self._places.gates)
+            self._add(heard, torch.special.entr(gate_NKE), self._places.entropy)
+        for heard in self._scores.values():
+            logits_NKE = torch.stack([logits_NE for (logits_NE,) in heard.said], 1)
+            self._add(heard, logits_NKE.softmax(-1), self._places.probabilities)
+            self._add(heard, logits_NKE.logsumexp(-1, keepdim=True).square(), self._places.z)
+        self._decisions.clear()
+        self._scores.clear()
+        self._num_kept = 0
+
+    def _keep(self, kept: dict[tuple[int, int], _Heard], router: int, num_tokens_N: Tensor, *said_NE: Tensor) -> None:
+        key = (said_NE[0].shape[-1], id(num_tokens_N))
+        heard = kept.setdefault(key, _Heard(num_tokens_N))
+        heard.routers.append(router)
+        heard.said.append(tuple(one.detach() for one in said_NE))
+        self._num_kept += said_NE[0].numel()
+        if self._num_kept > _MOST_KEPT:
+            self.finish_forward()
+
+    def _add(self, heard: _Heard, values_NKX: Tensor, places: Sequence[Tensor]) -> None:
+        """Add sums over tokens of K routers' X numbers where `places` of each router says."""
+        where = torch.cat([places[router] for router in heard.routers])
+        self.flat.index_add_(0, where, (heard.num_tokens_N @ values_NKX.flatten(1)).double())
 
 
 class ExpertsOfRouters:
