@@ -30,7 +30,7 @@ from dsmoelora.config import LossesConfig
 
 NUM_SEQUENCES, LENGTH, WIDTH = 4, 32, 64
 NUM_EXPERTS, RANK = 8, 4
-# besides views: memory that is only set aside, and names that only check or pass on
+# besides views: memory that is only set aside, numbers of the host, and names that only check or pass on
 _FREE = {
     "empty",
     "empty_like",
@@ -39,6 +39,7 @@ _FREE = {
     "new_empty_strided",
     "detach",
     "lift_fresh",
+    "scalar_tensor",
     "_unsafe_view",
 }
 

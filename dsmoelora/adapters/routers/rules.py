@@ -22,7 +22,7 @@ class SoftmaxOverSelected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores_TE: Tensor, selected_TE: Tensor) -> Tensor:
         """(T, E)."""
-        gate_TE = scores_TE.masked_fill(~selected_TE, -torch.inf).softmax(-1)
+        gate_TE = torch.where(selected_TE, scores_TE, -torch.inf).softmax(-1)
         ctx.save_for_backward(gate_TE)
         return gate_TE
 
