@@ -282,7 +282,8 @@ class Engine:
         """Forward and backward pass; returns the sum of negative log likelihoods."""
         weight = comm.world_size() / micro_batch.num_supervised_global
         with self._routing.listening():
-            nll = self._calls.nll_sum(micro_batch, weight * zero.loss_scale(self._deepspeed))
+            more_experts = self.recipe.adapter.more_experts(self.step)
+            nll = self._calls.nll_sum(micro_batch, weight * zero.loss_scale(self._deepspeed), more_experts)
         self._deepspeed.backward(nll * weight, scale_wrt_gas=False)
         return nll.detach()
 

@@ -277,6 +277,8 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         kinds[kind] = kinds.get(kind, 0) + 1
     plan.add("adapted layers", f"{len(layers)}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     for_a_token = "" if config.top_k is None else f", {config.top_k} for a token"
+    if config.top_k_warmup:
+        for_a_token += f" (falling from {config.num_experts} in the first {config.top_k_warmup} steps)"
     shared = f"; {config.shared_experts} more for every token" if config.shared_experts else ""
     plan.add("experts", f"{config.num_experts} of rank {config.r} a layer{for_a_token}{shared}")
     if config.lora_modules:

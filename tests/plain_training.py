@@ -6,9 +6,11 @@ out over ranks and micro-batches is written here as well, so that nothing of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +138,8 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
     model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=dtype)
     inject(model, recipe.adapter)
     if recipe.adapter.init == "gradient":
-        start_plainly(model, recipe.adapter, lambda: mean_loss(model.train(), 0, recipe.run.seed))
+        more = _more_experts(0, recipe.adapter)
+        start_plainly(model, recipe.adapter, lambda: mean_loss(model.train(), 0, recipe.run.seed, more))
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = _torch_optimizer(trainable, recipe.optim)
     gaps = _watch_gaps(model, recipe.adapter.top_k or recipe.adapter.num_experts)
@@ -147,7 +150,7 @@ def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Trainin
         for group in optimizer.param_groups:
             group["lr"] = share * group["full_lr"]
         optimizer.zero_grad()
-        loss = mean_loss(model.train(), step, recipe.run.seed)
+        loss = mean_loss(model.train(), step, recipe.run.seed, _more_experts(step, recipe.adapter))
         mask_BS, keys_BS = global_batch(step)[1], adapter_context(model).tokens.keys_BS
         of_routers = router_losses.of_step(mask_BS, recipe.losses)
         (loss + of_routers + contrastive.of_step(keys_BS, mask_BS, recipe.losses)).backward()
@@ -213,7 +216,16 @@ def _torch_optimizer(trainable: dict[str, torch.nn.Parameter], config: OptimConf
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
-def mean_loss(model: Any, step: int, seed: int) -> Tensor:
+def _more_experts(step: int, config: AdapterConfig) -> int:
+    """Than K, on the line from E at step 0 to K at step `top_k_warmup`, rounded up."""
+    if not config.top_k_warmup:
+        return 0
+    assert config.top_k is not None
+    left = max(Fraction(0), 1 - Fraction(step, config.top_k_warmup))
+    return math.ceil(left * (config.num_experts - config.top_k))
+
+
+def mean_loss(model: Any, step: int, seed: int, more_experts: int = 0) -> Tensor:
     """Of an adapted model on a global batch, with the dropout that belongs to its tokens."""
     ids_BS, mask_BS, labels_BS = global_batch(step)
     sequence_ids_B = step * BATCH_SIZE + torch.arange(BATCH_SIZE)
@@ -221,7 +233,8 @@ def mean_loss(model: Any, step: int, seed: int) -> Tensor:
     before_first_label_BS = (labels_BS != -100).cumsum(-1) == 0
     before_first_label_BS[:, 0] = True
     prompt_BS = before_first_label_BS & mask_BS.bool()
-    context.tokens = BatchTokens(token_keys(seed, sequence_ids_B, mask_BS), prompt_BS=prompt_BS)
+    keys_BS = token_keys(seed, sequence_ids_B, mask_BS)
+    context.tokens = BatchTokens(keys_BS, prompt_BS=prompt_BS, more_experts=more_experts)
     log_probs_BSV = model(ids_BS, attention_mask=mask_BS).logits[:, :-1].log_softmax(-1)
     targets_BS = labels_BS[:, 1:]
     chosen_BS = log_probs_BSV.gather(-1, targets_BS.clamp(min=0).unsqueeze(-1)).squeeze(-1)

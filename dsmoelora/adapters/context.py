@@ -66,12 +66,14 @@ class BatchTokens:
         real_BS: bool, False for padding and for rows that count nowhere; None stands for no padding
         sequences_BS: int64, where rows are packed: the number of each token's sequence
         prompt_BS: bool, the tokens that router `prompt` looks at; None leaves it to what the model is called with
+        more_experts: than K that each of these tokens uses, where a router selects K (`adapter.top_k_warmup`)
     """
 
     keys_BS: Tensor | None = None
     real_BS: Tensor | None = None
     sequences_BS: Tensor | None = None
     prompt_BS: Tensor | None = None
+    more_experts: int = 0
     _counts: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def counts(self, like_NE: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ from dsmoelora.config import AdapterConfig
 from dsmoelora.config.run import QuantizeName
 from dsmoelora.errors import CheckpointError, ModelError, listing
 
-_OF_TRAINING = ("experts_from", "split_ranks", "freeze")  # not in a folder, which has the numbers that came of it
+# not in a folder, which has the numbers that came of it
+_OF_TRAINING = ("experts_from", "split_ranks", "freeze", "top_k_warmup")
 _KEPT = {"none": "in 16 bits or more", "nf4": "in 4 bits (nf4)"}
 
 logger = logging.getLogger(__name__)

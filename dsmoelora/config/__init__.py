@@ -83,6 +83,13 @@ class Recipe:
             "false with adapter.router `prompt`, which decides once for a whole row",
             "Set data.packing to false, or take another router.",
         )
+        require(
+            not self.adapter.top_k_warmup or self.adapter.top_k_warmup < self.train.max_steps,
+            "adapter.top_k_warmup",
+            self.adapter.top_k_warmup,
+            f"below train.max_steps = {self.train.max_steps}, for the adapter is used with adapter.top_k",
+            "A tenth to a third of the steps is a beginning.",
+        )
         if self.model.quantize != "none":
             self.adapter.check_packed_base(f"model.quantize = {self.model.quantize}")
         check_losses(self.adapter, self.losses.weights)

@@ -32,6 +32,8 @@ class AdapterConfig:
         shared_experts: more experts of the same kind in each layer with a router, which every token uses with gate 1
         top_k: K, the experts that a token uses, for routers that select a fixed number (softmax_topk, noisy_topk,
             sigmoid_bias, prompt); `null` means half of the experts
+        top_k_warmup: of these routers: optimizer steps over which the experts that a token uses in training fall evenly
+            from all E to `top_k`; `null` means 0. Evaluations, answers and exports use `top_k`
         gate_power: power of the gate in the gradients of the factors: 1 is the chain rule, 1/2 the rescaling of
             Sun et al.'s released code, 0 their theory. Other than 1, the optimizer does not see the gradient of the
             loss, and `grad_norm` is not its norm
@@ -75,6 +77,7 @@ class AdapterConfig:
     num_experts: int = 20
     shared_experts: int = 0
     top_k: int | None = None
+    top_k_warmup: int | None = None
     gate_power: float = 1.0
     gate_power_scope: Literal["factors", "factors_and_input"] = "factors"
     expert: ExpertName = "lora"
@@ -169,8 +172,8 @@ class AdapterConfig:
 
     def plain(self) -> AdapterConfig:
         """The same with one expert and no router."""
-        routing: dict[str, Any] = {"router": "softmax_topk", "top_k": 1, "top_p": None, "bias_rate": None}
-        routing |= {"router_start": None, "router_temperature": None}
+        routing: dict[str, Any] = {"router": "softmax_topk", "top_k": 1, "top_k_warmup": None}
+        routing |= {"top_p": None, "bias_rate": None, "router_start": None, "router_temperature": None}
         routing |= {"gate_power": 1.0, "gate_power_scope": "factors"}
         return replace(self, num_experts=1, shared_experts=0, style="per_linear", lora_modules=[], freeze=[], **routing)
 
@@ -203,6 +206,15 @@ class AdapterConfig:
     def num_used(self) -> int:
         """How many experts a router chooses for a token at most."""
         return self.top_k or self.num_experts
+
+    def more_experts(self, step: int) -> int:
+        """How many experts more than `top_k` a token uses in training after `step` optimizer steps.
+
+        ceil((E - K) (1 - step / top_k_warmup)), and 0 from step `top_k_warmup` on
+        """
+        if not self.top_k_warmup or self.top_k is None or step >= self.top_k_warmup:
+            return 0
+        return -(-(self.num_experts - self.top_k) * (self.top_k_warmup - step) // self.top_k_warmup)
 
     @property
     def scale(self) -> float:

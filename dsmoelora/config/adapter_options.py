@@ -23,6 +23,7 @@ class AdapterSettings(Protocol):
     shared_experts: int
     router: RouterName
     top_k: int | None
+    top_k_warmup: int | None
     top_p: float | None
     bias_rate: float | None
     router_start: RouterStart | None
@@ -51,14 +52,15 @@ class Kind:
 
 
 _ALWAYS_EVEN = "every token uses every expert, so their shares of tokens are always equal"
+_TOP_K = ("top_k", "top_k_warmup")
 ROUTERS: dict[RouterName, Kind] = {
-    "softmax_topk": Kind(("top_k",)),
+    "softmax_topk": Kind(_TOP_K),
     "softmax": Kind(no_balance=_ALWAYS_EVEN, uses_all=True),
-    "noisy_topk": Kind(("top_k",)),
+    "noisy_topk": Kind(_TOP_K),
     "top_p": Kind(("top_p",)),
     "threshold": Kind(),
-    "sigmoid_bias": Kind(("top_k", "bias_rate"), no_balance="its selection bias balances the experts already"),
-    "prompt": Kind(("top_k",)),
+    "sigmoid_bias": Kind((*_TOP_K, "bias_rate"), no_balance="its selection bias balances the experts already"),
+    "prompt": Kind(_TOP_K),
     "constant": Kind(("router_start",), no_balance=_ALWAYS_EVEN, uses_all=True),
     "arrow": Kind(("top_k", "router_temperature"), no_balance="it learns nothing", is_trained=False),
 }
@@ -71,6 +73,7 @@ _KINDS: dict[str, Mapping[Any, Kind]] = {"router": ROUTERS, "expert": EXPERTS}
 _WHY_NOT_ONE = "only softmax_topk (plain LoRA) where adapter.num_experts is 1, for one expert needs no router"
 # Where the chosen kind has the option, `null` means this.
 _DEFAULTS = {
+    "top_k_warmup": 0,
     "top_p": 0.8,
     "bias_rate": 1e-3,
     "mixer_init": "kaiming",
@@ -120,6 +123,8 @@ def _check_ranges(config: AdapterSettings) -> None:
             f"at most adapter.num_experts = {config.num_experts}",
             "Lower adapter.top_k or raise adapter.num_experts.",
         )
+    if config.top_k_warmup:
+        _check_warmup(config, config.top_k_warmup)
     if config.top_p is not None and not 0.0 < config.top_p < 1.0:
         remedy = "Try 0.8; for all experts take adapter.router = softmax."
         raise bad_value("adapter.top_p", config.top_p, "above 0 and below 1", remedy)
@@ -136,6 +141,30 @@ def _check_ranges(config: AdapterSettings) -> None:
         )
 
 
+def _check_warmup(config: AdapterSettings, steps: int) -> None:
+    key = "adapter.top_k_warmup"
+    if steps < 0:
+        raise bad_value(key, steps, "0 or more", "0 switches it off.")
+    if config.top_k == config.num_experts:
+        allowed = f"0 where adapter.top_k is adapter.num_experts = {config.num_experts}, for K cannot fall"
+        raise bad_value(key, steps, allowed, "Drop it, or lower adapter.top_k.")
+
+
+def _check_loss(config: AdapterSettings, name: str, weight: float) -> None:
+    """What a loss that is switched on wants of the experts, whatever their router."""
+    key = f"losses.{name}"
+    if config.num_experts == 1:
+        raise bad_value(key, weight, "0 where adapter.num_experts is 1, for there are no routers", "Drop it.")
+    if not name.startswith("contrastive"):
+        return
+    if config.shared_experts:
+        why = "0 with adapter.shared_experts, for it tells the experts of a token from others, and these are of all"
+        raise bad_value(key, weight, why, "Drop the loss, or the shared experts.")
+    if config.top_k_warmup:
+        why = "0 with adapter.top_k_warmup, for its memory grows with the square of a token's experts"
+        raise bad_value(key, weight, why, "Drop one of the two.")
+
+
 def check_losses(config: AdapterSettings, losses: Mapping[str, float]) -> None:
     """Refuse losses that the routers cannot have.
 
@@ -147,12 +176,8 @@ def check_losses(config: AdapterSettings, losses: Mapping[str, float]) -> None:
         ConfigError: a loss that is switched on would do nothing
     """
     for name, weight in losses.items():
-        if weight and config.num_experts == 1:
-            why = "0 where adapter.num_experts is 1, for there are no routers"
-            raise bad_value(f"losses.{name}", weight, why, "Drop it.")
-        if weight and config.shared_experts and name.startswith("contrastive"):
-            why = "0 with adapter.shared_experts, for it tells the experts of a token from others, and these are of all"
-            raise bad_value(f"losses.{name}", weight, why, "Drop the loss, or the shared experts.")
+        if weight:
+            _check_loss(config, name, weight)
     uses_all = ROUTERS[config.router].uses_all or config.top_k == config.num_experts
     reason = ROUTERS[config.router].no_balance
     if config.top_k == config.num_experts:

@@ -48,21 +48,22 @@ class ModelCalls:
         """Where batches go."""
         return torch.device(get_accelerator().current_device_name())
 
-    def nll_sum(self, micro_batch: MicroBatch, gradient: float = 1.0) -> Tensor:
+    def nll_sum(self, micro_batch: MicroBatch, gradient: float = 1.0, more_experts: int = 0) -> Tensor:
         """Sum of the negative log likelihoods of a micro-batch's supervised tokens (fp32 scalar).
 
         Args:
             micro_batch: of this rank
             gradient: that the sum will get in the backward pass
+            more_experts: than K that a token uses (`adapter.top_k_warmup`)
         """
         places_BP, targets_BP = micro_batch.targets()
         if self._chunked_loss is None:
-            logits_BPV = self.logits(micro_batch, places_BP)
+            logits_BPV = self.logits(micro_batch, places_BP, more_experts)
             logits_TV, targets_T = logits_BPV.flatten(0, 1).float(), sent(targets_BP, self.device).flatten()
             return nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
         wanted_T = (targets_BP != IGNORED).flatten().nonzero().squeeze(-1)
         targets_T = sent(targets_BP.flatten()[wanted_T], self.device)
-        call = partial(self._call, micro_batch, places_BP)
+        call = partial(self._call, micro_batch, places_BP, more_experts)
         return self._chunked_loss.nll_sum(call, sent(wanted_T, self.device), targets_T, gradient)
 
     def nlls(self, micro_batch: MicroBatch) -> list[list[float]]:
@@ -70,9 +71,9 @@ class ModelCalls:
         places_BP, targets_BP = micro_batch.targets()
         return nll_of_rows(self.logits(micro_batch, places_BP), sent(targets_BP, self.device))
 
-    def logits(self, micro_batch: MicroBatch, places_BP: Tensor) -> Tensor:
+    def logits(self, micro_batch: MicroBatch, places_BP: Tensor, more_experts: int = 0) -> Tensor:
         """(B, P, V): the logits at `places_BP`, a tensor of the host, of each row."""
-        logits: Tensor = self._call(micro_batch, places_BP).logits
+        logits: Tensor = self._call(micro_batch, places_BP, more_experts).logits
         if self._keeps_logits:
             return logits
         return torch.take_along_dim(logits, sent(places_BP, self.device).unsqueeze(-1), dim=1)
@@ -93,11 +94,11 @@ class ModelCalls:
         """Know nothing of the last micro-batch's tokens any more."""
         self._context.tokens = BatchTokens()
 
-    def _call(self, micro_batch: MicroBatch, places_BP: Tensor) -> Any:
+    def _call(self, micro_batch: MicroBatch, places_BP: Tensor, more_experts: int) -> Any:
         """What the model says, at `places_BP` alone where it can."""
         config: Any = self._engine.module.config
         inputs = model_inputs(micro_batch, config._attn_implementation, self.device)
-        fill_context(self._context, micro_batch, self._seed, self.device)
+        fill_context(self._context, micro_batch, self._seed, self.device, more_experts)
         if self._keeps_logits:
             inputs["logits_to_keep"] = sent(places_BP, self.device)
         return self._engine(**inputs)

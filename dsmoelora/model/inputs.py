@@ -97,7 +97,9 @@ def greedy_answers(
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
-def fill_context(context: AdapterContext, batch: MicroBatch, seed: int, device: torch.device) -> None:
+def fill_context(
+    context: AdapterContext, batch: MicroBatch, seed: int, device: torch.device, more_experts: int = 0
+) -> None:
     """Tell the adapted layers what the model is about to be called with.
 
     Args:
@@ -105,6 +107,7 @@ def fill_context(context: AdapterContext, batch: MicroBatch, seed: int, device: 
         batch: micro-batch
         seed: of the run
         device: of the model
+        more_experts: than K that a token uses
     """
     # what follows from the batch is computed on the device: only what `collate` has pinned is sent
     batch = batch.with_tensors(lambda tensor: sent(tensor, device))
@@ -114,6 +117,7 @@ def fill_context(context: AdapterContext, batch: MicroBatch, seed: int, device: 
         real_BS=batch.real_tokens,
         sequences_BS=ids_BS if ids_BS.dim() == 2 else None,
         prompt_BS=prompt_tokens(mask_BS, batch.labels),
+        more_experts=more_experts,
     )
 
 

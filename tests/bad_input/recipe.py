@@ -63,6 +63,13 @@ EARLY: dict[str, Case] = {
         "--adapter.num_experts", 1, "--adapter.top_k", 1, "--adapter.lora_modules", "[o_proj]"
     ),
     "a router that takes no `top_k`": override("--adapter.router", "softmax"),
+    "a falling K of negative length": override("--adapter.top_k_warmup=-1"),
+    "a falling K where a token uses all": override("--adapter.top_k", 4, "--adapter.top_k_warmup", 1),
+    "a falling K of a router that has none": override(
+        "--adapter.router", "softmax", "--adapter.top_k", "null", "--adapter.top_k_warmup", 1
+    ),
+    "a K that falls to the end": override("--adapter.top_k_warmup", 1000),
+    "a falling K with a contrastive loss": override("--adapter.top_k_warmup", 1, "--losses.contrastive", 0.1),
     "an expert that has no mixer": override("--adapter.mixer_init", "kaiming"),
     "a balance loss where nothing can be balanced": override("--adapter.top_k", 4, "--losses.balance", 0.1),
     "a contrastive loss for one expert": override(

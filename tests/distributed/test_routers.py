@@ -26,6 +26,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "threshold": {"top_k": None},
     "sigmoid_bias": {"bias_rate": 0.05},
     "prompt": {},
+    "falling_k": {"router": "sigmoid_bias", "bias_rate": 0.05, "top_k_warmup": 5},
     "constant": {"top_k": None, "router_start": "mean"},
 }
 
@@ -98,3 +99,15 @@ def test_selection_biases_are_part_of_a_checkpoint(worker_pool: PoolFactory, bas
     for share in worker_pool(3).run(train_on_rank, job):
         torch.testing.assert_close(share.losses, expected.losses[HALF:], rtol=1e-5, atol=0)
         torch.testing.assert_close(share.final_loss, expected.final_loss, rtol=1e-5, atol=0)
+
+
+def test_a_run_that_goes_on_while_k_falls_takes_the_same_steps_to_the_last_bit(
+    worker_pool: PoolFactory, base: Path, tmp_path: Path
+) -> None:
+    recipe = replace(recipe_with(base, "falling_k"), parallel=ParallelConfig(ep_size=2, exchange="all_to_all"))
+    pool = worker_pool(2)
+    expected = pool.run(train_on_rank, Job(recipe, 2))
+    pool.run(train_on_rank, Job(recipe, 2, last_step=HALF, save_to=tmp_path))
+    gone_on = pool.run(train_on_rank, Job(recipe, 2, HALF, load_from=tmp_path / f"checkpoint-{HALF}"))
+    for share, whole in zip(gone_on, expected, strict=True):
+        assert (share.losses, share.final_loss) == (whole.losses[HALF:], whole.final_loss)

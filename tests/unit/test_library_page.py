@@ -21,7 +21,7 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": ids} for _ in range(count)]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["plain", "autocast", "trainer", "gradient"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["plain", "autocast", "trainer", "gradient", "falling_k"])
 def test_a_loop_learns(block: str, tmp_path: Path) -> None:
     batches = [{name: value.unsqueeze(0) for name, value in row.items()} for row in rows(12)]
     names: dict[str, Any] = {"path": tiny_llama(tmp_path / "model"), "batches": batches, "rows": rows(40)}

@@ -16,9 +16,9 @@ from torch import nn
 from dsmoelora.adapters.routers.bias import SigmoidBiasRouter
 from dsmoelora.adapters.routers.given import ArrowRouter, ConstantRouter
 from dsmoelora.adapters.routers.linear import LinearRouter, NoisyRouter, SingleExpertRouter, ThresholdRouter
-from dsmoelora.adapters.routers.parts import RouterPlace
+from dsmoelora.adapters.routers.parts import RouterPlace, TopKRule
 from dsmoelora.adapters.routers.prompt import PromptRouter, unwatch_prompts, watch_prompts
-from dsmoelora.adapters.routers.rules import all_rule, top_k_rule, top_p_rule
+from dsmoelora.adapters.routers.rules import all_rule, top_p_rule
 from dsmoelora.config import AdapterConfig
 from dsmoelora.config.adapter_options import RouterName
 
@@ -26,15 +26,15 @@ __all__ = ["BUILDERS", "RouterPlace", "build_router", "routers", "unwatch_prompt
 
 # The options that a router reads are there: see `adapter_options`.
 BUILDERS: dict[RouterName, Callable[[RouterPlace, Any], nn.Module]] = {
-    "softmax_topk": lambda place, config: LinearRouter(place, top_k_rule(config.top_k)),
+    "softmax_topk": lambda place, config: LinearRouter(place, TopKRule(config.top_k, place.context)),
     "softmax": lambda place, config: LinearRouter(place, all_rule),
-    "noisy_topk": lambda place, config: NoisyRouter(place, top_k_rule(config.top_k)),
+    "noisy_topk": lambda place, config: NoisyRouter(place, TopKRule(config.top_k, place.context)),
     "top_p": lambda place, config: LinearRouter(place, top_p_rule(config.top_p)),
     "threshold": lambda place, config: ThresholdRouter(place),
     "sigmoid_bias": lambda place, config: SigmoidBiasRouter(place, config.top_k, config.bias_rate),
     "constant": lambda place, config: ConstantRouter(place, config.router_start),
     "arrow": lambda place, config: ArrowRouter(place, config.top_k, config.router_temperature),
-    "prompt": lambda place, config: PromptRouter(place, top_k_rule(config.top_k)),
+    "prompt": lambda place, config: PromptRouter(place, TopKRule(config.top_k, place.context)),
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter
+from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter, TopKRule
 from dsmoelora.adapters.routers.rules import largest, softmax_over
 
 
@@ -33,7 +33,7 @@ class SigmoidBiasRouter(TokenRouter):
         self.bias_steps: Tensor
         steps_E = torch.zeros(place.num_experts, dtype=torch.int32, device=place.like.device)
         self.register_buffer("bias_steps", steps_E)
-        self._top_k, self._rate, self._report = top_k, rate, Report(place)
+        self._top_k, self._rate, self._report = TopKRule(top_k, place.context), rate, Report(place)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
@@ -41,7 +41,7 @@ class SigmoidBiasRouter(TokenRouter):
         return x_TD, *self._report.decide(logits_TE, self._rule, self.training), *features
 
     def _rule(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        selected_TE = largest(logits_TE.detach().sigmoid() + self._rate * self.bias_steps, self._top_k)
+        selected_TE = largest(logits_TE.detach().sigmoid() + self._rate * self.bias_steps, self._top_k.num_used)
         # a softmax of logarithms: the scores divided by their sum, also where they are too small for fp32
         return softmax_over(nn.functional.logsigmoid(logits_TE), selected_TE), selected_TE
 

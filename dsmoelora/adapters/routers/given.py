@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter
-from dsmoelora.adapters.routers.rules import Rule, all_rule, top_k_rule
+from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter, TopKRule
+from dsmoelora.adapters.routers.rules import Rule, all_rule
 from dsmoelora.config.adapter_options import RouterStart
 
 
@@ -71,7 +71,8 @@ class ArrowRouter(TokenRouter):
         super().__init__()
         self.shapes: dict[str, tuple[int, ...]] = {"weight": place.shape}
         self.weight = place.zero_start(*place.shape)
-        self._rule, self._temperature, self._report = top_k_rule(top_k), temperature, Report(place)
+        self._rule, self._temperature = TopKRule(top_k, place.context), temperature
+        self._report = Report(place)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
         """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""

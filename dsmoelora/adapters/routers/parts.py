@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsmoelora.adapters.context import AdapterContext
 from dsmoelora.adapters.experts.function import Projection
 from dsmoelora.adapters.precision import typed
-from dsmoelora.adapters.routers.rules import Rule
+from dsmoelora.adapters.routers.rules import Rule, largest, softmax_over
 from dsmoelora.seeds import empty_start, generator
 
 
@@ -78,6 +78,29 @@ class TokenRouter(nn.Module):
         weights = (typed(weight_ED, x_TD) for weight_ED in weights_ED)
         x_TD, *features, logits_TF = Projection.apply(x_TD, is_forked, factors[0] if factors else None, *weights)
         return x_TD, logits_TF, tuple(features) if factors else ()
+
+
+@dataclass(frozen=True)
+class TopKRule:
+    """Softmax over the K largest, 0 for the rest: the full softmax renormalised over its K largest entries.
+
+    Args:
+        top_k: K
+        context: of the model, which knows how many more experts than K a token of the call at hand uses
+    """
+
+    top_k: int
+    context: AdapterContext
+
+    @property
+    def num_used(self) -> int:
+        """Experts of a token in the call at hand."""
+        return self.top_k + self.context.tokens.more_experts
+
+    def __call__(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """A `Rule`."""
+        selected_TE = largest(logits_TE, self.num_used)
+        return softmax_over(logits_TE, selected_TE), selected_TE
 
 
 class Report:

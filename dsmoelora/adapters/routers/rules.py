@@ -45,16 +45,6 @@ def largest(scores_TE: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-1, chosen_TK, True)
 
 
-def top_k_rule(top_k: int) -> Rule:
-    """Softmax over the K largest, 0 for the rest: the full softmax renormalised over its K largest entries."""
-
-    def rule(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        selected_TE = largest(logits_TE, top_k)
-        return softmax_over(logits_TE, selected_TE), selected_TE
-
-    return rule
-
-
 def all_rule(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Every expert, weighted by the softmax (LoRAMoE, Dou et al. 2024, arXiv 2312.09979)."""
     return logits_TE.softmax(-1), torch.ones_like(logits_TE, dtype=torch.bool)
