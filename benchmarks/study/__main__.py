@@ -67,6 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help="training rows of a task of your own")
     parser.add_argument("--eval", type=Path, help="held-out rows of it")
     parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-135m")
+    parser.add_argument("--template", type=Path, help="file of a chat template instead of the model's")
     parser.add_argument("--demo", type=Path, default=ROOT / "data/demo", help="folder of the demo's data")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the sets of qa and gsm8k")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first chooses the rates")
@@ -74,7 +75,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--eval-rows", type=int, default=256)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--depth", choices=["third", "half", "full"], default="third", help="layers that are adapted")
+    parser.add_argument(
+        "--depth", choices=["sixth", "third", "half", "full"], default="third", help="layers that are adapted"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     parser.add_argument("--plot", type=Path, help="run nothing, draw into this file (needs matplotlib)")
@@ -94,7 +97,8 @@ def task_of(name: str, options: argparse.Namespace) -> Task:
     else:
         files = task_files(name, folder, options.demo, options.data)
     sizes = (options.steps, options.batch_size, options.eval_rows, options.max_length)
-    return Task(folder / name, options.model, *vars(files).values(), *sizes, options.depth, tuple(options.seeds))
+    paths = (folder / name, options.model, options.template, *vars(files).values())
+    return Task(*paths, *sizes, options.depth, tuple(options.seeds))
 
 
 def run(tasks: Sequence[Task], arms: Sequence[str], jobs: int) -> None:

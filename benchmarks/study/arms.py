@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dsmoelora.config import AdapterConfig, OptimConfig
+from dsmoelora.config import AdapterConfig, LossesConfig, OptimConfig
 
 # Factors of 2, for every arm of the same base optimizer the same.
-ADAMW_RATES = tuple(2.0**power * 1e-3 for power in range(-1, 5))
+ADAMW_RATES = tuple(2.0**power * 1e-3 for power in range(4))
 SGD_RATES = tuple(2.0**power for power in range(-6, 4))
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _WARMUP_SHARE = 12  # one step of so many
@@ -21,14 +21,15 @@ class Arm:
 
     Args:
         name: in tables and folders
-        adapter, optim: what it sets in these sections of a recipe beside what all arms have; routers learn at the
-            experts' rate unless it says `lr_router`
+        adapter, optim, losses: what it sets in these sections of a recipe beside what all arms have; routers learn at
+            the experts' rate unless it says `lr_router`
         why: what it is there for
     """
 
     name: str
     adapter: Mapping[str, Any] = field(default_factory=dict)
     optim: Mapping[str, Any] = field(default_factory=dict)
+    losses: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
 
     @property
@@ -48,9 +49,18 @@ class Arm:
         own = {"lr": lr, "lr_router": None, "warmup_steps": max(1, num_steps // _WARMUP_SHARE), "max_grad_norm": 1.0}
         return OptimConfig(**own | dict(self.optim))
 
+    @property
+    def losses_config(self) -> LossesConfig:
+        """None, unless it says otherwise."""
+        return LossesConfig(**self.losses)
+
     def settings(self) -> dict[str, Any]:
         """What its cells are remembered by; JSON-able."""
-        return {"adapter": asdict(self.adapter_config(0)), "optim": asdict(self.optim_config(1.0, _WARMUP_SHARE))}
+        return {
+            "adapter": asdict(self.adapter_config(0)),
+            "optim": asdict(self.optim_config(1.0, _WARMUP_SHARE)),
+            "losses": asdict(self.losses_config),
+        }
 
 
 def _lora(rank: int) -> dict[str, Any]:
@@ -73,6 +83,11 @@ _ALL = [
     Arm("shared", {"shared_experts": 1}, why="one more expert for every token"),
     Arm("shared-of-8", {"num_experts": 7, "shared_experts": 1}, why="one of the eight for every token"),
     Arm("slow-routers", optim={"lr_router": 1e-4}, why="routers at 1e-4, as in Sun et al."),
+    Arm("falling-k", {"top_k_warmup": 20}, why="K falls from 8 to 2 over 20 steps"),
+    Arm("balance", losses={"balance": 0.01}, why="a balance loss of 0.01"),
+    Arm("sigmoid-bias", {"router": "sigmoid_bias"}, why="selection biases that balance"),
+    Arm("svd", {"init": "svd"}, why="segments of the weight's singular values, as in GOAT"),
+    Arm("lora-svd", _lora(32) | {"init": "svd"}, why="the largest singular values, as in PiSSA"),
     Arm("dense", {"router": "softmax", "top_k": None}, why="every token uses all experts"),
     Arm("experts-4-1", _experts(4, 1) | {"r": 8}, why="E=4 R=8 K=1"),
     Arm("experts-4-2", _experts(4, 2) | {"r": 8}, why="E=4 R=8 K=2"),

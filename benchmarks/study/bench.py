@@ -7,19 +7,23 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import DTYPE
 from benchmarks.study.cells import Cell, Results, Task
 from benchmarks.study.upper import HiddenStates, cached, hidden_below, keep_upper, layers_of
-from dsmoelora.adapters import eject, inject
+from dsmoelora.adapters import adapter_context, eject, inject
+from dsmoelora.adapters.context import BatchTokens
+from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.adapters.starts.gradient import gradient_start
 from dsmoelora.config import AdapterConfig, DataSource, ModelConfig
 from dsmoelora.data import InstructionDataset, MicroBatch, load_instructions
@@ -29,7 +33,7 @@ from dsmoelora.model import load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_optimizer, build_schedule, trainables
 from dsmoelora.seeds import derive_seed
 
-_PARTS = {"third": 3, "half": 2}
+_PARTS = {"sixth": 6, "third": 3, "half": 2}
 _EVAL_BATCH = 16
 
 
@@ -47,6 +51,8 @@ class Bench:
         torch.set_num_threads(1)
         self.task = task
         tokenizer = load_tokenizer(ModelConfig(path=str(task.model)))
+        if task.template:
+            tokenizer.chat_template = task.template.read_text(encoding="utf-8")
         self._pad = int(tokenizer.pad_token_id)
         self._train, self._held_out = (
             load_instructions([DataSource(path=str(path))], key, tokenizer, task.max_length)
@@ -98,9 +104,11 @@ class Bench:
         totals = int(samples.num_supervised[rows].sum()), int(samples.num_tokens[rows].sum())
         return collate(samples, picked, self._pad, totals, packed=False)
 
-    def nll(self, samples: InstructionDataset, rows: Sequence[int]) -> Tensor:
+    def nll(self, samples: InstructionDataset, rows: Sequence[int], more_experts: int = 0) -> Tensor:
         """(B,) fp32: the sum of negative log likelihoods of each of these rows."""
         batch = self._batch(samples, rows)
+        real_BS = batch.attention_mask.bool()
+        adapter_context(self.model).tokens = BatchTokens(real_BS=real_BS, more_experts=more_experts)
         hidden = self._hidden.get(id(samples))
         inputs = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden.of(rows)}
         places_BP, targets_BP = batch.targets()
@@ -130,16 +138,28 @@ class Bench:
             return
         folder.mkdir(parents=True, exist_ok=True)
         adapter = cell.of.adapter_config(cell.seed)
+        with self._adapted(adapter):
+            self._train_cell(cell, adapter, results, folder, until)
+
+    @contextmanager
+    def _adapted(self, adapter: AdapterConfig) -> Iterator[None]:
+        """Inside the block the model has experts; after it, it is the base as it was."""
+        shifts = adapter.init == "svd"
+        before = {name: value.clone() for name, value in self.model.named_parameters()} if shifts else {}
         inject(self.model, adapter)
         try:
-            self._train_cell(cell, adapter, results, folder, until)
+            yield
         finally:
             eject(self.model)
+            with torch.no_grad():
+                for name, value in before.items():
+                    self.model.get_parameter(name).copy_(value)
 
     def _train_cell(self, cell: Cell, adapter: AdapterConfig, results: Results, folder: Path, until: int) -> None:
         config = cell.of.optim_config(cell.lr, self.task.num_steps)
         optimizer = build_optimizer(self.model, config)
-        state = _State(self.model, optimizer, folder)
+        log = adapter_context(self.model).log = RoutingLog(self.model, cell.of.losses_config, torch.device("cpu"))
+        state = _State(self.model, optimizer, log, folder)
         results.num_trained = sum(math.prod(of.shape) for of, _ in trainables(self.model))
         order = self.order(cell.seed, self.task.num_steps)
         begin = time.process_time()
@@ -155,7 +175,7 @@ class Bench:
         for step in range(results.step, until):
             rows = order[step * self.task.batch_size : (step + 1) * self.task.batch_size]
             torch.manual_seed(derive_seed("study", cell.seed, step))
-            if not self._step(rows, optimizer, config.max_grad_norm):
+            if not self._step(rows, adapter.more_experts(step), optimizer, log, config.max_grad_norm):
                 results.diverged_at = step + 1
                 break
             schedule.step()
@@ -166,7 +186,7 @@ class Bench:
                     results.diverged_at = step + 1
                     break
                 state.save(step + 1)
-                results.evaluations.append({"step": step + 1, "seconds": spent, "nll": nll_N})
+                results.evaluations.append({"step": step + 1, "seconds": spent, "nll": np.round(nll_N, 4).tolist()})
                 results.write(folder)
                 state.forget(all_but=step + 1)
                 begin = time.process_time()
@@ -177,31 +197,40 @@ class Bench:
     def _start(self, adapter: AdapterConfig, order: Sequence[int]) -> None:
         for begin in range(0, adapter.init_samples, self.task.batch_size):
             rows = order[begin : min(begin + self.task.batch_size, adapter.init_samples)]
-            self.nll(self._train, rows).sum().backward()
+            with adapter_context(self.model).unheard():
+                self.nll(self._train, rows, adapter.more_experts(0)).sum().backward()
         gradient_start(self.model, adapter)
 
-    def _step(self, rows: Sequence[int], optimizer: ShardOptimizer, max_norm: float) -> bool:
-        loss = self.nll(self._train, rows).sum() / int(self._train.num_supervised[rows].sum())
+    def _step(
+        self, rows: Sequence[int], more_experts: int, optimizer: ShardOptimizer, log: RoutingLog, max_norm: float
+    ) -> bool:
+        """One optimizer step; False where the loss is not finite."""
+        log.begin_step(int(self._train.num_tokens[rows].sum()), 1.0)
+        with log.listening():
+            loss = self.nll(self._train, rows, more_experts).sum() / int(self._train.num_supervised[rows].sum())
         if not torch.isfinite(loss):
             return False
         loss.backward()
         nn.utils.clip_grad_norm_([parameter for _, parameter in trainables(self.model)], max_norm)
         optimizer.step()
         optimizer.zero_grad()
+        log.finish_step(log.sums)
+        log.take_window()
         return True
 
 
 class _State:
-    """Values and moments of a cell that has not come to its end.
+    """Values, moments and what routers' losses and biases go by, of a cell that has not come to its end.
 
     Args:
         model: adapted
         optimizer: of its adapters
+        log: of its routers
         folder: where they lie between two times, under the number of the step
     """
 
-    def __init__(self, model: nn.Module, optimizer: ShardOptimizer, folder: Path) -> None:
-        self._model, self._optimizer, self._folder = model, optimizer, folder
+    def __init__(self, model: nn.Module, optimizer: ShardOptimizer, log: RoutingLog, folder: Path) -> None:
+        self._model, self._optimizer, self._log, self._folder = model, optimizer, log, folder
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for of, parameter in trainables(self._model):
@@ -212,7 +241,8 @@ class _State:
     def save(self, step: int) -> None:
         """As a whole or not at all."""
         partial = self._folder / "state.partial"
-        save_file({name: tensor.contiguous() for name, tensor in self._tensors()}, partial)
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors()}
+        save_file(tensors, partial, {"routing": json.dumps(self._log.state())})
         partial.replace(self._folder / f"state-{step}.safetensors")
 
     def forget(self, all_but: int | None = None) -> None:
@@ -221,9 +251,10 @@ class _State:
 
     def load(self, step: int) -> None:
         """Go on where it stood after so many steps."""
-        found = load_file(self._folder / f"state-{step}.safetensors")
-        for name, tensor in self._tensors():
-            tensor.copy_(found[name])
+        with safe_open(self._folder / f"state-{step}.safetensors", "pt") as found:
+            for name, tensor in self._tensors():
+                tensor.copy_(found.get_tensor(name))
+            self._log.load_state(json.loads(found.metadata()["routing"]))
         self._optimizer.num_steps = step
 
 

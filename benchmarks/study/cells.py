@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -25,16 +27,18 @@ class Task:
     Args:
         folder: of the cells
         model: folder of the base
+        template: file of a chat template instead of the model's own
         train, held_out: JSONL files
         num_steps, batch_size: of a whole run
         eval_rows: held-out rows that are looked at
         max_length: tokens of a row
-        depth: which layers are adapted: the upper `third` or `half` of them, or all (`full`)
+        depth: which layers are adapted: the upper `sixth`, `third` or `half` of them, or all (`full`)
         seeds: that may run
     """
 
     folder: Path
     model: Path
+    template: Path | None
     train: Path
     held_out: Path
     num_steps: int
@@ -47,7 +51,7 @@ class Task:
     @property
     def evaluated_at(self) -> list[int]:
         """After which steps held-out rows are looked at."""
-        count = 8 if self.num_steps >= _LONG else 4
+        count = 8 if self.num_steps >= _LONG else 2
         even = (round(part * self.num_steps / count) for part in range(1, count + 1))
         return sorted({*even, *budgets(self.num_steps)} - {0})
 
@@ -64,7 +68,14 @@ class Task:
     def settings(self) -> dict[str, Any]:
         """What a cell of it is remembered by; JSON-able."""
         kept = {key: value for key, value in asdict(self).items() if key not in ("folder", "seeds")}
-        return json.loads(json.dumps(kept, default=str))
+        return {key: _digest(value) if isinstance(value, Path) else value for key, value in kept.items()}
+
+
+@functools.cache
+def _digest(path: Path) -> str:
+    """Of a file, or of what a model is made from, wherever it lies."""
+    file = path / "config.json" if path.is_dir() else path
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ from benchmarks.study.report import table
 from benchmarks.study.search import Chosen, search
 from benchmarks.study.tasks import CONFLICTING, task_files
 from dsmoelora.adapters import inject
+from dsmoelora.config import ModelConfig
 from dsmoelora.errors import ConfigError
+from dsmoelora.model import load_tokenizer
 from tests.helpers import tiny_llama
 
 # The arithmetic
@@ -201,7 +203,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pat
 def task(tmp_path: Path, material: dict[str, Path]) -> Task:
     """Two layers of six are adapted; 8 steps of 4 rows, 12 held-out rows."""
     sizes = {"num_steps": 8, "batch_size": 4, "eval_rows": 12, "max_length": 256}
-    return Task(tmp_path / "study" / "conflicting", **material, **sizes, depth="third", seeds=(0, 1))  # type: ignore[arg-type]
+    return Task(tmp_path / "study" / "conflicting", **material, **sizes, depth="third", seeds=(0, 1), template=None)  # type: ignore[arg-type]
 
 
 def test_losses_from_cached_hidden_states_are_those_of_the_whole_model(task: Task) -> None:
@@ -234,7 +236,7 @@ def test_full_depth_adapts_all_layers_and_keeps_nothing(task: Task) -> None:
     assert not (task.folder / "hidden").exists()
 
 
-@pytest.mark.parametrize("arm", ["experts", "gradient"])
+@pytest.mark.parametrize("arm", ["experts", "gradient", "balance", "sigmoid-bias", "falling-k", "svd"])
 def test_a_cell_that_stops_goes_on_to_the_same_numbers(task: Task, arm: str) -> None:
     cell = Cell(arm, 4e-3, 1)
     straight = replace(task, folder=task.folder.with_name("straight"))
@@ -243,10 +245,48 @@ def test_a_cell_that_stops_goes_on_to_the_same_numbers(task: Task, arm: str) -> 
         Bench(task).run(cell, until)  # a new one each time, as in a new process
     found, expected = Results.read(cell, task), Results.read(cell, straight)
     assert [one["nll"] for one in found.evaluations] == [one["nll"] for one in expected.evaluations]
-    assert [one["step"] for one in found.evaluations] == task.evaluated_at == [2, 4, 6, 8]
+    assert [one["step"] for one in found.evaluations] == task.evaluated_at == [2, 4, 8]
     first, last = (sum(found.evaluations[place]["nll"]) for place in (0, -1))
     assert last < first and found.num_trained > 0
     assert not list(cell.folder(task).glob("state*")), "a cell at its end needs no state"
+
+
+def test_every_cell_finds_the_base_as_it_was(task: Task) -> None:
+    bench = Bench(task)
+    before = {name: value.clone() for name, value in bench.model.named_parameters()}
+    bench.run(Cell("svd", 1e-3, 0), 2)
+    for name, value in bench.model.named_parameters():
+        assert torch.equal(value, before[name]), name
+
+
+def test_losses_of_routers_change_what_is_learned(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    heavy = replace(ARMS["balance"], losses={"balance": 10.0})
+    monkeypatch.setitem(ARMS, "balance", heavy)
+    bench = Bench(task)
+    for arm in ("experts", "balance"):
+        bench.run(Cell(arm, 4e-3, 0), 2)
+    found = [Results.read(Cell(arm, 4e-3, 0), task).nll_at(2) for arm in ("experts", "balance")]
+    assert not np.array_equal(*found)
+
+
+def test_a_cell_is_of_its_rows_wherever_they_lie(task: Task, tmp_path: Path) -> None:
+    Bench(task).run(Cell("lora", 1e-3), 2)
+    copied = tmp_path / "elsewhere.jsonl"
+    copied.write_text(task.train.read_text())
+    assert Results.read(Cell("lora", 1e-3), replace(task, train=copied)).step == 2
+    copied.write_text(task.train.read_text() + "{}\n")
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        Results.read(Cell("lora", 1e-3), replace(task, train=(tmp_path / "elsewhere.jsonl").rename(tmp_path / "more")))
+
+
+def test_a_template_of_ones_own_is_what_rows_are_written_with(task: Task) -> None:
+    bare = Path(__file__).parents[2] / "benchmarks/study/bare_chatml.jinja"
+    bench = Bench(replace(task, template=bare, max_length=512))
+    ids, labels = bench._held_out.sample(0)
+    row = json.loads(task.held_out.read_text().splitlines()[0])
+    text = load_tokenizer(ModelConfig(path=str(task.model))).decode(ids)
+    assert text.startswith("<|im_start|>user") and row["output"] in text and "system" not in text
+    assert sum(label != -100 for label in labels) > 0
 
 
 def test_arms_of_one_seed_see_the_same_rows(task: Task) -> None:
@@ -257,7 +297,7 @@ def test_arms_of_one_seed_see_the_same_rows(task: Task) -> None:
 
 
 def test_held_out_rows_are_looked_at_where_rates_are_compared(task: Task) -> None:
-    assert replace(task, num_steps=60).evaluated_at == [15, 30, 45, 60]
+    assert replace(task, num_steps=60).evaluated_at == [15, 30, 60]
     assert replace(task, num_steps=1000).evaluated_at == [125 * part for part in range(1, 9)]
     for num_steps in (1, 2, 3, 7, 300):
         assert set(budgets(num_steps)) <= set(replace(task, num_steps=num_steps).evaluated_at)
