@@ -40,6 +40,7 @@ from dsmoelora.model import (
 from dsmoelora.model.folder import check_model_folder
 from dsmoelora.optim import trainables
 from dsmoelora.optim.rows import frozen_tensors
+from dsmoelora.planner.compared import found_for
 from dsmoelora.run.folder import check_run_folder, existing_parent, is_open_to_all
 
 _FP32_BYTES = 4
@@ -301,6 +302,7 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
     if config.experts_from:
         plan.add("start", f"the experts of {listing(config.experts_from, 4)}")
     plan.add("trainable", f"{adapter:,} numbers ({100 * adapter / base:.2f}% of the base)")
+    plan.add("compared", found_for(config))
 
 
 def _check_disk(plan: Plan, recipe: Recipe, adapter: int, frozen: int) -> None:

@@ -74,7 +74,7 @@ def _experts(num_experts: int, top_k: int) -> dict[str, Any]:
 _SGD = {"name": "sgd"}
 _SHORT = {"betas": [0.7, 0.8]}
 _ALL = [
-    Arm("experts", why="the control: E=8 R=4 K=2"),
+    Arm("experts", why="E=8 R=4 K=2"),
     Arm("lora", _lora(32), why="plain LoRA with as many trained numbers"),
     Arm("lora-active", _lora(8), why="plain LoRA with as many numbers as a token uses"),
     Arm("gradient", {"init": "gradient"}, why="directions of the gradient, dealt out among experts"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +16,12 @@ from rich.console import Console
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from dsmoelora.config import DataSource, Recipe
+from dsmoelora.config import AdapterConfig, DataSource, Recipe
 from dsmoelora.data import load_instructions
 from dsmoelora.data.chat import REWRITTEN
 from dsmoelora.errors import UserError
 from dsmoelora.plan import make_plan, print_plan
+from dsmoelora.planner.compared import found_for
 from tests.chat_styles import template_of
 from tests.helpers import tiny_llama, tiny_tokenizer
 
@@ -58,6 +60,26 @@ def test_the_plan_counts_what_will_be_trained(recipe: Recipe) -> None:
     assert rows["adapted layers"] == "4: 2 x q_proj, 2 x down_proj"
     assert rows["checkpoint"].startswith(f"{trainable * 4 * 3 / 1024:.1f} KiB each")
     assert plan.notes == []
+
+
+def test_the_plan_names_the_plain_lora_to_compare_with(recipe: Recipe) -> None:
+    """Of as many trained factors, at the same scale alpha / R."""
+    recipe.adapter.shared_experts = 1
+    rows = dict(make_plan(recipe, ZERO_3, world_size=2, resume="none").rows)
+    # 4 routed experts of rank 2 and a shared one; alpha 16 over rank 2 is a scale of 8
+    assert "adapter.num_experts 1, top_k 1, r 10, lora_alpha 80" in rows["compared"]
+    assert (Path(__file__).parents[2] / re.findall(r"docs/\w+\.md", rows["compared"])[0]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_experts": 1, "top_k": 1}, "no mixture"),
+        ({"experts_from": ["a"]}, "not compared"),
+    ],
+)
+def test_what_was_not_compared_is_not_judged(settings: dict[str, Any], words: str) -> None:
+    assert words in found_for(AdapterConfig(**settings))
 
 
 def test_the_plan_counts_the_start_that_checkpoints_keep(recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from dsmoelora.config import ModelConfig
 from dsmoelora.errors import ConfigError
 from dsmoelora.model import load_tokenizer
 from tests.helpers import tiny_llama
+
+# The tables of docs/choosing.md: arms, the control first, and seeds
+SHOWN = {("lora", "experts", "gradient"): (0, 1, 2)}
 
 # The arithmetic
 
@@ -353,6 +357,25 @@ def test_a_table_by_hand(task: Task) -> None:
     cells = [cell.strip() for cell in lora.strip("|").split("|")]
     # the control ends at 2.25; `lora` falls from 2.55 to 2.05 between steps 4 and 8
     assert cells[4:] == ["2.0500 ± 0.3536", "-0.2000 [-0.2000, -0.2000]", "6", "80"]
+
+
+def test_the_table_of_the_page_is_made_of_the_cells_that_lie_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever model and rows are: cells know them by content."""
+    root = Path(__file__).parents[2]
+    with tarfile.open(root / "benchmarks/study/results/short.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / "short/conflicting"
+    settings = json.loads(next(folder.glob("lora/lr*/results.json")).read_text())["settings"]["task"]
+    digests = {key: settings.pop(key) for key in ("model", "template", "train", "held_out")}
+    monkeypatch.setattr("benchmarks.study.cells._digest", lambda path: digests[path.name])
+    paths: Any = {key: Path(key) for key in digests}
+    page = (root / "docs/choosing.md").read_text()
+    for arms, seeds in SHOWN.items():
+        lines = table(Task(folder, **paths, **settings, seeds=seeds), arms)
+        assert len(lines) == 4 + len(arms)
+        assert all(line in page for line in lines if line)
 
 
 def test_a_cell_that_diverges_ends_and_counts_as_worst(task: Task) -> None:
