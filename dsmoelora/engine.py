@@ -44,6 +44,7 @@ from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.factors import expert_cosines
 from dsmoelora.parallel.gradient_start import StartReport, start_from_gradients
+from dsmoelora.parallel.packed_starts import PackedStarts
 from dsmoelora.parallel.pieces import first_not_finite, held_pieces
 from dsmoelora.parallel.reports import over_ranks
 from dsmoelora.parallel.shards import shard_groups
@@ -151,6 +152,8 @@ class Engine:
             given = (recipe.adapter, self.base_fingerprint, self._heartbeat.beat)
             comm.together(lambda: take_experts(model, *given))
         self._start = StartShards(model, resumes, self._heartbeat.beat) if recipe.adapter.init == "svd" else None
+        is_packed_apart = recipe.adapter.init == "loftq"
+        self._packed_starts = PackedStarts(model, self._heartbeat.beat) if is_packed_apart else None
         if recipe.train.activation_checkpointing:
             recompute_activations(model)
         self._context = adapter_context(model)
@@ -204,7 +207,7 @@ class Engine:
         config = merge_config(recipe, deepspeed_config, comm.world_size())
         tokenizer = comm.together(lambda: load_tokenizer(recipe.model))
         with watched_loading(recipe.model.path, heartbeat.beat, speaks=comm.rank() == 0):
-            model = load_model(recipe.model, config)
+            model = load_model(recipe.model, config, recipe.adapter)
         return cls(recipe, deepspeed_config, model, tokenizer, heartbeat, stop, resumes)
 
     @property
@@ -421,12 +424,21 @@ class Engine:
         self._heartbeat.enter(Phase.SAVE, self.step)
         tensors = tensors_on_rank_0(self.model, self.layout)
         start = None if self._start is None else self._start.on_rank_0()
-        comm.together(lambda: self._write_adapter(folder, tensors, start) if comm.rank() == 0 else None)
+        taken = None
+        if self._packed_starts is not None:
+            start, taken = self._packed_starts.start, self._packed_starts.taken
+        comm.together(lambda: self._write_adapter(folder, tensors, start, taken) if comm.rank() == 0 else None)
 
-    def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], start: dict[str, Tensor] | None) -> None:
+    def _write_adapter(
+        self,
+        folder: Path,
+        tensors: dict[str, Tensor],
+        start: dict[str, Tensor] | None,
+        taken: dict[str, Tensor] | None,
+    ) -> None:
         base = self.recipe.model.path
         base = str(Path(base).resolve()) if Path(base).exists() else base
-        more = (self.tokenizer.save_pretrained, start, self.recipe.model.quantize)
+        more = (self.tokenizer.save_pretrained, start, self.recipe.model.quantize, taken)
         write_adapter(folder, self.recipe.adapter, self.adapted_layers, tensors, base, self.base_fingerprint, *more)
 
     def _shard_states(self) -> list[ShardState]:

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +34,7 @@ from dsmoelora.model import (
     chosen_to_pack,
     layers_to_pack,
     load_tokenizer,
+    loftq_searches,
     model_without_weights,
     num_embeddings,
     without_dropout,
@@ -98,6 +100,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
         check_takes_positions(model)
     base = sum(parameter.numel() for parameter in model.parameters())
     num_packed = _num_packed(recipe.model, model)
+    loftq_searches(model, recipe.adapter, recipe.model.torch_dtype, torch.device("cpu"))  # for its checks
     _note_what_is_off(plan, model)
     plan.notes += untouched(model)
     layers = inject(model, recipe.adapter, start=lambda _: None)  # there are no weights to start from
@@ -295,6 +298,9 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         plan.add("router", ", ".join([config.router + style, *losses]))
     if config.init == "svd":
         plan.add("start", f"{len(layers)} singular value decompositions before the first step; they shift the base")
+    if config.init == "loftq":
+        count = f"{config.loftq_iterations} for each of {len(layers)} layers"
+        plan.add("start", f"{count} singular value decompositions while weights are read, by rank 0 under ZeRO-3")
     if config.init == "gradient":
         spread = "a layer's" if config.init_spread == "joint" else "each expert's"
         rows = f"{config.init_samples} training row{'s' * (config.init_samples > 1)}"
@@ -313,10 +319,12 @@ def _check_disk(plan: Plan, recipe: Recipe, adapter: int, frozen: int) -> None:
     """
     optim, folder = recipe.optim, recipe.run.folder
     num_moments = 2 if optim.name == "adamw" else int(optim.momentum > 0)
-    # with `init: svd` checkpoints and adapter hold the experts' start beside their values
+    # with `init: svd` checkpoints hold the experts' start beside their values, and so does the adapter; with `loftq` it
+    # holds what was taken from the packed weights as well
     start, itemsize = int(recipe.adapter.init == "svd"), recipe.model.torch_dtype.itemsize
+    beside = {"svd": 1, "loftq": 2}.get(recipe.adapter.init, 0)
     checkpoint = adapter * (_FP32_BYTES * (1 + num_moments) + start * itemsize) + frozen * itemsize
-    wanted = checkpoint * (recipe.train.keep_checkpoints + 1) + (adapter * (1 + start) + frozen) * itemsize
+    wanted = checkpoint * (recipe.train.keep_checkpoints + 1) + (adapter * (1 + beside) + frozen) * itemsize
     free = shutil.disk_usage(existing_parent(folder)).free
     plan.add(
         "checkpoint", f"{_size(checkpoint)} each (values and {num_moments} moments in fp32{', the start' * start})"

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,32 +79,31 @@ def main() -> None:
 def read(options: argparse.Namespace) -> Asked:
     """Rows, tokenizer, and how the model will be loaded; everything that can be wrong before it is."""
     from dsmoelora.evaluate import LOADERS, Asked, Reading
-    from dsmoelora.model import base_loader, trained_tokenizer
+    from dsmoelora.model import find_trained, trained_tokenizer
 
-    load_base = base_loader(options.adapter, options.base, options.trust_remote_code, options.quantize)
+    trained = find_trained(options.adapter, options.base, options.trust_remote_code, options.quantize)
     tokenizer = trained_tokenizer(options.adapter, options.trust_remote_code)
     data: DataConfig = options.sources
     how = Reading(tokenizer, data.max_length, data.on_bad_row, options.num_samples, options.choices)
     items = LOADERS[options.score](data.eval, how)
     more: dict[str, Any] = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
-    more["quantize"] = options.quantize
-    return Asked(options.adapter, options.score, items, tokenizer, load_base, options.stages, **more)
+    return Asked(trained, options.score, items, tokenizer, options.stages, **more)
 
 
 def run_tasks(options: argparse.Namespace, console: Console) -> None:
     """Let lm-evaluation-harness score base and adapter; print, and write `tasks.json` (collective)."""
-    from dsmoelora.adapters.folder import load_adapter
     from dsmoelora.evaluate.harness import find_tasks, score_tasks
-    from dsmoelora.model import base_loader, trained_tokenizer
+    from dsmoelora.model import find_trained, trained_tokenizer
     from dsmoelora.parallel import comm
 
     manager = comm.together(lambda: find_tasks(options.tasks, options.tasks_dir))
     tokenizer = comm.together(lambda: trained_tokenizer(options.adapter, options.trust_remote_code))
-    load = base_loader(options.adapter, options.base, options.trust_remote_code, options.quantize)
-    model, found = comm.together(load).eval(), {}
+    how = (options.base, options.trust_remote_code, options.quantize)
+    trained, model, found = comm.together(lambda: find_trained(options.adapter, *how)), None, {}
     for stage in options.stages:
-        if stage == "adapter":
-            comm.together(lambda: load_adapter(model, options.adapter))
+        if stage == "adapter" and trained.has_own_base:
+            model = None  # two need not be there at once
+        model = comm.together(trained.load_base if stage == "base" else partial(trained.load, model)).eval()
         more = (options.batch_size, options.num_samples, options.apply_chat_template)
         found[stage] = score_tasks(model, tokenizer, manager, options.tasks, *more)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

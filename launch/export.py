@@ -108,8 +108,9 @@ def export_experts(options: argparse.Namespace, base: str) -> None:
     first, last = options.out / next(iter(loras)), options.out / next(reversed(loras))
     rank = next(iter(loras.values())).r
     print(f"{len(loras)} experts of rank {rank} on {len(experts)} layers: {first} ... {last}")
-    if config.init == "svd":
-        print(f"Trained were experts of rank {config.r}; the rest takes their start off the base (adapter.init: svd).")
+    if config.shifts_base:
+        what = f"the rest takes their start off the base (adapter.init: {config.init})"
+        print(f"Trained were experts of rank {config.r}; {what}.")
     if config.num_experts > 1:
         company = " with the shared ones" if config.shared_experts else " alone"
         print(f"{NOT_THE_MIXTURE}: each of these is one expert{company}, with gate 1.")

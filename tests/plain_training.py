@@ -7,7 +7,7 @@ out over ranks and micro-batches is written here as well, so that nothing of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -133,10 +133,19 @@ class Training:
     router_losses: list[dict[str, float]] = field(default_factory=list)
 
 
-def train_plainly(recipe: Recipe, dtype: torch.dtype = torch.float32) -> Training:
-    """Follow a recipe in plain torch: one process, one forward pass a step, torch's optimizers and clipping."""
+def train_plainly(
+    recipe: Recipe, dtype: torch.dtype = torch.float32, start: Callable[[Any], object] = lambda _: None
+) -> Training:
+    """Follow a recipe in plain torch: one process, one forward pass a step, torch's optimizers and clipping.
+
+    Args:
+        recipe: of the training
+        dtype: of the model
+        start: what else is done to the adapted model first
+    """
     model = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=dtype)
     inject(model, recipe.adapter)
+    start(model)
     if recipe.adapter.init == "gradient":
         more = _more_experts(0, recipe.adapter)
         start_plainly(model, recipe.adapter, lambda: mean_loss(model.train(), 0, recipe.run.seed, more))

@@ -19,17 +19,20 @@ from dsmoelora.adapters.folder_files import (
     CONFIG_FILE,
     PEFT_TYPE,
     START_FILE,
+    TAKEN_FILE,
     WEIGHTS_FILE,
     adapter_config,
     read_adapter_config,
     read_start,
+    read_taken,
     read_weights,
     shapes_of,
 )
-from dsmoelora.adapters.four_bit import packed_layers, read_before_packing
+from dsmoelora.adapters.four_bit import Preparation, packed_layers, read_before_packing
 from dsmoelora.adapters.inject import inject
 from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
 from dsmoelora.adapters.routers import routers
+from dsmoelora.adapters.starts.loftq import TakenOff
 from dsmoelora.adapters.starts.svd import StartFactors, shift_bases, start_names
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.adapters.targets.linear import is_linear
@@ -61,6 +64,7 @@ def write_adapter(
     write_more: Callable[[Path], object] = lambda _: None,
     start: Mapping[str, Tensor] | None = None,
     base_quantization: QuantizeName = "none",
+    taken: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter folder; an older one of that name is replaced when the new one is whole.
 
@@ -72,15 +76,19 @@ def write_adapter(
         base_model: path or name of the base model
         base_fingerprint: of the base as it came, see `adapters.fingerprint`
         write_more: writes what else belongs into the folder, such as the tokenizer
-        start: with `init: svd`, whole factors `a` and `b` of all layers as they were before the first step, by the
-            same names as in `tensors`
+        start: with `init: svd` and `loftq`, whole factors `a` and `b` of all layers as they were before the first step,
+            by the same names as in `tensors`
         base_quantization: how the base's weights were kept in training
+        taken: with `init: loftq`, such factors of what weights went without when they were packed
 
     Raises:
         CheckpointError: a tensor is empty or not finite; nothing is written
     """
-    assert (start is not None) == (config.init == "svd"), "an adapter with a shifted base needs its start"
-    for name, tensor in [*tensors.items(), *(start or {}).items()]:
+    assert (start is not None) == config.shifts_base, "an adapter with a shifted base needs its start"
+    assert (taken is not None) == (config.init == "loftq"), "and one with a base that was packed so, what was taken"
+    files = {WEIGHTS_FILE: tensors, START_FILE: start, TAKEN_FILE: taken}
+    written = {file: some for file, some in files.items() if some is not None}
+    for name, tensor in (pair for some in written.values() for pair in some.items()):
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
             what = "is empty" if tensor.numel() == 0 else "has values that are not finite"
             raise CheckpointError(
@@ -99,9 +107,8 @@ def write_adapter(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS_FILE)
-    if start is not None:
-        save_file({name: tensor.contiguous() for name, tensor in start.items()}, partial / START_FILE)
+    for file, some in written.items():
+        save_file({name: tensor.contiguous() for name, tensor in some.items()}, partial / file)
     (partial / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
     write_more(partial)
     replaced = folder.with_name(f".{folder.name}.replaced")
@@ -133,13 +140,19 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     plain = [name for name in layers if layer_config(config, name).num_experts < config.num_experts]
     config.lora_modules, config.target_modules = plain, [name for name in layers if name not in plain]
     tensors = read_weights(folder / WEIGHTS_FILE)
-    start = read_start(folder, tensors) if config.init == "svd" else {}
+    start = read_start(folder, config, tensors)
+    if packed_layers(model):
+        _check_preparations(model, folder)
 
     def find_start(layer: RoutedLinear) -> StartFactors:
         return StartFactors(*(start[name] for name in start_names(layer.name)))
 
+    def shift(adapted: nn.Module) -> None:
+        if not packed_layers(adapted):  # those have gone without it since they were packed
+            shift_bases(adapted, find_start)
+
     of_base = {id(parameter) for parameter in model.parameters()}
-    inject(model, config, start=lambda adapted: shift_bases(adapted, find_start))
+    inject(model, config, start=shift)
     wanted: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if id(value) not in of_base}
     wanted |= router_buffers(model)
     shapes, wanted_shapes = shapes_of(tensors), shapes_of(wanted)
@@ -150,6 +163,43 @@ def load_adapter(model: Model, path: str | Path) -> Model:
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
     return model.eval()
+
+
+def read_preparations(folder: Path) -> dict[str, TakenOff]:
+    """What is done to weights before they are packed, so that the base in 4 bits is that of the adapter's training.
+
+    Returns:
+        by the name of the layer; none but with `init: loftq`
+
+    Raises:
+        CheckpointError: the folder is damaged
+    """
+    config, taken = read_taken(folder)
+    layers = read_adapter_config(folder)["layers"] if taken else []
+    factors = {layer: StartFactors(*(taken[name] for name in start_names(layer))) for layer in layers}
+    return {layer: TakenOff(found, layer_config(config, layer).scale) for layer, found in factors.items()}
+
+
+def _check_preparations(model: nn.Module, folder: Path) -> None:
+    """Refuse a base in 4 bits that is another than that of the adapter's training."""
+    wanted = read_preparations(folder)
+    for name, layer in packed_layers(model).items():
+        expected = wanted.get(name.removesuffix(".weight"))
+        if not _takes_off(layer.prepare, expected):
+            what = "with" if expected is None else "without"
+            raise ModelError(
+                f"{folder} was trained on other weights in 4 bits: {name} was packed {what} what adapter.init loftq "
+                "takes off it. Load base and adapter together: dsmoelora.model.load_trained."
+            )
+
+
+def _takes_off(found: Preparation | None, expected: TakenOff | None) -> bool:
+    """Whether one is the other."""
+    if expected is None or not isinstance(found, TakenOff):
+        return found is expected
+    ours, theirs = found.factors, expected.factors
+    same = torch.equal(ours.a_EDR, theirs.a_EDR) and torch.equal(ours.b_EOR, theirs.b_EOR)
+    return same and found.scale == expected.scale
 
 
 def _check_base(model: nn.Module, description: dict[str, Any], folder: Path) -> None:

@@ -18,7 +18,8 @@ from dsmoelora.errors import CheckpointError, listing
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-START_FILE = "start.safetensors"  # with `init: svd`: what the base was shifted by
+START_FILE = "start.safetensors"  # with `init: svd` and `loftq`: what experts have started from
+TAKEN_FILE = "taken.safetensors"  # with `init: loftq`: what the base's weights went without when they were packed
 PEFT_TYPE = "DSMOELORA"
 _NEEDED_KEYS = ("layers", "base_fingerprint", "base_model_name_or_path")
 
@@ -89,24 +90,47 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}. Copy the adapter folder again.") from error
 
 
-def read_start(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The start factors of an adapter with `init: svd`, by the names of the factors.
+def read_start(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The start factors of an adapter, by the names of the factors; none where the base was not shifted by them.
 
     Args:
         folder: of the adapter
-        tensors: its weights
+        config: of the adapter
+        tensors: its weights, or some that have their names and shapes
 
     Raises:
         CheckpointError: missing, damaged, or of other shapes than the factors
     """
-    path = folder / START_FILE
+    if not config.shifts_base:
+        return {}
+    return _factors_of(folder / START_FILE, config, shapes_of(tensors), "what the base model was shifted by")
+
+
+def read_taken(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """What was taken from the weights of the base before they were packed, by the names of the factors.
+
+    Returns:
+        the settings of the adapter, and the factors; none but with `init: loftq`
+
+    Raises:
+        CheckpointError: as `read_start`
+    """
+    config = adapter_config(read_adapter_config(folder))
+    if config.init != "loftq":
+        return config, {}
+    shapes = shapes_of(read_weights(folder / WEIGHTS_FILE))
+    what = "what was taken from the weights of the base model before they were packed into 4 bits"
+    return config, _factors_of(folder / TAKEN_FILE, config, shapes, what)
+
+
+def _factors_of(path: Path, config: AdapterConfig, shapes: Mapping[str, torch.Size], what: str) -> dict[str, Tensor]:
+    """Factors `a` and `b` of all layers, of another time than those in the weights."""
     if not path.exists():
         raise CheckpointError(
-            f"{folder} has no {START_FILE}, without which an adapter with adapter.init = svd cannot be used: it says "
-            "what the base model was shifted by. Copy the whole adapter folder again."
+            f"{path.parent} has no {path.name}, without which an adapter with adapter.init = {config.init} cannot be "
+            f"used: it says {what}. Copy the whole adapter folder again."
         )
-    start = read_weights(path)
-    factors = {name: value for name, value in tensors.items() if name.endswith((".experts.a", ".experts.b"))}
-    if shapes_of(start) != shapes_of(factors):
+    found = read_weights(path)
+    if shapes_of(found) != {name: one for name, one in shapes.items() if name.endswith((".experts.a", ".experts.b"))}:
         raise CheckpointError(f"{path} does not fit {WEIGHTS_FILE}. Copy the whole adapter folder again.")
-    return start
+    return found

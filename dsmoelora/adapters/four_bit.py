@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dsmoelora.errors import ModelError
 BLOCK = 64  # weights that share a scale
 BITS = 4 + 32 / BLOCK  # of a weight
 CODE = "nf4"
+Preparation = Callable[[Tensor], Tensor]  # of a whole weight (O, D), before it is packed
 NEEDED = "bitsandbytes"
 
 
@@ -63,10 +65,12 @@ class FrozenLinear4bit(nn.Linear):
         as_read: (NUM_VALUES,) fp32, numbers of the weight before it was packed, see `fingerprint`; None on ranks that
             have not read it
         was_finite: whether all of its numbers were
+        prepare: what else is done to the weight first; None for nothing
     """
 
     as_read: Tensor | None = None
     was_finite = True
+    prepare: Preparation | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
@@ -83,6 +87,8 @@ class FrozenLinear4bit(nn.Linear):
         """What the weight becomes, after a note of what it was."""
         self.as_read = at_places(weight_OD)
         self.was_finite = bool(torch.isfinite(weight_OD).all())
+        if self.prepare is not None and self.was_finite:
+            weight_OD = self.prepare(weight_OD)
         return packed(weight_OD, dtype)
 
     def reset_parameters(self) -> None:

@@ -34,15 +34,16 @@ def inject(
     """Wrap every linear layer that the configuration names, and freeze everything else.
 
     The adapted model equals the base model to the last bit until the first optimizer step, for `b` starts at 0; with
-    `init: svd` it does so for gates of 1 / E, up to rounding. With `experts_from` it starts as the adapters given.
+    `init: svd` it does so for gates of 1 / E, up to rounding. With `experts_from` it starts as the adapters given. The
+    start of `init: loftq` is found while the base is loaded: `Engine.build` does both.
 
     Args:
         model: a causal language model of transformers (any `nn.Module` with linear layers works)
         config: of the adapter
         local_experts: which experts of every layer with several lie on this rank, all by default
         exchange: how tokens reach the others, where not all do
-        start: with `init: svd` or `experts_from`, what sets the factors (and the base) of the adapted model; by default
-            it does so at once
+        start: with `init: svd`, `loftq` or `experts_from`, what sets the factors (and the base) of the adapted model;
+            by default it does so at once
         gathered: with `expert: dora`, makes base weights whole for the time of a block, where they are not
 
     Returns:
@@ -60,6 +61,9 @@ def inject(
     _check_head(model, config, routed, plain)
     if any(isinstance(model.get_submodule(name), FrozenLinear4bit) for name in (*routed, *plain)):
         config.check_packed_base("quantize = nf4")
+    if config.init == "loftq" and start is None:
+        allowed = "another one here: its start is found while the base is packed into 4 bits"
+        raise bad_value("adapter.init", config.init, allowed, "Train with launch/train.py or dsmoelora.engine.Engine.")
     if config.init == "svd":
         check_svd_start(model, config, [*routed, *plain])
     if config.experts_from:
@@ -84,7 +88,7 @@ def inject(
         wrapped.train(base.training)
         _put(model, name, wrapped)
     watch_prompts(model)
-    if config.init == "svd" or config.experts_from:
+    if config.shifts_base or config.experts_from:
         (start or start_experts)(model)
     _freeze(model, config.frozen)
     rows = ((layer.base, layer.experts.rows) for _, layer in adapted_layers(model))

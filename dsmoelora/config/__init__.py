@@ -92,6 +92,13 @@ class Recipe:
         )
         if self.model.quantize != "none":
             self.adapter.check_packed_base(f"model.quantize = {self.model.quantize}")
+        require(
+            self.adapter.init != "loftq" or self.model.quantize != "none",
+            "adapter.init",
+            self.adapter.init,
+            "another one where model.quantize is none: experts would start from what 4 bits lose, and nothing is lost",
+            "Set model.quantize to nf4, or take another start.",
+        )
         check_losses(self.adapter, self.losses.weights)
         self._check_given()
         check_optim_of_frozen(self.adapter, self.optim)

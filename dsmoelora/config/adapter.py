@@ -9,7 +9,7 @@ from dsmoelora.config.adapter_options import ROUTERS, ExpertName, MixerInit, Rou
 from dsmoelora.config.checks import expanded, require, require_known, require_positive, require_unset
 from dsmoelora.config.freeze import Role, check_freeze
 
-InitName = Literal["kaiming", "gaussian", "svd", "gradient"]
+InitName = Literal["kaiming", "gaussian", "svd", "gradient", "loftq"]
 SpreadName = Literal["joint", "per_expert"]
 
 
@@ -55,10 +55,13 @@ class AdapterConfig:
         init: what the factors start from; `b` starts at 0 and `a` at random: uniform in +-1/sqrt(in-features)
             (`kaiming`), or normal with standard deviation 1/R (`gaussian`). With `svd` both start from singular vectors
             of the base weight, which is shifted to make up for it (PiSSA; with more than one expert GOAT's segments).
-            With `gradient` `a` starts from the gradient of the first training rows and `b` at 0
+            With `gradient` `a` starts from the gradient of the first training rows and `b` at 0. With `loftq` both
+            start from what `model.quantize` has lost of the weight
         init_spread: of init `gradient`: whether the directions of all experts of a layer are orthogonal to each other
             (`joint`), or those of each expert (`per_expert`)
         init_samples: of init `gradient`: the training rows whose gradient is taken, those that training begins with
+        loftq_iterations: of init `loftq`: how often the weight is packed anew, without what experts start from, and
+            these are found anew
         experts_from: folders of adapters, ours or PEFT's LoRA, as which the experts start, in this order. They decide
             `num_experts`, `r`, `lora_alpha` and the layers where these are not given, and may not be contradicted
         split_ranks: each rank of the adapters in `experts_from` is an expert of rank 1
@@ -90,6 +93,7 @@ class AdapterConfig:
     init: InitName = "kaiming"
     init_spread: SpreadName = "joint"
     init_samples: int = 16
+    loftq_iterations: int = 3
     experts_from: list[str] = field(default_factory=list)
     split_ranks: bool = False
     freeze: list[Role] = field(default_factory=list)
@@ -97,7 +101,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         require_known("adapter", self)
-        require_positive("adapter", self, "r", "num_experts", "init_samples")
+        require_positive("adapter", self, "r", "num_experts", "init_samples", "loftq_iterations")
         settle_options(self)
         require(
             0.0 <= self.lora_dropout < 1.0,
@@ -111,7 +115,7 @@ class AdapterConfig:
             self.gate_power >= 0, "adapter.gate_power", self.gate_power, "0 or more", "Use 1 (chain rule), 0.5 or 0."
         )
         require(
-            self.init != "svd" or self.expert == "lora",
+            not self.shifts_base or self.expert == "lora",
             "adapter.init",
             self.init,
             f"kaiming, gaussian or gradient with adapter.expert = {self.expert}",
@@ -120,6 +124,8 @@ class AdapterConfig:
         self._check_shared()
         if self.init != "gradient":
             require_unset("adapter", self, f"where adapter.init is {self.init}", "init_spread", "init_samples")
+        if self.init != "loftq":
+            require_unset("adapter", self, f"where adapter.init is {self.init}", "loftq_iterations")
         self.experts_from = [expanded("adapter.experts_from", path) for path in self.experts_from]
         if not self.experts_from:
             require_unset("adapter", self, "where adapter.experts_from is empty", "split_ranks")
@@ -137,8 +143,8 @@ class AdapterConfig:
         require(self.router != "arrow" or self.style == "per_linear", "adapter.style", self.style, "per_linear with "
                 "adapter.router = arrow, which looks at the experts of one layer", "Drop it.")  # fmt: skip
         sum_to_1 = self.router_start in (None, "softmax")
-        require(self.init != "svd" or sum_to_1, "adapter.router_start", self.router_start, "softmax where adapter.init "
-                "is svd, whose base is right for gates that sum to 1", "Drop it.")  # fmt: skip
+        require(not self.shifts_base or sum_to_1, "adapter.router_start", self.router_start, "softmax where "
+                f"adapter.init is {self.init}, whose base is right for gates that sum to 1", "Drop it.")  # fmt: skip
         if self.target_modules == ["all-linear"]:
             self.target_modules = "all-linear"
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -162,10 +168,11 @@ class AdapterConfig:
         require(count >= 0, key, count, "0 or more", "The usual value is 1.")
         if not count:
             return
+        shifted = f"with adapter.init = {self.init}, whose shift of the base goes by gates of 1 / num_experts"
         reasons = {
             "where adapter.num_experts is 1: that one has gate 1 already": self.num_experts == 1,
             "with adapter.expert = dora: no row of a weight has the lengths of two at once": self.expert == "dora",
-            "with adapter.init = svd, whose shift of the base goes by gates of 1 / num_experts": self.init == "svd",
+            shifted: self.shifts_base,
         }
         for reason, holds in reasons.items():
             require(not holds, key, count, f"0 {reason}", "Drop it, or change the other key.")
@@ -194,8 +201,15 @@ class AdapterConfig:
         remedy = f"Or load the base in 16 bits ({key})."
         allowed = f"lora or moslora on a base in 4 bits, which has no rows whose lengths could be trained ({key})"
         require(self.expert != "dora", "adapter.expert", self.expert, allowed, remedy)
-        allowed = f"kaiming, gaussian or gradient on a base in 4 bits, from which no start can be taken off ({key})"
+        allowed = (
+            f"loftq, kaiming, gaussian or gradient on a base in 4 bits, from which nothing can be taken off ({key})"
+        )
         require(self.init != "svd", "adapter.init", self.init, allowed, remedy)
+
+    @property
+    def shifts_base(self) -> bool:
+        """Whether experts start from parts of the base's weights, which these go without from then on."""
+        return self.init in ("svd", "loftq")
 
     @property
     def frozen(self) -> set[Role]:

@@ -18,7 +18,7 @@ class FreezeSettings(Protocol):
     num_experts: int
     expert: ExpertName
     router: RouterName
-    init: Literal["kaiming", "gaussian", "svd", "gradient"]
+    init: Literal["kaiming", "gaussian", "svd", "gradient", "loftq"]
     experts_from: list[str]
     freeze: list[Role]
 
@@ -38,14 +38,15 @@ def check_freeze(config: FreezeSettings) -> None:
     require(
         set(frozen) != set(roles), _KEY, frozen, f"fewer than all of {', '.join(roles)}", "Leave one to be trained."
     )
-    if "b" in frozen and config.init not in ("svd", "gradient"):
+    if "b" in frozen and config.init in ("kaiming", "gaussian"):
         allowed, remedy = (
             "without b where adapter.experts_from is empty: it starts at 0",
             "Name adapters.",
         )
         require(bool(config.experts_from), _KEY, frozen, allowed, remedy)
-    if config.init in ("svd", "gradient"):
-        why = "the base is shifted by the start of both" if config.init == "svd" else "their start is one of training"
+    if config.init not in ("kaiming", "gaussian"):
+        of_training = "their start is one of training"
+        why = of_training if config.init == "gradient" else "the base is shifted by the start of both"
         allowed = f"without a and b where adapter.init is {config.init}: {why}"
         require(not {"a", "b"} & set(frozen), _KEY, frozen, allowed, "Take another adapter.init.")
     if config.router == "sigmoid_bias":

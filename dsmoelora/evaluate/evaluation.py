@@ -7,15 +7,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from dsmoelora.adapters.folder import load_adapter
 from dsmoelora.adapters.folder_files import WEIGHTS_FILE
-from dsmoelora.config.run import QuantizeName
 from dsmoelora.errors import bad_value
 from dsmoelora.evaluate.items import Item, Items, given_answer
 from dsmoelora.evaluate.reader import Reader, Tokens, in_batches
@@ -23,6 +20,7 @@ from dsmoelora.evaluate.routing import RoutingCount, is_routed
 from dsmoelora.evaluate.scores import SCORES, Outcome, ScoreName
 from dsmoelora.evaluate.store import Store
 from dsmoelora.evaluate.summary import summary_of
+from dsmoelora.model import Trained
 from dsmoelora.parallel import comm
 from dsmoelora.signs_of_life.heartbeat import Heartbeat, Phase
 from dsmoelora.signs_of_life.meter import Meter
@@ -35,30 +33,26 @@ class Asked:
     """What is evaluated, and how.
 
     Args:
-        adapter: folder
+        trained: the adapter and its base
         score: name of the score
         items: what is scored
         tokenizer: of the adapter
-        load_base: loads the base model, whole, on this rank's device
         stages: who is asked
         batch_size: rows of a batch
         max_new_tokens: of a generated answer at most
-        quantize: how `load_base` keeps the base's weights
     """
 
-    adapter: Path
+    trained: Trained
     score: ScoreName
     items: Items
     tokenizer: PreTrainedTokenizerBase
-    load_base: Callable[[], Any]
     stages: tuple[Stage, ...] = ("base", "adapter")
     batch_size: int = 8
     max_new_tokens: int = 256
-    quantize: QuantizeName = "none"
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a later start to go on."""
-        with (self.adapter / WEIGHTS_FILE).open("rb") as file:
+        with (self.trained.adapter / WEIGHTS_FILE).open("rb") as file:
             adapter = hashlib.file_digest(file, "sha256").hexdigest()
         rows = hashlib.sha256()
         for item in self.items.items:
@@ -70,7 +64,7 @@ class Asked:
             "data": rows.hexdigest()[:16],
             "tokenizer": hashlib.sha256(self.tokenizer.get_chat_template().encode()).hexdigest()[:16],
             "batch_size": self.batch_size,
-            "quantize": self.quantize,
+            "quantize": self.trained.quantize,
         }
         return identity | ({"max_new_tokens": self.max_new_tokens} if self.score in ("exact", "number") else {})
 
@@ -92,7 +86,7 @@ class Evaluation:
         order = sorted(range(len(items)), key=lambda place: -items[place].num_tokens)
         self._batches = in_batches(order, asked.batch_size)
         self._model: Any = None
-        self._has_adapter = False
+        self._loaded: Stage | None = None
 
     def run(self) -> list[dict[str, Any]]:
         """Score all rows, as far as that has not been done before, and write results and summary.
@@ -172,14 +166,16 @@ class Evaluation:
         )
 
     def _reader(self, stage: Stage) -> Reader:
-        """The base as it came, then the same model with the adapter on it."""
-        if self._model is None:
+        """The base as it came, then the adapter on it, or on its own."""
+        trained = self._asked.trained
+        if stage != self._loaded:
             self._heartbeat.enter(Phase.BUILD, 0)
-            self._model = comm.together(self._asked.load_base)
-            self._model.register_forward_pre_hook(lambda *_: self._heartbeat.beat())
-        if stage == "adapter" and not self._has_adapter:
-            comm.together(lambda: load_adapter(self._model, self._asked.adapter))
-            self._has_adapter = True
+            if stage == "adapter" and trained.has_own_base:
+                self._model = None  # two need not be there at once
+            load = trained.load_base if stage == "base" else partial(trained.load, self._model)
+            known, self._model, self._loaded = self._model, comm.together(load), stage
+            if self._model is not known:
+                self._model.register_forward_pre_hook(lambda *_: self._heartbeat.beat())
         return Reader(self._model, self._asked.tokenizer, self._asked.batch_size, self._asked.max_new_tokens)
 
     def _done(self, stage: Stage) -> set[int]:
@@ -207,7 +203,7 @@ class Evaluation:
         asked = self._asked
         stages: dict[str, list[Outcome]] = {stage: self._outcomes(stage) for stage in asked.stages}
         summary = summary_of(SCORES[asked.score], asked.items.items, stages)
-        described = {"adapter_folder": str(asked.adapter), **asked.identity(), "scores": summary}
+        described = {"adapter_folder": str(asked.trained.adapter), **asked.identity(), "scores": summary}
         self._store.write_results(_rows(asked.items.items, stages), described)
         return summary
 

@@ -2,7 +2,7 @@
 
     s * sum_e g_e a_e b_e^T  =  A^T B^T   with   A^T = [a_1 ... a_E] (D, E*R),   B = s [g_1 b_1 ... g_E b_E] (O, E*R)
 
-With `adapter.init: svd` the columns of the shift of the base are added to both, as in `experts`.
+With `adapter.init: svd` or `loftq` the columns of the shift of the base are added to both, as in `experts`.
 
 This is another function than the mixture, whose gate depends on the token; what it costs is measured on the same file.
 """
@@ -75,7 +75,8 @@ def average_experts(
         folder: adapter folder
         samples: tokenised data file
         num_samples: how many of its first rows are used
-        rank: of the adapter; 0 for that of all experts (with `adapter.init: svd` twice that), which loses nothing
+        rank: of the adapter; 0 for that of all experts (with `adapter.init: svd` or `loftq` twice that), which loses
+            nothing
         fits: whether `b` is then fitted to what the mixture did on these rows
 
     Raises:
@@ -83,7 +84,7 @@ def average_experts(
         CheckpointError: the folder is damaged, or was trained on another base model
     """
     config, experts = read_experts(folder)
-    twice = 2 if config.init == "svd" else 1
+    twice = 2 if config.shifts_base else 1
     full = twice * config.num_in_layer * config.r
     if not 0 <= rank <= full:
         count = "(num_experts + shared_experts)" if config.shared_experts else "num_experts"

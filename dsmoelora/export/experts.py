@@ -5,8 +5,9 @@ s * a_e m_e b_e^T  ->  A = a_e^T (R, D),  B = b_e m_e^T (O, R),  the same r, alp
 Experts of kind `dora` become DoRA adapters, with their magnitudes as they are. With n shared experts each adapter has
 rank R (1 + n): factors of one expert and of the shared ones side by side.
 
-With `adapter.init: svd` experts were trained on a base shifted by their start. What is exported takes that shift along,
-so that it is right on the base as it came: A = [a_e, all start a]^T, B = [b_e, -all start b / E], of rank R (1 + E).
+With `adapter.init: svd` and `loftq` experts were trained on a base that goes without their start. What is exported
+takes that along, so that it is right on the base as it came: A = [a_e, all start a]^T, B = [b_e, -all start b / E], of
+rank R (1 + E).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ExpertFactors:
     Args:
         a_EDR: (E, D, R)
         b_EOR: (E, O, R)
-        start: with `adapter.init: svd`, the factors before the first step
+        start: with `adapter.init: svd` and `loftq`, the factors before the first step
         magnitude_EO: of experts of kind `dora`
         num_shared: the last of them, which every token uses with gate 1
     """
@@ -86,7 +87,7 @@ def read_experts(folder: Path) -> tuple[AdapterConfig, dict[str, ExpertFactors]]
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} does not fit its {CONFIG_FILE}: {listing(wrong)}. Copy the adapter folder again."
         )
-    starts = read_start(folder, tensors) if config.init == "svd" else {}
+    starts = read_start(folder, config, tensors)
     experts = {}
     for layer in layers:
         a_name, b_name = start_names(layer)
@@ -111,7 +112,7 @@ def expert_loras(config: AdapterConfig, experts: dict[str, ExpertFactors]) -> di
     """
     loras = {}
     for expert, folder in enumerate(folder_names(config.num_experts)):
-        num_beside = config.num_experts if config.init == "svd" else config.shared_experts
+        num_beside = config.num_experts if config.shifts_base else config.shared_experts
         rank = config.r * (1 + num_beside)
         layers = {name: _with_company(factors, expert, rank) for name, factors in experts.items()}
         scale = (config.scale * rank, False) if num_beside else (config.lora_alpha, config.use_rslora)

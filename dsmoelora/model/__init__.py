@@ -16,18 +16,20 @@ from dsmoelora.model.loading import (
     watched_loading,
     without_dropout,
 )
-from dsmoelora.model.quantizing import layers_to_pack
-from dsmoelora.model.trained import base_loader, load_trained, trained_tokenizer
+from dsmoelora.model.quantizing import layers_to_pack, loftq_searches
+from dsmoelora.model.trained import Trained, find_trained, load_trained, trained_tokenizer
 
 __all__ = [
-    "base_loader",
+    "Trained",
     "check_weights",
     "chosen_to_pack",
+    "find_trained",
     "layers_to_pack",
     "load_model",
     "load_model_config",
     "load_tokenizer",
     "load_trained",
+    "loftq_searches",
     "model_for_inference",
     "model_without_weights",
     "num_embeddings",

@@ -7,9 +7,10 @@ import copy
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -24,15 +25,16 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from dsmoelora.adapters.four_bit import check_installed
-from dsmoelora.config import ModelConfig
+from dsmoelora.adapters.four_bit import Preparation, check_installed
+from dsmoelora.adapters.starts.loftq import LoftqSearch
+from dsmoelora.config import AdapterConfig, ModelConfig
 from dsmoelora.config.dtype import best_dtype, has_bf16
 from dsmoelora.config.run import QuantizeName
 from dsmoelora.data.fallback_template import ensure_chat_template
 from dsmoelora.data.sentencepiece_model import has_sentencepiece_alone, load_sentencepiece
 from dsmoelora.errors import ModelError, bad_value, listing
 from dsmoelora.model.heap import large_blocks_apart
-from dsmoelora.model.quantizing import build_recorded, check_packed, packing_weights
+from dsmoelora.model.quantizing import check_packed, loftq_searches, packing_weights, places_to_pack
 from dsmoelora.signs_of_life.waits import waiting_for, watching
 
 # Settings of transformers' configurations that make a training forward pass random; those of other heads do not.
@@ -74,13 +76,21 @@ def _has_embedding(config: ModelConfig, token: int) -> bool:
     return token < getattr(load_model_config(config).get_text_config(), "vocab_size", token + 1)
 
 
-def load_model(config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, deepspeed_config: dict[str, Any], adapter: AdapterConfig | None = None
+) -> PreTrainedModel:
     """The base model, its weights streamed layer by layer from rank 0 into ZeRO-3 partitions (collective).
 
     Its own dropout is off, see `without_dropout`.
 
+    Args:
+        config: of the model
+        deepspeed_config: says whether weights are partitioned
+        adapter: that it will get; with `init: loftq` experts find their start while weights are read
+
     Raises:
         ModelError: the folder is missing, damaged, or holds no causal language model
+        ConfigError: a layer cannot start from what 4 bits lose of it
     """
     from dsmoelora.parallel import comm  # imports deepspeed, which those who read a model without it need not have
 
@@ -88,8 +98,11 @@ def load_model(config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrai
     without_dropout(described)
     # transformers looks for a living object of this class to learn that ZeRO-3 is on
     chosen = chosen_to_pack(config)  # before ZeRO-3 is on: it is found out on a model without weights
+    searches: dict[str, LoftqSearch] = {}
+    if adapter is not None and adapter.init == "loftq":
+        searches = loftq_searches(model_without_weights(config), adapter, config.torch_dtype, own_device())
     zero_3_is_on = HfDeepSpeedConfig(deepspeed_config)
-    with large_blocks_apart(), packing(config, chosen, zero_3_is_on.is_zero3()):
+    with large_blocks_apart(), packing(config, chosen, zero_3_is_on.is_zero3(), searches):
         model = pretrained(config.path, "Check model.path.", comm.together, config=described, **_options(config))
     del zero_3_is_on
     comm.together(lambda: check_packed(model, chosen))
@@ -97,22 +110,27 @@ def load_model(config: ModelConfig, deepspeed_config: dict[str, Any]) -> PreTrai
     return model
 
 
-def chosen_to_pack(config: ModelConfig) -> frozenset[int]:
-    """The layers that `model.quantize` means, see `build_recorded`; none without it.
+def chosen_to_pack(config: ModelConfig) -> dict[int, str]:
+    """The layers that `model.quantize` means, see `places_to_pack`; none without it.
 
     Raises:
         ModelError: they cannot be packed
     """
     if config.quantize == "none":
-        return frozenset()
+        return {}
     check_installed()
-    return build_recorded(lambda: model_without_weights(config))[1]
+    return places_to_pack(lambda: model_without_weights(config))
 
 
 @contextlib.contextmanager
-def packing(config: ModelConfig, chosen: frozenset[int], is_partitioned: bool) -> Iterator[None]:
+def packing(
+    config: ModelConfig,
+    chosen: Mapping[int, str],
+    is_partitioned: bool,
+    prepare: Mapping[str, Preparation] = MappingProxyType({}),
+) -> Iterator[None]:
     """`packing_weights`, where there are some to pack."""
-    with packing_weights(chosen, config.torch_dtype, is_partitioned) if chosen else contextlib.nullcontext():
+    with packing_weights(chosen, config.torch_dtype, is_partitioned, prepare) if chosen else contextlib.nullcontext():
         yield
 
 
@@ -174,12 +192,23 @@ def pretrained(
 
 
 def model_for_inference(
-    path: str, remedy: str, trust_remote_code: bool = False, quantize: QuantizeName = "none"
+    path: str,
+    remedy: str,
+    trust_remote_code: bool = False,
+    quantize: QuantizeName = "none",
+    prepare: Mapping[str, Preparation] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """A whole model on this machine's accelerator, for programs without DeepSpeed.
 
     Its dtype is the one it was saved in, but fp32 on a CPU that has no instructions for 16 bits; in 4 bits it is the
     best of the machine.
+
+    Args:
+        path: folder or hub name
+        remedy: for the message where it cannot be had
+        trust_remote_code: run Python code that comes with it
+        quantize: how its weights are kept
+        prepare: in 4 bits, what is done to the weights of some layers first, see `adapters.folder.read_preparations`
 
     Raises:
         ModelError: as `pretrained`; or it cannot be kept in 4 bits
@@ -189,7 +218,7 @@ def model_for_inference(
     config = ModelConfig(path, best_dtype(device), quantize=quantize, **options)
     chosen = chosen_to_pack(config)
     dtype = "auto" if has_bf16(device) or device.type != "cpu" else torch.float32
-    with packing(config, chosen, is_partitioned=False):
+    with packing(config, chosen, False, prepare):
         model = pretrained(path, remedy, dtype=config.torch_dtype if chosen else dtype, **options)
     check_packed(model, chosen)
     return torch.nn.Module.to(model, device)

@@ -6,22 +6,31 @@ in which a model makes them, which is found on a model without weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from dsmoelora.adapters.four_bit import BLOCK, FrozenLinear4bit, check_installed, num_packed, packed_layers
-from dsmoelora.adapters.targets.names import ALL_LINEAR, match_targets
-from dsmoelora.errors import ModelError, listing
+from dsmoelora.adapters.four_bit import (
+    BLOCK,
+    FrozenLinear4bit,
+    Preparation,
+    check_installed,
+    num_packed,
+    packed_layers,
+)
+from dsmoelora.adapters.starts.loftq import LoftqSearch
+from dsmoelora.adapters.starts.svd import check_num_singular
+from dsmoelora.adapters.targets.names import ALL_LINEAR, LORA, TARGETS, adapted_names, layer_config, match_targets
+from dsmoelora.config import AdapterConfig
+from dsmoelora.errors import ModelError, bad_value, listing
 
-Model = TypeVar("Model", bound=nn.Module)
 
-
-def build_recorded(build: Callable[[], Model]) -> tuple[Model, frozenset[int]]:
-    """A model without weights, and which of the linear layers it makes are to be packed, counted as they are made.
+def places_to_pack(build: Callable[[], nn.Module]) -> dict[int, str]:
+    """Which of the linear layers that a model makes are to be packed, counted as they are made, with their names.
 
     Those are the layers that `all-linear` means: neither the output head nor what the base routes tokens with, nor the
     part of a model that sees or hears.
@@ -36,8 +45,8 @@ def build_recorded(build: Callable[[], Model]) -> tuple[Model, frozenset[int]]:
 
     with _noticing(note):
         model = build()
-    chosen = {id(model.get_submodule(name)) for name in layers_to_pack(model)}
-    return model, frozenset(place for place, module in enumerate(made) if id(module) in chosen)
+    chosen = {id(model.get_submodule(name)): name for name in layers_to_pack(model)}
+    return {place: chosen[id(module)] for place, module in enumerate(made) if id(module) in chosen}
 
 
 def layers_to_pack(model: nn.Module) -> list[str]:
@@ -59,15 +68,50 @@ def layers_to_pack(model: nn.Module) -> list[str]:
     return list(sizes)
 
 
+def loftq_searches(
+    model: nn.Module, config: AdapterConfig, dtype: torch.dtype, device: torch.device
+) -> dict[str, LoftqSearch]:
+    """With `adapter.init: loftq`, by the name of each adapted layer what finds its start while its weight is read.
+
+    Args:
+        model: without weights
+        config: of the adapter
+        dtype: of the factors
+        device: where to compute
+
+    Raises:
+        ConfigError: a layer cannot start so
+    """
+    if config.init != "loftq":
+        return {}
+    routed, plain = adapted_names(model, config)
+    packed = set(layers_to_pack(model))
+    apart = [name for name in (*routed, *plain) if name not in packed]
+    if apart:
+        allowed = f"another one where layers stay in 16 bits, as {listing(apart, 4)}: nothing is lost there"
+        remedy = f"Take them out of {TARGETS} (or {LORA}), or set kaiming."
+        raise bad_value("adapter.init", config.init, allowed, remedy)
+    own = {name: layer_config(config, name) for name in (*routed, *plain)}
+    for name, one in own.items():
+        check_num_singular(one, name, cast(nn.Linear, model.get_submodule(name)))
+    return {name: LoftqSearch(one, dtype, device) for name, one in own.items()}
+
+
 @contextmanager
-def packing_weights(chosen: frozenset[int], dtype: torch.dtype, is_partitioned: bool) -> Iterator[None]:
+def packing_weights(
+    chosen: Mapping[int, str],
+    dtype: torch.dtype,
+    is_partitioned: bool,
+    prepare: Mapping[str, Preparation] = MappingProxyType({}),
+) -> Iterator[None]:
     """Inside the block the chosen layers of the model that is built there are packed, as their weights come.
 
     Args:
-        chosen: of `build_recorded`
+        chosen: of `places_to_pack`
         dtype: of the model
         is_partitioned: the model is built under ZeRO-3, whose parameters have their sizes from the beginning; otherwise
             it is built on the meta device, and each weight is put into its place when it was read
+        prepare: what is done to the weights of layers of these names before they are packed
     """
     check_installed()
     num_made = 0
@@ -78,6 +122,7 @@ def packing_weights(chosen: frozenset[int], dtype: torch.dtype, is_partitioned: 
         if num_made - 1 not in chosen:
             return None
         module.__class__ = FrozenLinear4bit
+        module.prepare = prepare.get(chosen[num_made - 1])
         if not is_partitioned:
             return None
         numbers = torch.empty(num_packed(module.shape, dtype), dtype=dtype, device=parameter.device)
@@ -94,8 +139,8 @@ def packing_weights(chosen: frozenset[int], dtype: torch.dtype, is_partitioned: 
         yield
 
 
-def check_packed(model: nn.Module, chosen: frozenset[int]) -> None:
-    """After loading: all chosen layers are packed, and were numbers.
+def check_packed(model: nn.Module, chosen: Mapping[int, str]) -> None:
+    """After loading: all chosen layers are packed, were numbers, and have given experts the start they wanted.
 
     Raises:
         ModelError: some are not
@@ -105,6 +150,12 @@ def check_packed(model: nn.Module, chosen: frozenset[int]) -> None:
     wrong = [name for name, layer in layers.items() if not layer.was_finite]
     if wrong:
         raise ModelError(f"The base model has {listing(wrong, 4)} with numbers that are not finite. Copy it again.")
+    for name, layer in layers.items():
+        if isinstance(layer.prepare, LoftqSearch) and layer.prepare.problem:
+            raise ModelError(
+                f"adapter.init is 'loftq', but what 4 bits lose of {name} has no singular value decomposition: "
+                f"{layer.prepare.problem}. Set adapter.init to kaiming."
+            )
 
 
 @contextmanager

@@ -36,6 +36,11 @@ def adapter_without_start(bench: Bench) -> list[str]:
     return bench.generate()
 
 
+def adapter_without_taken(bench: Bench) -> list[str]:
+    bench.spoiled_json("runs/tiny/adapter/adapter_config.json", init="loftq", base_quantization="nf4")
+    return bench.generate("--quantize", "nf4")
+
+
 def wrong_adapter_setting(bench: Bench) -> list[str]:
     bench.spoiled_json("runs/tiny/adapter/adapter_config.json", r=3)
     return bench.generate()
@@ -156,6 +161,7 @@ AFTER_A_RUN: dict[str, Case] = {
     "the adapter's settings and weights disagree": wrong_adapter_setting,
     "the adapter's weights are cut short": cut_adapter,
     "the adapter's start is missing": adapter_without_start,
+    "what was taken from a base in 4 bits is missing": adapter_without_taken,
     "the adapter folder has no tokenizer": adapter_without_tokenizer,
     "a base model with other numbers": another_base,
     "a base model of another shape": base_of_another_shape,

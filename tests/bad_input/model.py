@@ -118,6 +118,9 @@ EARLY: dict[str, Case] = {
     "a layer for plain LoRA that the model does not have": override("--adapter.lora_modules", "[w_proj]"),
     "a layer with a router and with plain LoRA": override("--adapter.lora_modules", "[o_proj, v_proj]"),
     "more singular values than a weight has": override("--adapter.init", "svd", "--adapter.r", 8),
+    "a start from what 4 bits lose, of the output head": override(
+        "--model.quantize", "nf4", "--adapter.init", "loftq", "--adapter.lora_modules", "[lm_head]"
+    ),
     "a start from a weight that two layers share": start_from_shared_weight,
     "a layer outside of any feed-forward block": override("--adapter.style", "ffn_block"),
     "an attention that cannot be had": override("--model.attention", "flash_attention_2"),

@@ -114,6 +114,8 @@ EARLY: dict[str, Case] = {
     "packing with the router `prompt`": override("--adapter.router", "prompt", "--data.packing", "true"),
     "a base in 4 bits in fp16": override("--model.quantize", "nf4", "--model.dtype", "fp16"),
     "experts that read the rows of a base in 4 bits": override("--model.quantize", "nf4", "--adapter.expert", "dora"),
+    "a start from what 4 bits lose, of a base in more": override("--adapter.init", "loftq"),
+    "iterations of another start": override("--adapter.loftq_iterations", 2),
     "a start taken off a base in 4 bits": override("--model.quantize", "nf4", "--adapter.init", "svd"),
     "`fp16` on an accelerator without it": override("--model.dtype", "fp16"),
     "a run name with a slash": override("--run.name", "a/b"),

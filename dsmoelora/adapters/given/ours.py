@@ -27,8 +27,8 @@ from dsmoelora.errors import CheckpointError, bad_value, listing
 def open_ours(path: Path, key: str) -> GivenFolder:
     """Look at the folder's configuration and at the headers of its files.
 
-    With `adapter.init: svd` its experts take along what was taken from the base, as in an export: their rank is
-    R (1 + E).
+    With `adapter.init: svd` or `loftq` its experts take along what was taken from the base, as in an export: their rank
+    is R (1 + E).
 
     Args:
         path: of the folder
@@ -52,7 +52,7 @@ def open_ours(path: Path, key: str) -> GivenFolder:
         raise bad_value(key, str(path), allowed, "Make one of it first: launch/export.py --format average --data.")
     shapes = shapes_in(path / WEIGHTS_FILE)
     found = {name: _layer(name, layer_config(config, name), shapes, path) for name in layers}
-    if config.init == "svd":
+    if config.shifts_base:
         started = shapes_in(path / START_FILE)
         wrong = [name for layer in layers for name in start_names(layer) if started.get(name) != shapes[name]]
         if wrong:
@@ -91,7 +91,7 @@ def _read(path: Path, config: AdapterConfig, layers: dict[str, GivenLayer], laye
     is_single = layers[layer].num_experts == 1
     found = tensors_in(path / WEIGHTS_FILE, names, slice(0, 1) if is_single else slice(experts.start, experts.stop))
     own = GivenExperts(*found)
-    if config.init == "svd":
+    if config.shifts_base:
         own = _with_shift(own, StartFactors(*tensors_in(path / START_FILE, list(start_names(layer)))))
     return _repeated(own, len(experts)) if is_single else own
 

@@ -34,11 +34,11 @@ def draw_a(a_DR: Tensor, rng: torch.Generator, init: InitName = "kaiming") -> No
     """Fill the factor `a` (D, R) of one expert, fp32, with its starting values, as PEFT fills its A (R, D).
 
     `kaiming` is uniform in +-1/sqrt(D) (`kaiming_uniform_(a=sqrt(5))`, PEFT's default), `gaussian` is normal with
-    standard deviation 1/R (PEFT's `init_lora_weights="gaussian"`). With `svd` and `gradient` it is 0 until `starts.svd`
-    or `starts.gradient` fills it.
+    standard deviation 1/R (PEFT's `init_lora_weights="gaussian"`). With `svd`, `gradient` and `loftq` it is 0 until the
+    module of that name in `starts` fills it.
     """
     in_features, rank = a_DR.shape
-    if init in ("svd", "gradient"):
+    if init in ("svd", "gradient", "loftq"):
         a_DR.zero_()
     elif init == "gaussian":
         a_DR.normal_(std=1 / rank, generator=rng)

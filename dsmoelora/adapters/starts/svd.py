@@ -24,7 +24,8 @@ from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.adapters.targets.linear import Linear, features, weight_of
 from dsmoelora.config import AdapterConfig
-from dsmoelora.errors import ConfigError, ModelError, bad_value, listing
+from dsmoelora.config.checks import require
+from dsmoelora.errors import ModelError, listing
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class StartFactors:
     def shift(self) -> tuple[Tensor, Tensor]:
         """Factors (D, F) and (O, F) of what was taken from the base, without the scale s."""
         return side_by_side(self.a_EDR), side_by_side(self.b_EOR) / len(self.a_EDR)
+
+    def to_host(self) -> StartFactors:
+        """The same in the host's memory."""
+        return StartFactors(self.a_EDR.cpu(), self.b_EOR.cpu())
 
 
 # Opens weights for reading and writing: inside the block they are whole, and what is written lasts.
@@ -214,9 +219,7 @@ def check_svd_start(model: nn.Module, config: AdapterConfig, names: list[str]) -
         owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     for name in names:
         base: Linear = model.get_submodule(name)  # type: ignore[assignment]
-        own = layer_config(config, name)
-        if own.num_experts * own.r > min(features(base)):
-            raise _too_many(own, name, min(features(base)))
+        check_num_singular(layer_config(config, name), name, base)
         others = [owner for owner in owners[id(base.weight)] if owner != name]
         if others:
             raise ModelError(
@@ -225,11 +228,18 @@ def check_svd_start(model: nn.Module, config: AdapterConfig, names: list[str]) -
             )
 
 
-def _too_many(config: AdapterConfig, name: str, most: int) -> ConfigError:
-    count = f"{config.num_experts} x {config.r} = {config.num_experts * config.r}"
-    return bad_value(
+def check_num_singular(config: AdapterConfig, name: str, base: Linear) -> None:
+    """Whether a weight has as many singular values as the experts of its layer want.
+
+    Raises:
+        ConfigError: it has fewer
+    """
+    most, wanted = min(features(base)), config.num_experts * config.r
+    require(
+        wanted <= most,
         "adapter.init",
         config.init,
-        f"another one where num_experts x r = {count} is above min(in, out) = {most} of {name}",
+        f"another one where num_experts x r = {config.num_experts} x {config.r} = {wanted} is above min(in, out) = "
+        f"{most} of {name}",
         "Lower adapter.num_experts or adapter.r, take that layer out of adapter.target_modules, or set kaiming.",
     )
