@@ -3,6 +3,7 @@
     python launch/prepare_demo.py
     python benchmarks/step.py
     python benchmarks/step.py --profile         # where the time of one rank goes, in ours
+    python benchmarks/step.py --quantize        # ours on a base in 4 bits, too (with --profile: there alone)
 
 Both train the demo's model on the same rows of its data in the same order, with the same DeepSpeed file, batches, dtype
 and ranks, in turn, each in processes of their own. The first steps do not count. Also with packed rows, which the
@@ -32,6 +33,7 @@ from worker import ROOT, run_ranks
 
 from dsmoelora.callbacks.memory import PeakMemory
 from dsmoelora.config import AdapterConfig, DataConfig, DataSource, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dsmoelora.config.run import QuantizeName
 from dsmoelora.data import InstructionDataset, MicroBatch, Packing, load_instructions, load_packing, train_steps
 from dsmoelora.engine import Engine
 from dsmoelora.model import load_tokenizer
@@ -40,6 +42,7 @@ from dsmoelora.parallel import comm
 MODEL, DATA = ROOT / "models" / "smollm2-135m", ROOT / "data" / "demo" / "train.jsonl"
 DEEPSPEED = ROOT / "ds_configs" / "zero3.json"
 NUM_RANKS, NUM_WARM_UP = 2, 2
+KEYS = {"seconds": "seconds a step", "cpu": "of the core", "peak": "of the peak"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -60,10 +63,10 @@ class Clock:
         return {"seconds": (wall[-1] - wall[0]) / num_steps, "cpu": (cpu[-1] - cpu[0]) / num_steps}
 
 
-def recipe_of(batch_size: int, packing: bool) -> Recipe:
+def recipe_of(batch_size: int, packing: bool = False, quantize: QuantizeName = "none") -> Recipe:
     """The demo's experts on its attention."""
     return Recipe(
-        model=ModelConfig(path=str(MODEL), dtype=DTYPE_NAME),
+        model=ModelConfig(path=str(MODEL), dtype=DTYPE_NAME, quantize=quantize),
         adapter=AdapterConfig(r=4, num_experts=20, top_k=10, target_modules=TARGETS),
         optim=OptimConfig(warmup_steps=0),
         data=DataConfig(train=[DataSource(str(DATA))], max_length=256, packing=packing),
@@ -173,7 +176,7 @@ def by_peft(recipe: Recipe, num_steps: int) -> dict[str, float]:
 # What the profiler calls the parts of a step, with all that runs inside of them; nothing lies in two parts.
 PARTS = {
     "experts and routers": r"(.*: )?(Projection|RoutedExperts|SoftmaxOverSelected)(Backward)?",
-    "frozen linear layers": r"(.*: )?LinearFunctionForZeroStage3(Backward)?",
+    "frozen linear layers": r"(.*: )?(LinearFunctionForZeroStage3|_Product)(Backward)?",
     "attention": r"aten::_scaled_dot_product\w+",
     "output head and loss": r"(.*: )?ChunkedNll(Backward)?",
     "ZeRO's hooks and gathers": r"(.*: )?(Pre|Post)BackwardFunction\w*|c10d::\w+",
@@ -181,9 +184,9 @@ PARTS = {
 }
 
 
-def profile(num_steps: str, batch_size: str) -> None:
+def profile(num_steps: str, batch_size: str, quantize: QuantizeName) -> None:
     """Rank 0 prints a table of where the time of its thread goes."""
-    recipe = recipe_of(int(batch_size), packing=False)
+    recipe = recipe_of(int(batch_size), quantize=quantize)
     batches = steps_of(recipe, samples_of(recipe, int(num_steps)), comm.rank())
     engine = Engine.build(recipe, json.loads(DEEPSPEED.read_text()))
     for _ in range(NUM_WARM_UP):
@@ -204,13 +207,13 @@ def profile(num_steps: str, batch_size: str) -> None:
             print(f"{part:40s} {share:5.0%}")
 
 
-def worker(kind: str, num_steps: str, batch_size: str) -> None:
+def worker(kind: str, num_steps: str, batch_size: str, quantize: QuantizeName = "none") -> None:
     """Train on this rank; rank 0 prints one line of JSON."""
     if kind == "profile":
-        return profile(num_steps, batch_size)
+        return profile(num_steps, batch_size, quantize)
     memory = PeakMemory()
     memory.start()
-    recipe = recipe_of(int(batch_size), packing=kind == "packed")
+    recipe = recipe_of(int(batch_size), packing=kind == "packed", quantize="nf4" if kind == "nf4" else "none")
     measured = (by_peft if kind == "peft" else ours)(recipe, int(num_steps))
     memory.stop()
     if comm.rank() == 0:
@@ -224,18 +227,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="where the time goes, in ours")
+    parser.add_argument("--quantize", action="store_true", help="ours on a base in 4 bits, too")
     args = parser.parse_args()
     print(setting())
     if args.profile:
-        run_ranks(__file__, NUM_RANKS, "profile", str(args.steps), str(args.batch_size))
+        quantize = "nf4" if args.quantize else "none"
+        run_ranks(__file__, NUM_RANKS, "profile", str(args.steps), str(args.batch_size), quantize)
         return
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "peft": [], "packed": []}
+    kinds = ("ours", *(["nf4"] if args.quantize else []), "peft", "packed")
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(args.rounds):
         for kind, lines in found.items():
             batch_size = args.batch_size // 4 if kind == "packed" else args.batch_size  # some four samples share a row
             said = run_ranks(__file__, NUM_RANKS, kind, str(args.steps), str(batch_size), quiet=True)
             lines.append(next(json.loads(line) for line in said.splitlines() if line.startswith('{"kind"')))
-    names = {"ours": "routed experts", "peft": "Trainer + PEFT", "packed": "routed experts, packed"}
+    names = {"ours": "routed experts", "nf4": "routed experts, 4 bits", "peft": "Trainer + PEFT"}
+    names["packed"] = "routed experts, packed"
     for kind, lines in found.items():
         seconds, cpu, tokens, peak = (
             statistics.median(line[key] for line in lines) for key in ("seconds", "cpu", "tokens", "peak")
@@ -245,8 +252,12 @@ def main() -> None:
             f"tokens a second, peak of a rank {peak:.2f} GiB"
         )
 
-    def ratio(kind: str, of: Callable[[dict[str, float]], float]) -> float:
-        return statistics.median(of(mine) / of(peer) for mine, peer in zip(found[kind], found["peft"], strict=True))
+    def ratio(kind: str, of: Callable[[dict[str, float]], float], to: str = "peft") -> float:
+        return statistics.median(of(mine) / of(peer) for mine, peer in zip(found[kind], found[to], strict=True))
+
+    if args.quantize:
+        cells = (f"{ratio('nf4', lambda line, key=key: line[key], 'ours'):.2f} {what}" for key, what in KEYS.items())
+        print(f"a base in 4 bits / in {DTYPE_NAME}: {', '.join(cells)}")
 
     print(
         f"ours / Trainer + PEFT: {ratio('ours', lambda line: line['seconds']):.2f} seconds a step, "
