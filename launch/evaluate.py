@@ -216,7 +216,13 @@ def _with_tasks(options: argparse.Namespace) -> argparse.Namespace:
             "chooses experts by the prompt alone. Use --data and --score."
         )
     check_harness()
-    options.tasks = [name for name in options.tasks.split(",") if name]
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    if not names:
+        raise bad_value("--tasks", options.tasks, "names of tasks with commas between", "Example: arc_easy,gsm8k.")
+    folder = options.tasks_dir
+    if folder is not None and not folder.is_dir():
+        raise bad_value("--tasks-dir", str(folder), "a folder with tasks (YAML)", "Check the path.")
+    options.tasks = names
     if options.out is None:
         options.out = options.adapter.parent / "evaluations" / "-".join(options.tasks)
     return options

@@ -189,6 +189,8 @@ AFTER_A_RUN: dict[str, Case] = {
     "rows beside tasks": lambda bench: bench.evaluate("--tasks", "arc_easy", "--data", "x.jsonl"),
     "a folder of tasks without tasks": lambda bench: evaluated(bench, "loss", ROW, "--tasks-dir", bench.folder),
     "tasks for a router of prompts": tasks_of_prompts,
+    "no name of a task": lambda bench: bench.evaluate("--tasks", ","),
+    "a folder of tasks that is not there": lambda bench: bench.evaluate("--tasks", "x", "--tasks-dir", "nowhere"),
     "rows without an answer": lambda bench: evaluated(bench, "exact", QUESTION),
     "rows to choose from without choices": lambda bench: evaluated(bench, "choice", ROW),
     "an answer without a number": lambda bench: evaluated(bench, "number", ROW),
