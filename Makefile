@@ -48,7 +48,7 @@ test-versions:
 	@for set in oldest middle; do \
 	    echo "== $$set"; \
 	    $(MAKE) --no-print-directory VENV=.cache/versions/$$set CONSTRAINTS=tests/versions/$$set.txt \
-	        PYTEST_ARGS="tests/unit tests/distributed/test_engine_parity.py $(PYTEST_ARGS)" test || failed=1; \
+	        PYTEST_ARGS="tests/unit tests/distributed/test_engine_parity.py tests/distributed/test_four_bit.py $(PYTEST_ARGS)" test || failed=1; \
 	done; [ -z "$$failed" ]
 
 check: $(VENV)/.installed-dev

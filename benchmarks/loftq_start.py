@@ -2,7 +2,7 @@
 
     python benchmarks/loftq_start.py --model models/smollm2-135m --data data/demo/eval.jsonl
 
-Prints, for no experts and several numbers of them on q, k, v and o, what is missing of these weights with gates of 1 / E
+Prints, for no experts and several numbers of them on q, k, v and o, what is missing of these weights with gates 1 / E
 (a share of their norm), and the loss on some held-out rows with the gates of the routers.
 """
 
