@@ -299,8 +299,8 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
     if config.init == "svd":
         plan.add("start", f"{len(layers)} singular value decompositions before the first step; they shift the base")
     if config.init == "loftq":
-        count = f"{config.loftq_iterations} for each of {len(layers)} layers"
-        plan.add("start", f"{count} singular value decompositions while weights are read, by rank 0 under ZeRO-3")
+        each = f"{config.loftq_iterations} for each of {len(layers)} layers"
+        plan.add("start", f"singular value decompositions while weights are read, {each}; by rank 0 under ZeRO-3")
     if config.init == "gradient":
         spread = "a layer's" if config.init_spread == "joint" else "each expert's"
         rows = f"{config.init_samples} training row{'s' * (config.init_samples > 1)}"

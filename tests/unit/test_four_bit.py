@@ -196,15 +196,13 @@ def test_the_plan_says_how_much_it_is(base_path: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"instruction": "x", "output": "y"}\n' * 4)
     recipe = Recipe(
         model=ModelConfig(str(base_path), "fp32", quantize="nf4"),
-        adapter=AdapterConfig(r=2, num_experts=2, top_k=1, target_modules=["q_proj"]),
+        adapter=AdapterConfig(r=2, num_experts=2, top_k=1, target_modules=["q_proj"], init="loftq"),
         data=DataConfig(train=[DataSource(str(tmp_path / "rows.jsonl"))]),
     )
     recipe.run.dir = str(tmp_path / "runs")
-    (said,) = [
-        text
-        for what, text in make_plan(recipe, {"zero_optimization": {"stage": 3}}, 1, "none").rows
-        if what == "base weights"
-    ]
+    rows = dict(make_plan(recipe, {"zero_optimization": {"stage": 3}}, 1, "none").rows)
+    said = rows["base weights"]
+    assert "while weights are read, 3 for each of 2 layers" in rows["start"]
     model = AutoModelForCausalLM.from_pretrained(base_path)
     weights = sum(one.numel() for name, one in model.named_parameters() if name.endswith("_proj.weight"))
     total = sum(one.numel() for one in model.parameters())
