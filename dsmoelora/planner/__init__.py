@@ -1,8 +1,10 @@
 """What a run takes of each rank, from formulas and from the model's own code on tensors without memory."""
 
 from dsmoelora.planner.devices import Device, device_named, device_names
-from dsmoelora.planner.memory import MemoryPlan, Part, Phase, plan_memory
+from dsmoelora.planner.memory import MemoryPlan, Part, Phase, memory_of, plan_memory
+from dsmoelora.planner.rehearsal import Rehearsal, rehearse
 from dsmoelora.planner.table import print_memory
+from dsmoelora.planner.traffic import Traffic, bytes_by_link, plan_traffic, traffic_of
 from dsmoelora.planner.verdict import Verdict, verdict
 
 __all__ = [
@@ -10,10 +12,17 @@ __all__ = [
     "MemoryPlan",
     "Part",
     "Phase",
+    "Rehearsal",
+    "Traffic",
     "Verdict",
+    "bytes_by_link",
     "device_named",
     "device_names",
+    "memory_of",
     "plan_memory",
+    "plan_traffic",
     "print_memory",
+    "rehearse",
+    "traffic_of",
     "verdict",
 ]

@@ -51,29 +51,41 @@ class GatherRules:
     max_reuse_distance: int
 
 
+@dataclass(frozen=True)
+class Gather:
+    """One all-gather.
+
+    Args:
+        in_backward: it happens in the backward pass, recomputation counted, or in the forward pass
+        numel: numbers that come together, padding counted
+        num_pieces: ranks that bring them
+    """
+
+    in_backward: bool
+    numel: int
+    num_pieces: int
+
+
 @dataclass
 class Gathered:
     """What a micro-batch gathers.
 
     Args:
         peak: the most numbers that are there at a time
-        numel: numbers of all gathers together, padding counted
-        num_gathers: parameters, or sets of them, that are gathered at once
+        gathers: all of them, in order
     """
 
     peak: int = 0
-    numel: int = 0
-    num_gathers: int = 0
+    gathers: list[Gather] = field(default_factory=list)
     _live: dict[str, ParameterShape] = field(default_factory=dict)
 
-    def fetch(self, parameters: Sequence[ParameterShape]) -> None:
-        """Gather those that are not there."""
+    def fetch(self, parameters: Sequence[ParameterShape], in_backward: bool) -> None:
+        """Gather those that are not there, those of a process group at once."""
         absent = {one.name: one for one in parameters if one.name not in self._live}
-        if not absent:
-            return
         self._live |= absent
-        self.numel += sum(one.padded for one in absent.values())
-        self.num_gathers += len({one.num_pieces for one in absent.values()})
+        for num_pieces in sorted({one.num_pieces for one in absent.values()} - {1}):
+            numel = sum(one.padded for one in absent.values() if one.num_pieces == num_pieces)
+            self.gathers.append(Gather(in_backward, numel, num_pieces))
         self.peak = max(self.peak, sum(one.padded for one in self._live.values()))
 
     def release(self, name: str) -> None:
@@ -99,7 +111,9 @@ def gathered_in_pass(shapes: ModelShapes, order: Order, rules: GatherRules, chec
         rules: of ZeRO-3
         checkpointing: whether layers are computed again in the backward pass
     """
-    visits = list(_Walk(shapes, order, checkpointing).visits())
+    walk = _Walk(shapes, order, checkpointing)
+    forward, backward = list(walk.forward()), list(walk.backward())
+    visits = forward + backward
     begins = [visit.parameters for visit in visits if visit.is_begin]
     past = list(accumulate((sum(one.numel for one in some) for some in begins), initial=0))
     uses: dict[str, list[int]] = {}
@@ -109,11 +123,12 @@ def gathered_in_pass(shapes: ModelShapes, order: Order, rules: GatherRules, chec
     queue = deque((one, step) for step, parameters in enumerate(begins) for one in parameters)
     seen_until: dict[str, int] = {}
     state, step = Gathered(), 0
-    for visit in visits:
+    for place, visit in enumerate(visits):
+        in_backward = place >= len(forward)
         if visit.is_begin:
-            state.fetch(visit.parameters)
+            state.fetch(visit.parameters, in_backward)
             _leave_queue(queue, seen_until, [one for one in visit.parameters if seen_until.get(one.name, -1) < step])
-            state.fetch(_next_in(queue, seen_until, state, rules))
+            state.fetch(_next_in(queue, seen_until, state, rules), in_backward)
             step += 1
             continue
         for one in visit.parameters:
@@ -162,9 +177,12 @@ class _Walk:
         self._shapes, self._order = shapes, order
         self._again = _layers(shapes.model) if checkpointing else set()
 
-    def visits(self) -> Iterator[Visit]:
-        """Of a forward and a backward pass."""
+    def forward(self) -> Iterator[Visit]:
+        """Of a forward pass."""
         yield from self._forward(self._shapes.model)
+
+    def backward(self) -> Iterator[Visit]:
+        """Of a backward pass."""
         yield from self._backward(self._shapes.model)
 
     def _children(self, module: nn.Module) -> list[nn.Module]:

@@ -13,13 +13,9 @@ from enum import Enum
 from typing import Any
 
 from dsmoelora.config import OptimConfig, Recipe
-from dsmoelora.errors import bad_value
-from dsmoelora.model import load_model_config, without_dropout
-from dsmoelora.parallel.zero_config import merge_config, read_zero
 from dsmoelora.planner.cut_rows import num_cut_rows, step_buffer_bytes
-from dsmoelora.planner.gathering import Gathered, GatherRules, gathered_in_pass
-from dsmoelora.planner.shapes import ModelShapes, ParameterShape, shapes_of
-from dsmoelora.planner.stand_in import PassBytes, pass_bytes
+from dsmoelora.planner.rehearsal import Rehearsal, rehearse
+from dsmoelora.planner.shapes import ModelShapes, ParameterShape
 
 _FP32 = 4
 
@@ -99,37 +95,18 @@ def plan_memory(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> M
     Raises:
         UserError: recipe, DeepSpeed file and model cannot work together
     """
-    if recipe.parallel.ep_size > 1:
-        raise bad_value(
-            "parallel.ep_size",
-            recipe.parallel.ep_size,
-            "1 for a plan of the memory, which does not know yet what the token exchange keeps",
-            "Plan with --parallel.ep_size 1, which takes more for experts and less for their tokens.",
-        )
-    if recipe.model.quantize != "none":
-        raise bad_value(
-            "model.quantize",
-            recipe.model.quantize,
-            "none for a plan of the memory, which does not know yet what a base in 4 bits takes",
-            "Plan with --model.quantize none, which takes more.",
-        )
-    recipe.train.accumulation_steps(world_size)
-    config = merge_config(recipe, deepspeed, world_size)
-    shapes = shapes_of(recipe, config, world_size)
-    described = load_model_config(recipe.model)
-    without_dropout(described)
-    passed = pass_bytes(described, recipe)
+    return memory_of(rehearse(recipe, deepspeed, world_size))
+
+
+def memory_of(run: Rehearsal) -> MemoryPlan:
+    """The same of a run that is rehearsed already."""
     parts = [
-        *_base_parts(shapes, config, recipe),
-        *_adapter_parts(shapes, config, recipe),
-        *_optimizer_parts(shapes, config, recipe),
-        *_pass_parts(shapes, config, recipe, passed),
+        *_base_parts(run),
+        *_adapter_parts(run),
+        *_optimizer_parts(run),
+        *_pass_parts(run),
     ]
-    return MemoryPlan([part for part in parts if part.num_bytes], _left_out(recipe))
-
-
-def _itemsize(recipe: Recipe) -> int:
-    return recipe.model.torch_dtype.itemsize
+    return MemoryPlan([part for part in parts if part.num_bytes], _left_out(run.recipe))
 
 
 def _whole(parameters: Iterable[ParameterShape]) -> int:
@@ -151,18 +128,18 @@ def _string(shapes: ModelShapes) -> int:
     return -(-_whole(shapes.trained) // step) * step
 
 
-def _offloads(config: dict[str, Any], section: str) -> bool:
-    offload = getattr(read_zero(config), section)
+def _offloads(run: Rehearsal, section: str) -> bool:
+    offload = getattr(run.zero, section)
     return offload is not None and offload.device != "none"
 
 
-def _base_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe) -> list[Part]:
-    stage, itemsize, frozen = read_zero(config).stage, _itemsize(recipe), shapes.frozen
+def _base_parts(run: Rehearsal) -> list[Part]:
+    shapes, stage, itemsize, frozen = run.shapes, run.zero.stage, run.itemsize, run.shapes.frozen
     largest = max(one.numel for one in frozen)
     buffers = Part("buffers of the base", shapes.buffer_bytes)
     if stage < 3:
         return [Part("base, whole", _whole(frozen) * itemsize), buffers]
-    away = _offloads(config, "offload_param")
+    away = _offloads(run, "offload_param")
     leaves = [one for one in frozen if not (away and one.is_kept_whole)]
     return [
         Part("base, partitioned", _pieces(leaves) * itemsize, on_host=away),
@@ -173,13 +150,13 @@ def _base_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe) -> 
     ]
 
 
-def _adapter_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe) -> list[Part]:
-    stage, itemsize, trained = read_zero(config).stage, _itemsize(recipe), shapes.trained
+def _adapter_parts(run: Rehearsal) -> list[Part]:
+    shapes, stage, itemsize, trained = run.shapes, run.zero.stage, run.itemsize, run.shapes.trained
     if stage == 0:
         return [Part("adapters, whole", _whole(trained) * itemsize)]
     if stage < 3:
         return [Part("adapters, whole", _string(shapes) * itemsize)]
-    away = _offloads(config, "offload_param")
+    away = _offloads(run, "offload_param")
     return [
         Part("adapters, partitioned", _pieces(trained) * itemsize, on_host=away),
         Part("adapters, kept whole", _kept(trained) * itemsize),
@@ -191,9 +168,9 @@ def num_moments(optim: OptimConfig) -> int:
     return 2 if optim.name == "adamw" else int(optim.momentum > 0)
 
 
-def _optimizer_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe) -> list[Part]:
-    zero, trained = read_zero(config), shapes.trained
-    stage, away = zero.stage, _offloads(config, "offload_optimizer")
+def _optimizer_parts(run: Rehearsal) -> list[Part]:
+    recipe, shapes, trained = run.recipe, run.shapes, run.shapes.trained
+    stage, away = run.zero.stage, _offloads(run, "offload_optimizer")
     string = _string(shapes)
     own = {0: _whole(trained), 3: _pieces(trained)}.get(stage, string // shapes.layout.world_size)
     accumulated = string if stage == 1 and not away else own
@@ -208,32 +185,23 @@ def _optimizer_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe
         Part("gradients, fp32", accumulated * _FP32, comes, on_host=away),
         Part("buffer of the preconditioner", buffer, on_host=away),
         Part("gradients, flattened for the step", own * _FP32 if stage == 3 else 0, flattened, on_host=away),
-        Part("adapters, a copy for the host", own * _itemsize(recipe) if away and stage < 3 else 0, on_host=True),
+        Part("adapters, a copy for the host", own * run.itemsize if away and stage < 3 else 0, on_host=True),
     ]
 
 
-def _pass_parts(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe, passed: PassBytes) -> list[Part]:
-    zero = read_zero(config)
+def _pass_parts(run: Rehearsal) -> list[Part]:
+    zero, recipe, passed = run.zero, run.recipe, run.passed
     bucket = zero.reduce_bucket_size * _FP32 if zero.stage and zero.contiguous_gradients else 0
     buckets = {1: 0 if recipe.model.dtype == "bf16" else 1, 2: 1}.get(zero.stage, 1)
     if zero.stage in (1, 2) and zero.overlap_comm:
         buckets *= 2
-    gathered = _gathered(shapes, config, recipe, passed)
     kept = "inputs of the layers, kept" if recipe.train.activation_checkpointing else "activations, kept"
     return [
         Part("reduce bucket", bucket * buckets, Phase.ALWAYS if zero.stage == 3 else Phase.PASS),
-        Part("base, gathered", gathered.peak * _itemsize(recipe), Phase.PASS, is_exact=False),
+        Part("base, gathered", run.gathered.peak * run.itemsize, Phase.PASS, is_exact=False),
         Part(kept, passed.kept, Phase.PASS, is_exact=False),
         Part("activations, at work", passed.peak - passed.kept, Phase.PASS, is_exact=False),
     ]
-
-
-def _gathered(shapes: ModelShapes, config: dict[str, Any], recipe: Recipe, passed: PassBytes) -> Gathered:
-    zero = read_zero(config)
-    if zero.stage < 3 or shapes.layout.world_size == 1:
-        return Gathered()
-    rules = GatherRules(zero.prefetch_bucket_size, zero.max_live_parameters, zero.max_reuse_distance)
-    return gathered_in_pass(shapes, passed.order, rules, recipe.train.activation_checkpointing)
 
 
 def _left_out(recipe: Recipe) -> list[str]:
