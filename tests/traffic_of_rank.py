@@ -15,22 +15,15 @@ import torch
 from dsmoelora.config import Recipe
 from tests.memory_of_rank import padded_batch
 
-# where a collective has the tensor that is whole: first or second, as input or as output
-_WHOLE = {
-    "all_reduce": 0,
-    "all_gather_into_tensor": 0,
-    "reduce_scatter_tensor": 1,
-    "all_to_all_single": 1,
-    "broadcast": 0,
-    "all_gather": 0,
-    "reduce": 0,
-    "reduce_scatter": 1,
+# the argument that is the whole tensor and that of the process group, by name and place; what the planner calls it
+_HEARD = {
+    "all_reduce": (("tensor", 0), 2, "all_reduce"),
+    "all_gather_into_tensor": (("output_tensor", 0), 2, "all_gather"),
+    "reduce_scatter_tensor": (("input_tensor", 1), 3, "reduce_scatter"),
+    "all_to_all_single": (("input", 1), 4, "all_to_all"),
+    "broadcast": (("tensor", 0), 2, "broadcast"),
 }
-_OPS = {
-    "all_gather_into_tensor": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "all_to_all_single": "all_to_all",
-}
+Key = tuple[str, str, int]
 
 
 @dataclass
@@ -38,15 +31,14 @@ class Recorder:
     """Collectives, by phase, op and size of the process group: how many, and bytes of their whole tensors."""
 
     phase: str = "step"
-    messages: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-    num_bytes: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-    sizes: list[tuple[str, str, int, int]] = field(default_factory=list)
+    messages: Counter[Key] = field(default_factory=Counter)
+    num_bytes: Counter[Key] = field(default_factory=Counter)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Write down what happens inside the block."""
         backend = dist.comm.cdb
-        patches = [mock.patch.object(backend, name, self._noted(getattr(backend, name), name)) for name in _WHOLE]
+        patches = [mock.patch.object(backend, name, self._noted(getattr(backend, name), name)) for name in _HEARD]
         for patch in patches:
             patch.start()
         try:
@@ -65,17 +57,22 @@ class Recorder:
             self.phase = before
 
     def _noted(self, call: Any, name: str) -> Any:
+        whole, group_place, op = _HEARD[name]
+
         def noted(*args: Any, **kwargs: Any) -> Any:
-            whole = [*args, *kwargs.values()][_WHOLE[name]]
-            num_bytes = sum(one.nbytes for one in whole) if isinstance(whole, list) else whole.nbytes
-            group_size = torch.distributed.get_world_size(kwargs.get("group"))
-            key = (self.phase, _OPS.get(name, name), group_size)
-            self.messages[key] += 1
-            self.num_bytes[key] += num_bytes
-            self.sizes.append((*key, num_bytes))
+            tensor, group = (_argument(args, kwargs, *place) for place in (whole, ("group", group_place)))
+            group_size = torch.distributed.get_world_size(group)
+            if group_size > 1:
+                key = (self.phase, op, group_size)
+                self.messages[key] += 1
+                self.num_bytes[key] += tensor.nbytes
             return call(*args, **kwargs)
 
         return noted
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, place: int) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name)
 
 
 def train_and_record(recipe: Recipe, zero: dict[str, Any]) -> Recorder:
@@ -83,7 +80,7 @@ def train_and_record(recipe: Recipe, zero: dict[str, Any]) -> Recorder:
     from dsmoelora.engine import Engine
 
     engine = Engine.build(recipe, {"zero_optimization": zero})
-    batches = [padded_batch(recipe)] * recipe.train.accumulation_steps(dist.get_world_size())
+    batches = [padded_batch(recipe) for _ in range(recipe.train.accumulation_steps(dist.get_world_size()))]
     for _ in range(3):
         engine.train_step(batches)
     found, inner = Recorder(), engine._deepspeed

@@ -103,6 +103,12 @@ def _true_places(mask: Tensor, count: int) -> tuple[Tensor, ...]:
     return mask.nonzero_static(size=count).unbind(1)
 
 
+def rows_on_host(counts_SKP: Tensor) -> list[list[list[int]]]:
+    """Rows from each rank, by route, to each rank; the host waits for them."""
+    counts: list[list[list[int]]] = counts_SKP.tolist()
+    return counts
+
+
 def chosen_routes(wanted: list[Tensor], layout: ExpertLayout) -> list[ChosenRoute]:
     """Routes whose numbers of rows are told to all ranks and to the host at once: its one wait (collective).
 
@@ -112,7 +118,7 @@ def chosen_routes(wanted: list[Tensor], layout: ExpertLayout) -> list[ChosenRout
     """
     own_KP = torch.stack([wanted_TP.sum(0, dtype=torch.int32) for wanted_TP in wanted])
     counts_SKP = start_all_gather(own_KP, layout.expert_group, layout.ep_size).wait().unflatten(0, (layout.ep_size, -1))
-    on_host = counts_SKP.tolist()
+    on_host = rows_on_host(counts_SKP)
     me = layout.ep_rank
     return [
         ChosenRoute(
@@ -145,13 +151,18 @@ class TokenPool:
         """Whether nothing was sent yet."""
         return not self._places
 
+    @property
+    def num_routes(self) -> int:
+        """Decisions whose tokens are here or under way."""
+        return len(self._places)
+
     def route(self, wanted_TP: Tensor) -> ChosenRoute:
         """A way for a layer's decision; what it wants and is not there yet starts (collective, the host waits)."""
         if self.is_empty:
             (route,) = chosen_routes([wanted_TP], self._layout)
             self._serve(route, route)
         else:
-            route, missing = chosen_routes([wanted_TP, self._missing(wanted_TP)], self._layout)
+            route, missing = chosen_routes([wanted_TP, self.missing(wanted_TP)], self._layout)
             self._serve(route, missing)
         return route
 
@@ -161,7 +172,7 @@ class TokenPool:
             return
         missing = route
         if not self.is_empty:
-            (missing,) = chosen_routes([self._missing(route.wanted_TP)], self._layout)
+            (missing,) = chosen_routes([self.missing(route.wanted_TP)], self._layout)
         self._serve(route, missing)
 
     def take(self, route: ChosenRoute) -> Tensor:
@@ -174,7 +185,8 @@ class TokenPool:
             self._taken[route] = self._rows_MD if places is None else self._rows_MD.index_select(0, places.wait())
         return self._taken[route]
 
-    def _missing(self, wanted_TP: Tensor) -> Tensor:
+    def missing(self, wanted_TP: Tensor) -> Tensor:
+        """(T, P): what is wanted and neither there nor under way."""
         return wanted_TP & (self._row_TP < 0)
 
     def _serve(self, route: ChosenRoute, missing: ChosenRoute) -> None:

@@ -1,24 +1,26 @@
 """Which parameters ZeRO-3 has gathered at each moment of a micro-batch: the most at a time, and how many in all.
 
 The rules are those of deepspeed 0.19.8, `runtime/zero/partitioned_param_coordinator.py`, once it knows the order of the
-modules (from the third forward pass on): a module's parameters are fetched before it computes; then what comes next is
-fetched ahead, `prefetch_bucket_size` numbers at most, as long as fewer than `max_live_parameters` are there; a module's
-parameters are let go after it, unless one is needed again within `max_reuse_distance` numbers. Parameters that are
-kept whole take no part.
+modules (from the third forward pass on): a module's parameters are fetched before it computes, in the backward pass
+once for each output that has a gradient; with every fetch what comes next is fetched ahead, `prefetch_bucket_size`
+numbers at most, as long as fewer than `max_live_parameters` are there; a module's parameters are let go after it,
+unless another module that has begun needs them, or one that follows within `max_reuse_distance` numbers. Parameters
+that are kept whole are there at all times. Modules without parameters fetch ahead like all others.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from torch import nn
 
+from dsmoelora.adapters.layer import RoutedLinear
 from dsmoelora.planner.shapes import ModelShapes, ParameterShape
-from dsmoelora.planner.stand_in import Order
+from dsmoelora.planner.stand_in import Calls
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,18 @@ class Visit:
     """A module begins or ends, forward or backward.
 
     Args:
+        module: its identity
         is_begin: or it ends
-        parameters: its own
-        owns: what it lets go of beside them when it ends
+        parameters: its own, and those that it reads of others
+        recomputed_for: a module whose backward pass has it computed again, and keeps what is frozen to its own end
+        recomputed: it ends, and these were kept for it
     """
 
+    module: int
     is_begin: bool
     parameters: tuple[ParameterShape, ...]
-    owns: tuple[ParameterShape, ...] = ()
+    recomputed_for: int | None = None
+    recomputed: tuple[ParameterShape, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,23 +84,36 @@ class Gathered:
     peak: int = 0
     gathers: list[Gather] = field(default_factory=list)
     _live: dict[str, ParameterShape] = field(default_factory=dict)
+    _users: dict[str, set[int]] = field(default_factory=dict)
 
     def fetch(self, parameters: Sequence[ParameterShape], in_backward: bool) -> None:
         """Gather those that are not there, those of a process group at once."""
-        absent = {one.name: one for one in parameters if one.name not in self._live}
+        absent = {one.name: one for one in parameters if not self.is_there(one)}
         self._live |= absent
         for num_pieces in sorted({one.num_pieces for one in absent.values()} - {1}):
             numel = sum(one.padded for one in absent.values() if one.num_pieces == num_pieces)
             self.gathers.append(Gather(in_backward, numel, num_pieces))
-        self.peak = max(self.peak, sum(one.padded for one in self._live.values()))
+        # a piece that is all of a parameter takes the place of the whole
+        self.peak = max(self.peak, sum(one.padded for one in self._live.values() if one.num_pieces > 1))
 
-    def release(self, name: str) -> None:
-        """Let go of one, if it is there."""
-        self._live.pop(name, None)
+    def hold(self, parameters: Iterable[ParameterShape], module: int) -> None:
+        """A module that has begun needs them."""
+        for one in parameters:
+            self._users.setdefault(one.name, set()).add(module)
+
+    def drop(self, parameters: Iterable[ParameterShape], module: int) -> None:
+        """It does so no more."""
+        for one in parameters:
+            self._users.setdefault(one.name, set()).discard(module)
+
+    def release(self, one: ParameterShape) -> None:
+        """Let go of one, if no module that has begun needs it."""
+        if not self._users.get(one.name):
+            self._live.pop(one.name, None)
 
     def is_there(self, one: ParameterShape) -> bool:
         """Whether it is gathered."""
-        return one.name in self._live
+        return one.is_kept_whole or one.name in self._live
 
     @property
     def live_numel(self) -> int:
@@ -102,16 +121,16 @@ class Gathered:
         return sum(one.numel for one in self._live.values())
 
 
-def gathered_in_pass(shapes: ModelShapes, order: Order, rules: GatherRules, checkpointing: bool) -> Gathered:
+def gathered_in_pass(shapes: ModelShapes, calls: Calls, rules: GatherRules, checkpointing: bool) -> Gathered:
     """Forward and backward pass of one micro-batch.
 
     Args:
         shapes: of the model
-        order: in which modules call their children
+        calls: of the model's modules
         rules: of ZeRO-3
         checkpointing: whether layers are computed again in the backward pass
     """
-    walk = _Walk(shapes, order, checkpointing)
+    walk = _Walk(shapes, calls, checkpointing)
     forward, backward = list(walk.forward()), list(walk.backward())
     visits = forward + backward
     begins = [visit.parameters for visit in visits if visit.is_begin]
@@ -127,17 +146,33 @@ def gathered_in_pass(shapes: ModelShapes, order: Order, rules: GatherRules, chec
         in_backward = place >= len(forward)
         if visit.is_begin:
             state.fetch(visit.parameters, in_backward)
+            state.hold(visit.parameters, visit.module)
+            if visit.recomputed_for is not None:
+                state.hold(_frozen(visit.parameters), visit.recomputed_for)
             _leave_queue(queue, seen_until, [one for one in visit.parameters if seen_until.get(one.name, -1) < step])
             state.fetch(_next_in(queue, seen_until, state, rules), in_backward)
             step += 1
             continue
+        state.drop((*visit.parameters, *visit.recomputed), visit.module)
         for one in visit.parameters:
             is_promised = seen_until.get(one.name, -1) > step
             if not is_promised and not _is_near(uses[one.name], step, past, rules.max_reuse_distance):
-                state.release(one.name)
-        for one in visit.owns:
-            state.release(one.name)
+                state.release(one)
+        for one in visit.recomputed:
+            state.release(one)
     return state
+
+
+def gradients_in_order(shapes: ModelShapes, calls: Calls) -> list[ParameterShape]:
+    """Trained parameters in the order in which a backward pass has made their gradients whole."""
+    found: dict[str, ParameterShape] = {}
+    for visit in _Walk(shapes, calls, checkpointing=False).backward():
+        if not visit.is_begin:
+            for one in visit.parameters:
+                if one.trainable:
+                    found.pop(one.name, None)  # what two modules read is whole when the last of them has ended
+                    found[one.name] = one
+    return list(found.values())
 
 
 def _leave_queue(
@@ -171,11 +206,13 @@ def _is_near(uses: list[int], step: int, past: list[int], distance: int) -> bool
 
 
 class _Walk:
-    """Modules with parameters that are gathered, as they begin and end."""
+    """Modules, as they begin and end."""
 
-    def __init__(self, shapes: ModelShapes, order: Order, checkpointing: bool) -> None:
-        self._shapes, self._order = shapes, order
+    def __init__(self, shapes: ModelShapes, calls: Calls, checkpointing: bool) -> None:
+        self._shapes, self._calls = shapes, calls
         self._again = _layers(shapes.model) if checkpointing else set()
+        self._place = {one.name: place for place, one in enumerate(shapes.parameters.values())}
+        self._without_gradient = set(self._before_the_first_gradient())
 
     def forward(self) -> Iterator[Visit]:
         """Of a forward pass."""
@@ -185,50 +222,74 @@ class _Walk:
         """Of a backward pass."""
         yield from self._backward(self._shapes.model)
 
+    def _before_the_first_gradient(self) -> Iterator[int]:
+        """Modules that have ended before one begins that is trained, or whose output is made to ask for a gradient."""
+        embeddings = {id(module) for module in self._shapes.model.modules() if isinstance(module, nn.Embedding)}
+        asks = embeddings if self._calls.num_gradients.get(nn.Embedding) else set()
+        for visit in self._forward(self._shapes.model):
+            if visit.module in asks or any(one.trainable for one in visit.parameters):
+                return
+            if not visit.is_begin:
+                yield visit.module
+
     def _children(self, module: nn.Module) -> list[nn.Module]:
         children = dict(module.named_children())
-        names = self._order.get(type(module), [])
+        names = self._calls.order.get(type(module), [])
         return [children[name] for name in sorted(children, key=lambda name: names.index(name) if name in names else 0)]
 
-    def _forward(self, module: nn.Module, again: bool = False) -> Iterator[Visit]:
+    def _forward(self, module: nn.Module, recomputed_for: int | None = None) -> Iterator[Visit]:
+        parts = (part for child in self._children(module) for part in self._forward(child, recomputed_for))
+        if isinstance(module, _LISTS):
+            yield from parts
+            return
         own = self._own(module)
-        # what is gathered to compute a layer again stays until the module ends that had it computed
-        frozen = [one for one in own if one.trainable is None]
-        if own:
-            yield Visit(True, own)
-        for child in self._children(module):
-            yield from self._forward(child, again)
-        if own:
-            yield Visit(False, tuple(one for one in own if not (again and one in frozen)))
+        yield Visit(id(module), True, own, recomputed_for)
+        yield from parts
+        yield Visit(id(module), False, own)
 
     def _backward(self, module: nn.Module, before: Sequence[nn.Module] = ()) -> Iterator[Visit]:
         """`before`: layers that are computed again once the first module has begun."""
-        if isinstance(module, nn.Embedding):  # it gets no gradient
+        num_fetches = self._calls.num_gradients.get(type(module), 0)
+        if id(module) in self._without_gradient or (not num_fetches and not isinstance(module, _LISTS)):
             return
         if module in self._again:
             before = [module]
         own, children = self._own(module), list(reversed(self._children(module)))
-        owned: tuple[ParameterShape, ...] = ()
-        if own:
-            yield Visit(True, own)
+        recomputed: tuple[ParameterShape, ...] = ()
+        if not isinstance(module, _LISTS):
+            yield from [Visit(id(module), True, own)] * num_fetches
         if before and not any(self._has_own(child) for child in children):
             for layer in before:
-                yield from self._forward(layer, again=True)
-                owned += tuple(one for part in layer.modules() for one in self._own(part) if one.trainable is None)
+                yield from _without_last_ends(list(self._forward(layer, recomputed_for=id(module))))
+                recomputed += tuple(one for part in layer.modules() for one in _frozen(self._own(part)))
             before = ()
         for child in children:
             yield from self._backward(child, before)
             before = () if self._has_own(child) else before
-        if own:
-            yield Visit(False, own, owns=owned)
+        if not isinstance(module, _LISTS):
+            yield Visit(id(module), False, own, recomputed=recomputed)
 
     def _has_own(self, module: nn.Module) -> bool:
         return any(self._own(part) for part in module.modules())
 
     def _own(self, module: nn.Module) -> tuple[ParameterShape, ...]:
         parameters = [*module.parameters(recurse=False), *getattr(module, "joined_factors", ())]
-        found = (self._shapes.parameters[id(parameter)] for parameter in parameters)
-        return tuple(one for one in found if not one.is_kept_whole)
+        if isinstance(module, RoutedLinear):  # it looks at the dtype of this one, which ZeRO-3 takes for a use
+            parameters.append(module.base.weight)
+        found = {self._shapes.parameters[id(parameter)] for parameter in parameters}
+        return tuple(sorted(found, key=lambda one: self._place[one.name]))
+
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)  # which nobody calls
+
+
+def _without_last_ends(visits: list[Visit]) -> list[Visit]:
+    """torch stops a recomputation when it has the last tensor that is needed, in the midst of the last module."""
+    return visits[: max(place for place, visit in enumerate(visits) if visit.is_begin) + 1]
+
+
+def _frozen(parameters: Iterable[ParameterShape]) -> list[ParameterShape]:
+    return [one for one in parameters if one.trainable is None]
 
 
 def _layers(model: nn.Module) -> set[nn.Module]:

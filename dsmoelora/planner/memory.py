@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from dsmoelora.config import OptimConfig, Recipe
-from dsmoelora.planner.cut_rows import num_cut_rows, step_buffer_bytes
-from dsmoelora.planner.rehearsal import Rehearsal, rehearse
-from dsmoelora.planner.shapes import ModelShapes, ParameterShape
+from dsmoelora.config import Recipe
+from dsmoelora.planner.cut_rows import step_buffer_bytes
+from dsmoelora.planner.rehearsal import Rehearsal, num_moments, rehearse
+from dsmoelora.planner.shapes import ParameterShape
 
 _FP32 = 4
 
@@ -122,12 +122,6 @@ def _kept(parameters: Iterable[ParameterShape]) -> int:
     return sum(one.padded for one in parameters if one.is_kept_whole and one.num_pieces > 1)
 
 
-def _string(shapes: ModelShapes) -> int:
-    """Numbers of all trained tensors behind one another, filled up, as stages 1 and 2 have them."""
-    step = 2 * shapes.layout.world_size
-    return -(-_whole(shapes.trained) // step) * step
-
-
 def _offloads(run: Rehearsal, section: str) -> bool:
     offload = getattr(run.zero, section)
     return offload is not None and offload.device != "none"
@@ -151,11 +145,11 @@ def _base_parts(run: Rehearsal) -> list[Part]:
 
 
 def _adapter_parts(run: Rehearsal) -> list[Part]:
-    shapes, stage, itemsize, trained = run.shapes, run.zero.stage, run.itemsize, run.shapes.trained
+    stage, itemsize, trained = run.zero.stage, run.itemsize, run.shapes.trained
     if stage == 0:
         return [Part("adapters, whole", _whole(trained) * itemsize)]
     if stage < 3:
-        return [Part("adapters, whole", _string(shapes) * itemsize)]
+        return [Part("adapters, whole", run.string_numel * itemsize)]
     away = _offloads(run, "offload_param")
     return [
         Part("adapters, partitioned", _pieces(trained) * itemsize, on_host=away),
@@ -163,22 +157,15 @@ def _adapter_parts(run: Rehearsal) -> list[Part]:
     ]
 
 
-def num_moments(optim: OptimConfig) -> int:
-    """fp32 numbers that the optimizer keeps of each trained number."""
-    return 2 if optim.name == "adamw" else int(optim.momentum > 0)
-
-
 def _optimizer_parts(run: Rehearsal) -> list[Part]:
-    recipe, shapes, trained = run.recipe, run.shapes, run.shapes.trained
+    recipe, own, trained = run.recipe, run.own_numel, run.shapes.trained
     stage, away = run.zero.stage, _offloads(run, "offload_optimizer")
-    string = _string(shapes)
-    own = {0: _whole(trained), 3: _pieces(trained)}.get(stage, string // shapes.layout.world_size)
-    accumulated = string if stage == 1 and not away else own
+    accumulated = run.string_numel if stage == 1 and not away else own
     # elsewhere gradients are there from the backward pass to the step alone
     stays = stage == 3 or away or (stage == 1 and recipe.model.dtype == "bf16")
     comes, flattened = Phase.ALWAYS if stays else Phase.PASS, Phase.ALWAYS if away else Phase.STEP
-    num_cut = num_cut_rows(trained, stage, string // shapes.layout.world_size)
-    buffer = step_buffer_bytes(trained, recipe.optim, num_cut)
+    groups = [[one for one in trained if one.num_pieces == ranks] for ranks in {one.num_pieces for one in trained}]
+    buffer = sum(step_buffer_bytes(group, recipe.optim, run.num_cut_rows(group)) for group in groups)
     return [
         Part("masters, fp32", own * _FP32 if stage else 0, on_host=away),
         Part("moments, fp32", own * _FP32 * num_moments(recipe.optim), on_host=away),

@@ -8,12 +8,13 @@ from typing import Any
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from dsmoelora.config import Recipe
+from dsmoelora.config import OptimConfig, Recipe
 from dsmoelora.errors import bad_value
 from dsmoelora.model import load_model_config, without_dropout
 from dsmoelora.parallel.zero_config import merge_config, read_zero
+from dsmoelora.planner.cut_rows import num_cut_rows
 from dsmoelora.planner.gathering import Gathered, GatherRules, gathered_in_pass
-from dsmoelora.planner.shapes import ModelShapes, shapes_of
+from dsmoelora.planner.shapes import ModelShapes, ParameterShape, shapes_of
 from dsmoelora.planner.stand_in import PassBytes, pass_bytes
 
 
@@ -48,13 +49,41 @@ class Rehearsal:
         """Bytes of a number of the model."""
         return self.recipe.model.torch_dtype.itemsize
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a rank in an optimizer step."""
+        return self.recipe.train.accumulation_steps(self.world_size)
+
+    @property
+    def string_numel(self) -> int:
+        """Numbers of all trained tensors behind one another, filled up, as stages 1 and 2 have them."""
+        step = 2 * self.world_size
+        return -(-sum(one.numel for one in self.shapes.trained) // step) * step
+
+    @property
+    def own_numel(self) -> int:
+        """Trained numbers whose masters a rank has, padding counted."""
+        trained = self.shapes.trained
+        if self.zero.stage == 0:
+            return sum(one.numel for one in trained)
+        return sum(one.piece for one in trained) if self.zero.stage == 3 else self.string_numel // self.world_size
+
+    def num_cut_rows(self, trained: list[ParameterShape]) -> int:
+        """Rows of factors that lie on several ranks, of tensors of one process group."""
+        return num_cut_rows(trained, self.zero.stage, self.string_numel // self.world_size)
+
     @cached_property
     def gathered(self) -> Gathered:
         """What a micro-batch gathers; nothing below stage 3."""
         if self.zero.stage < 3 or self.world_size == 1:
             return Gathered()
         rules = GatherRules(self.zero.prefetch_bucket_size, self.zero.max_live_parameters, self.zero.max_reuse_distance)
-        return gathered_in_pass(self.shapes, self.passed.order, rules, self.recipe.train.activation_checkpointing)
+        return gathered_in_pass(self.shapes, self.passed.calls, rules, self.recipe.train.activation_checkpointing)
+
+
+def num_moments(optim: OptimConfig) -> int:
+    """fp32 numbers that the optimizer keeps of each trained number."""
+    return 2 if optim.name == "adamw" else int(optim.momentum > 0)
 
 
 def rehearse(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Rehearsal:
@@ -68,13 +97,6 @@ def rehearse(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Rehe
     Raises:
         UserError: recipe, DeepSpeed file and model cannot work together
     """
-    if recipe.parallel.ep_size > 1:
-        raise bad_value(
-            "parallel.ep_size",
-            recipe.parallel.ep_size,
-            "1 for a plan of the memory, which does not know yet what the token exchange keeps",
-            "Plan with --parallel.ep_size 1, which takes more for experts and less for their tokens.",
-        )
     if recipe.model.quantize != "none":
         raise bad_value(
             "model.quantize",
@@ -87,4 +109,4 @@ def rehearse(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Rehe
     shapes = shapes_of(recipe, config, world_size)
     described = load_model_config(recipe.model)
     without_dropout(described)
-    return Rehearsal(recipe, config, shapes, pass_bytes(described, recipe))
+    return Rehearsal(recipe, config, shapes, pass_bytes(described, recipe, shapes.layout))

@@ -7,12 +7,14 @@ an architecture. Layers that are alike are run once or twice and counted as ofte
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dsmoelora.adapters import adapter_context, inject
@@ -24,14 +26,28 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.model import recompute_activations
 from dsmoelora.model.inputs import fill_context, model_inputs
 from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
+from dsmoelora.parallel.exchange import TokenExchange
+from dsmoelora.parallel.expert_group import PartitionedExperts
+from dsmoelora.parallel.layout import ExpertLayout
 from dsmoelora.planner.live_bytes import LiveBytes
+from dsmoelora.planner.stand_in_exchange import LoneRank, Sent
 
 _CPU = torch.device("cpu")
 # Fake tensors know no kernels of other packages; those of torch keep the same for the backward pass.
 _RUNS_AS = {"flash_attention_2": "sdpa"}
 
 
-Order = dict[type[nn.Module], list[str]]
+@dataclass(frozen=True)
+class Calls:
+    """What is seen of a model's modules, by their class.
+
+    Args:
+        order: names of their children, in the order in which they are called
+        num_gradients: tensors that they return and that get a gradient
+    """
+
+    order: dict[type[nn.Module], list[str]]
+    num_gradients: dict[type[nn.Module], int]
 
 
 @dataclass(frozen=True)
@@ -41,34 +57,45 @@ class PassBytes:
     Args:
         kept: bytes at the end of the forward pass: what the backward pass needs
         peak: the most bytes that live at a time
-        order: for each class of module, its children's names in the order in which they are called
+        calls: of the model's modules
+        sent: what the token exchange sends: collectives, and bytes of their whole tensors; empty where P is 1
     """
 
     kept: float
     peak: float
-    order: Order
+    calls: Calls
+    sent: dict[Sent, tuple[float, float]]
 
 
-def pass_bytes(shape: Any, recipe: Recipe) -> PassBytes:
+def pass_bytes(shape: Any, recipe: Recipe, layout: ExpertLayout) -> PassBytes:
     """What a micro-batch of full rows takes, every token but the first of a row being a target.
 
     Args:
         shape: the model's configuration, of transformers
-        recipe: of the run, with its dtype settled; `parallel.ep_size` is 1
+        recipe: of the run, with its dtype settled
+        layout: where experts lie
     """
     num_layers = shape.get_text_config().num_hidden_layers
     some = _period(shape)
     if not some or num_layers <= 2 * some:
-        return _measured(shape, recipe)
-    one, two = (_measured(_with_layers(shape, some * times), recipe) for times in (1, 2))
+        return _measured(shape, recipe, layout)
+    one, two = (_measured(_with_layers(shape, some * times), recipe, layout) for times in (1, 2))
     more = (num_layers - some) / some
-    kept, peak = (small + more * (large - small) for small, large in ((one.kept, two.kept), (one.peak, two.peak)))
-    return PassBytes(kept, peak, two.order)
+
+    def of_all(small: float, large: float) -> float:
+        return small + more * (large - small)
+
+    sent = {
+        key: (of_all(one.sent[key][0], messages), of_all(one.sent[key][1], num_bytes))
+        for key, (messages, num_bytes) in two.sent.items()
+    }
+    return PassBytes(of_all(one.kept, two.kept), of_all(one.peak, two.peak), two.calls, sent)
 
 
-def _measured(shape: Any, recipe: Recipe) -> PassBytes:
+def _measured(shape: Any, recipe: Recipe, layout: ExpertLayout) -> PassBytes:
     model = _on_meta(shape, recipe)
-    inject(model, recipe.adapter, start=lambda _: None)
+    exchange = TokenExchange(layout, recipe.parallel.exchange, recipe.adapter.num_used) if layout.ep_size > 1 else None
+    inject(model, recipe.adapter, layout.local_experts, exchange, start=lambda _: None)
     model.train()
     if recipe.train.activation_checkpointing:
         recompute_activations(model)
@@ -78,31 +105,47 @@ def _measured(shape: Any, recipe: Recipe) -> PassBytes:
         model.to_empty(device=_CPU)
         _drop_gradients(model)
         batch, context = _full_batch(recipe), adapter_context(model)
-        log, called = _listen(model, recipe, context), _note_calls(model)
-        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        log, (called, num_gradients) = _listen(model, recipe, context, exchange), _note_calls(model)
+        others = LoneRank(exchange, batch.input_ids.numel(), len(batch.input_ids)) if exchange else None
+        with (
+            LiveBytes([*model.parameters(), *model.buffers()]) as live,
+            others.listening() if others else nullcontext(),
+        ):
             with log.listening():
                 nll = _nll_sum(model, batch, recipe, loss, keeps_logits)
             kept = live.now
+            if others:
+                others.in_backward = True
             nll.backward()
-        return PassBytes(kept, live.peak, _order(model, called))
+        sent: dict[Sent, tuple[float, float]] = {}
+        if others:
+            sent = {key: (messages, others.num_bytes[key]) for key, messages in others.messages.items()}
+        return PassBytes(kept, live.peak, Calls(_order(model, called), num_gradients), sent)
 
 
-def _note_calls(model: nn.Module) -> list[nn.Module]:
-    """Gets the model's modules as they are called."""
+def _note_calls(model: nn.Module) -> tuple[list[nn.Module], dict[type[nn.Module], int]]:
+    """Gets the model's modules as they are called, and how many gradients come to what those of a class return."""
     called: list[nn.Module] = []
+    num_gradients: dict[type[nn.Module], int] = {}
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        found = sum(isinstance(one, Tensor) and one.requires_grad for one in tree_leaves(output))
+        num_gradients[type(module)] = max(found, num_gradients.get(type(module), 0))
+
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, _: called.append(module))
-    return called
+        module.register_forward_hook(note)
+    return called, num_gradients
 
 
-def _order(model: nn.Module, called: list[nn.Module]) -> Order:
+def _order(model: nn.Module, called: list[nn.Module]) -> dict[type[nn.Module], list[str]]:
     """A list of modules is not called itself, and takes the place of the first of those in it."""
     first = {id(module): place for place, module in reversed(list(enumerate(called)))}
 
     def place(module: nn.Module) -> int:
         return min((first.get(id(part), len(called)) for part in module.modules()), default=len(called))
 
-    order: Order = {}
+    order: dict[type[nn.Module], list[str]] = {}
     for module in model.modules():
         children = dict(module.named_children())
         if len(children) > len(order.get(type(module), [])) and not isinstance(module, nn.ModuleList):
@@ -110,10 +153,13 @@ def _order(model: nn.Module, called: list[nn.Module]) -> Order:
     return order
 
 
-def _listen(model: PreTrainedModel, recipe: Recipe, context: AdapterContext) -> RoutingLog:
+def _listen(
+    model: PreTrainedModel, recipe: Recipe, context: AdapterContext, exchange: TokenExchange | None
+) -> RoutingLog:
     """Whoever listens to the layers in a run does so here."""
     log = context.log = RoutingLog(model, recipe.losses, _CPU)
-    context.losses = ContrastiveLosses(model, recipe.losses, _CPU, recipe.adapter.num_used)
+    group = PartitionedExperts(exchange, recipe.losses.contrastive_tokens) if exchange else None
+    context.losses = ContrastiveLosses(model, recipe.losses, _CPU, recipe.adapter.num_used, group)
     log.begin_step(recipe.train.micro_batch_size * recipe.data.max_length, 1.0)
     context.losses.begin_step(recipe.train.micro_batch_size, 1.0)
     return log

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, ParallelConfig, Recipe, TrainConfig
 from dsmoelora.planner import Phase, plan_memory
 from tests.conftest import PoolFactory, thorough
 from tests.helpers import tiny_llama
@@ -53,6 +54,21 @@ def test_memory_of_a_rank(stage: int, checkpointing: bool, tmp_path: Path, worke
     if stage == 3:
         gathered = next(part.num_bytes for part in plan.parts if part.name == "base, gathered")
         assert gathered / 4 == pytest.approx(found.gathered_peak, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "checkpointing"), [("gather", False), thorough("gather", True), thorough("all_to_all", False)]
+)
+def test_memory_of_a_rank_with_some_of_the_experts(
+    exchange: Any, checkpointing: bool, tmp_path: Path, worker_pool: PoolFactory
+) -> None:
+    recipe = recipe_of(tmp_path, "fp32", 128, checkpointing)
+    recipe = replace(recipe, parallel=ParallelConfig(ep_size=2, exchange=exchange))
+    plan = plan_memory(recipe, {"zero_optimization": zero_of(3)}, 2)
+    found = worker_pool(2).run(train_and_measure, recipe, zero_of(3))[0]
+    always = plan.total(Phase.ALWAYS)
+    assert always == pytest.approx(found.at_rest, abs=ROUTERS_SUMS)
+    assert plan.total(Phase.PASS) - always == pytest.approx(found.peak, rel=0.1)
 
 
 @pytest.mark.parametrize(

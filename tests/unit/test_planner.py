@@ -17,6 +17,7 @@ from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig
 from dsmoelora.config.adapter_options import ROUTERS
 from dsmoelora.optim.preconditioner import Preconditioner
 from dsmoelora.optim.rows import Shard, ShardGroup, Trainable, rows_cut_by
+from dsmoelora.parallel.layout import ExpertLayout
 from dsmoelora.planner import MemoryPlan, Part, Phase, device_named, device_names, plan_memory, verdict
 from dsmoelora.planner.cut_rows import num_cut_rows, step_buffer_bytes
 from dsmoelora.planner.devices import GIB
@@ -32,6 +33,7 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 128,
 }
+ALONE = ExpertLayout(5, 1, 1, 0)
 NUM_LAYERS, WIDTH, INNER, VOCABULARY, EXPERTS, RANK = 3, 64, 128, 261, 5, 3  # 261: no multiple of the ranks
 
 
@@ -143,7 +145,7 @@ def test_layers_that_are_alike_count_as_often_as_they_are_there(kind: Any, check
     shape = kind(**SMALL, **more, num_hidden_layers=7)
     recipe = recipe_of("", activation_checkpointing=checkpointing)
     recipe = replace(recipe, model=replace(recipe.model, attention="eager"))
-    few, whole = pass_bytes(shape, recipe), _measured(shape, recipe)
+    few, whole = pass_bytes(shape, recipe, ALONE), _measured(shape, recipe, ALONE)
     assert few.kept == pytest.approx(whole.kept, rel=0.005)
     assert few.peak == pytest.approx(whole.peak, rel=0.005)
 
@@ -153,7 +155,7 @@ def test_every_router_can_be_counted(router: Any) -> None:
     top_k = {"top_k": 2} if "top_k" in ROUTERS[router].options else {"top_k": None}
     adapter = AdapterConfig(num_experts=4, r=2, target_modules="all-linear", router=router, **top_k)
     recipe = replace(recipe_of(""), adapter=adapter)
-    found = pass_bytes(LlamaConfig(**SMALL, num_hidden_layers=1), recipe)
+    found = pass_bytes(LlamaConfig(**SMALL, num_hidden_layers=1), recipe, ExpertLayout(4, 1, 1, 0))
     assert 0 < found.kept < found.peak
 
 

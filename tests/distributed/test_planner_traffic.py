@@ -1,0 +1,87 @@
+"""The planner's collectives beside those that two and four ranks really take part in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from dsmoelora.config import ParallelConfig, Recipe
+from dsmoelora.planner import Traffic, plan_traffic
+from dsmoelora.planner.traffic import sent_bytes
+from tests.conftest import PoolFactory, thorough
+from tests.distributed.test_planner import recipe_of, zero_of
+from tests.traffic_of_rank import Key, train_and_record
+
+WHOLE = {"stage3_param_persistence_threshold": 10**9}
+
+
+def totals(traffic: list[Traffic]) -> tuple[Counter[Key], Counter[Key]]:
+    """Messages and bytes of a step, by phase, collective and size of the process group."""
+    messages: Counter[Key] = Counter()
+    num_bytes: Counter[Key] = Counter()
+    for one in traffic:
+        if one.op != "write":
+            key = (one.phase, one.op, one.group_size)
+            messages[key] += one.messages
+            num_bytes[key] += one.sent_bytes
+    return messages, num_bytes
+
+
+def with_ranks(recipe: Recipe, num_ranks: int, **parallel: Any) -> Recipe:
+    """Two micro-batches of a rank in a step."""
+    train = replace(recipe.train, batch_size=2 * num_ranks * recipe.train.micro_batch_size)
+    return replace(recipe, train=train, parallel=ParallelConfig(**parallel))
+
+
+def compare(recipe: Recipe, zero: dict[str, Any], pool: Any, num_ranks: int, rel: float = 0.02) -> None:
+    found = pool.run(train_and_record, recipe, zero)[0]
+    messages, num_bytes = totals(plan_traffic(recipe, {"zero_optimization": zero}, num_ranks))
+    assert messages == found.messages
+    for key, whole in found.num_bytes.items():
+        assert num_bytes[key] == pytest.approx(sent_bytes(key[1], whole, key[2]), rel=rel), key
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "dtype", "checkpointing"),
+    [
+        (3, {}, "fp32", True),
+        (3, {}, "fp32", False),
+        (3, WHOLE, "fp32", False),
+        thorough(3, {"reduce_scatter": False}, "fp32", False),
+        (2, {}, "bf16", False),
+        thorough(2, {}, "fp32", False),
+        (1, {}, "fp32", False),
+        thorough(1, {}, "bf16", False),
+        (0, {}, "fp32", False),
+    ],
+)
+def test_collectives_of_a_step(
+    stage: int,
+    more: dict[str, Any],
+    dtype: Literal["fp32", "bf16"],
+    checkpointing: bool,
+    tmp_path: Path,
+    worker_pool: PoolFactory,
+) -> None:
+    recipe = with_ranks(recipe_of(tmp_path, dtype, 16, checkpointing), 2)
+    compare(recipe, zero_of(stage, **more), worker_pool(2), 2)
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "exchange", "rel"),
+    # experts are not chosen at random, as the formulas of `all_to_all` have it
+    [(2, "gather", 0.02), (2, "all_to_all", 0.1)],
+)
+def test_collectives_of_experts_on_several_ranks(
+    ep_size: int,
+    exchange: Literal["gather", "all_to_all"],
+    rel: float,
+    tmp_path: Path,
+    worker_pool: PoolFactory,
+) -> None:
+    recipe = with_ranks(recipe_of(tmp_path, "fp32", 64), 4, ep_size=ep_size, exchange=exchange)
+    compare(recipe, zero_of(3), worker_pool(4), 4, rel)
