@@ -97,6 +97,21 @@ def loftq_searches(
     return {name: LoftqSearch(one, dtype, device) for name, one in own.items()}
 
 
+def pack_on_meta(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model without weights the layers and the sizes of one that is packed.
+
+    Raises:
+        ModelError: there is no layer to pack, or one whose size cannot be packed
+    """
+    for name in layers_to_pack(model):
+        layer: Any = model.get_submodule(name)
+        if type(layer) is nn.Linear:
+            layer.__class__ = FrozenLinear4bit
+            size = num_packed((layer.out_features, layer.in_features), dtype)
+            numbers = torch.empty(size, dtype=dtype, device="meta")
+            layer.weight = nn.Parameter(numbers, requires_grad=False)
+
+
 @contextmanager
 def packing_weights(
     chosen: Mapping[int, str],

@@ -7,11 +7,13 @@ trained tensors together, fill up to a multiple of 2 W, and cut the string into 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from dsmoelora.adapters.four_bit import packed_layers
 from dsmoelora.config import Recipe
 from dsmoelora.planner.cut_rows import step_buffer_bytes
 from dsmoelora.planner.rehearsal import Rehearsal, num_moments, rehearse
@@ -129,6 +131,7 @@ def _offloads(run: Rehearsal, section: str) -> bool:
 
 def _base_parts(run: Rehearsal) -> list[Part]:
     shapes, stage, itemsize, frozen = run.shapes, run.zero.stage, run.itemsize, run.shapes.frozen
+    as_read = [math.prod(layer.shape) for layer in packed_layers(shapes.model).values()]
     largest = max(one.numel for one in frozen)
     buffers = Part("buffers of the base", shapes.buffer_bytes)
     if stage < 3:
@@ -140,7 +143,7 @@ def _base_parts(run: Rehearsal) -> list[Part]:
         Part("base, pieces of what is kept whole", (_pieces(frozen) - _pieces(leaves)) * itemsize),
         Part("base, kept whole", _kept(frozen) * itemsize),
         buffers,
-        Part("largest tensor, whole", largest * itemsize, Phase.LOAD),
+        Part("largest tensor, whole", max(largest, *as_read, 0) * itemsize, Phase.LOAD),
     ]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dsmoelora.config import OptimConfig, Recipe
-from dsmoelora.errors import bad_value
 from dsmoelora.model import load_model_config, without_dropout
 from dsmoelora.parallel.zero_config import merge_config, read_zero
 from dsmoelora.planner.cut_rows import num_cut_rows
@@ -97,13 +96,6 @@ def rehearse(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Rehe
     Raises:
         UserError: recipe, DeepSpeed file and model cannot work together
     """
-    if recipe.model.quantize != "none":
-        raise bad_value(
-            "model.quantize",
-            recipe.model.quantize,
-            "none for a plan of the memory, which does not know yet what a base in 4 bits takes",
-            "Plan with --model.quantize none, which takes more.",
-        )
     recipe.train.accumulation_steps(world_size)
     config = merge_config(recipe, deepspeed, world_size)
     shapes = shapes_of(recipe, config, world_size)

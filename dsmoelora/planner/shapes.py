@@ -11,6 +11,7 @@ from torch import nn
 from dsmoelora.adapters import inject
 from dsmoelora.config import Recipe
 from dsmoelora.model import model_without_weights
+from dsmoelora.model.quantizing import pack_on_meta
 from dsmoelora.optim import trainables
 from dsmoelora.optim.rows import Trainable, adapter_tensors
 from dsmoelora.parallel.layout import ExpertLayout, check_layout
@@ -88,6 +89,8 @@ def shapes_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Mod
     check_layout(recipe, world_size)
     layout = ExpertLayout(recipe.adapter.num_experts, recipe.parallel.ep_size, world_size, rank=0)
     model = model_without_weights(recipe.model)
+    if recipe.model.quantize != "none":
+        pack_on_meta(model, recipe.model.torch_dtype)
     inject(model, recipe.adapter, layout.local_experts, start=lambda _: None)
     by_parameter = {id(parameter): trainable for trainable, parameter in trainables(model)}
     parameters = {}

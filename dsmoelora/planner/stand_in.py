@@ -10,6 +10,7 @@ import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dsmoelora.adapters import adapter_context, inject
+from dsmoelora.adapters import adapter_context, four_bit, inject
 from dsmoelora.adapters.context import AdapterContext
 from dsmoelora.adapters.contrastive import ContrastiveLosses
 from dsmoelora.adapters.routing import RoutingLog
@@ -26,6 +27,7 @@ from dsmoelora.data import MicroBatch
 from dsmoelora.model import recompute_activations
 from dsmoelora.model.inputs import fill_context, model_inputs
 from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
+from dsmoelora.model.quantizing import pack_on_meta
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.layout import ExpertLayout
@@ -110,6 +112,7 @@ def _measured(shape: Any, recipe: Recipe, layout: ExpertLayout) -> PassBytes:
         with (
             LiveBytes([*model.parameters(), *model.buffers()]) as live,
             others.listening() if others else nullcontext(),
+            mock.patch.object(four_bit, "unpacked", _unpacked),
         ):
             with log.listening():
                 nll = _nll_sum(model, batch, recipe, loss, keeps_logits)
@@ -221,7 +224,14 @@ def _on_meta(shape: Any, recipe: Recipe) -> PreTrainedModel:
             trust_remote_code=recipe.model.trust_remote_code,
         )
     model.config.use_cache = False
+    if recipe.model.quantize != "none":
+        pack_on_meta(model, recipe.model.torch_dtype)
     return model
+
+
+def _unpacked(packed_P: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """As `four_bit.unpacked`, whose operators fake tensors need not know."""
+    return packed_P.new_empty(shape, dtype=dtype)
 
 
 def _period(shape: Any) -> int:

@@ -17,13 +17,8 @@ def too_many_gpus(bench: Bench) -> list[str]:
     return bench.plan("--gpus", 3, "--train.batch_size", 4, "--train.micro_batch_size", 1)
 
 
-def base_in_4_bits(bench: Bench) -> list[str]:
-    return bench.plan("--gpus", 2, "--model.quantize", "nf4")
-
-
 EARLY: dict[str, Case] = {
     "a plan for no GPU": no_gpus,
     "a plan for a GPU that nobody has described": unknown_gpu,
     "a plan for GPUs that do not divide the batch": too_many_gpus,
-    "a plan of the memory for a base in 4 bits": base_in_4_bits,
 }

@@ -56,6 +56,18 @@ def test_memory_of_a_rank(stage: int, checkpointing: bool, tmp_path: Path, worke
         assert gathered / 4 == pytest.approx(found.gathered_peak, rel=0.05)
 
 
+@pytest.mark.parametrize("stage", [3, thorough(0)])
+def test_memory_of_a_rank_with_a_base_in_4_bits(stage: int, tmp_path: Path, worker_pool: PoolFactory) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra [quant] is not installed")
+    recipe = recipe_of(tmp_path, "fp32", 128)
+    recipe = replace(recipe, model=replace(recipe.model, quantize="nf4"))
+    plan = plan_memory(recipe, {"zero_optimization": zero_of(stage)}, 2)
+    found = worker_pool(2).run(train_and_measure, recipe, zero_of(stage))[0]
+    always = plan.total(Phase.ALWAYS)
+    assert always == pytest.approx(found.at_rest, abs=ROUTERS_SUMS)
+    assert plan.total(Phase.PASS) - always == pytest.approx(found.peak, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("exchange", "checkpointing"), [("gather", False), thorough("gather", True), thorough("all_to_all", False)]
 )
