@@ -61,6 +61,7 @@ def run(command: Command) -> None:
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.dtype import settle_dtype
     from dsmoelora.plan import make_plan, print_notes, print_plan
+    from dsmoelora.planner.at_start import check_memory
     from dsmoelora.run.folder import dtype_before
     from dsmoelora.signs_of_life.waits import waiting_for
 
@@ -79,6 +80,7 @@ def run(command: Command) -> None:
         comm.together(lambda: show_samples(command, console))
     else:
         comm.together(lambda: check_trainable(recipe.model))
+        plan.notes += comm.together(lambda: check_memory(recipe, command.deepspeed, world_size))
         print_notes(plan, console)
         console.print(f"Computes in {dtype.why}")
         train(command, console)

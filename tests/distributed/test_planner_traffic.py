@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +15,10 @@ import pytest
 from dsmoelora.config import ParallelConfig, Recipe
 from dsmoelora.planner import Traffic, plan_traffic
 from dsmoelora.planner.traffic import sent_bytes
+from tests import lone_rank
 from tests.conftest import PoolFactory, thorough
 from tests.distributed.test_planner import recipe_of, zero_of
+from tests.helpers import tiny_llama
 from tests.traffic_of_rank import Key, train_and_record
 
 WHOLE = {"stage3_param_persistence_threshold": 10**9}
@@ -85,3 +90,23 @@ def test_collectives_of_experts_on_several_ranks(
 ) -> None:
     recipe = with_ranks(recipe_of(tmp_path, "fp32", 64), 4, ep_size=ep_size, exchange=exchange)
     compare(recipe, zero_of(3), worker_pool(4), 4, rel)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "ep_size"), [(1024, 3, 4), thorough(1024, 3, 1), thorough(256, 2, 1), thorough(64, 3, 16)]
+)
+def test_a_step_of_a_thousand_ranks(world_size: int, stage: int, ep_size: int, tmp_path: Path) -> None:
+    """The real engine takes four steps as rank 0 of them, the other ranks saying what it says."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4}
+    base = tiny_llama(tmp_path, **sizes)
+    words = [sys.executable, "-m", "tests.lone_rank", *map(str, (world_size, stage, ep_size, base))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    recipe = lone_rank.recipe_of(str(base), world_size, ep_size)
+    messages, num_bytes = totals(
+        plan_traffic(recipe, {"zero_optimization": {"stage": stage, **lone_rank.ZERO}}, world_size)
+    )
+    assert messages == {(phase, op, ranks): count for phase, op, ranks, count, _ in rows}
+    for phase, op, ranks, _, whole in rows:
+        assert num_bytes[phase, op, ranks] == pytest.approx(sent_bytes(op, whole, ranks), rel=1e-3, abs=2)

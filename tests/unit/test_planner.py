@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from transformers import Gemma2Config, LlamaConfig
 from dsmoelora.adapters import Factor
 from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from dsmoelora.config.adapter_options import ROUTERS
+from dsmoelora.errors import ConfigError
 from dsmoelora.optim.preconditioner import Preconditioner
 from dsmoelora.optim.rows import Shard, ShardGroup, Trainable, rows_cut_by
 from dsmoelora.parallel.layout import ExpertLayout
-from dsmoelora.planner import MemoryPlan, Part, Phase, device_named, device_names, plan_memory, verdict
+from dsmoelora.planner import MemoryPlan, Part, Phase, at_start, device_named, device_names, plan_memory, verdict
+from dsmoelora.planner.at_start import check_memory, judge
 from dsmoelora.planner.cut_rows import num_cut_rows, step_buffer_bytes
 from dsmoelora.planner.devices import GIB
 from dsmoelora.planner.shapes import ParameterShape
@@ -176,6 +179,31 @@ def test_a_verdict_says_how_sure_it_is() -> None:
     unsure, certain = verdict(plan_of(10, 30), device), verdict(plan_of(40, 5), device)
     assert (unsure.fits, unsure.is_certain, certain.fits, certain.is_certain) == (False, False, False, True)
     assert certain.limits[0].startswith("base, partitioned, 40.00 GiB: more ranks")
+
+
+def test_a_run_is_refused_for_what_is_exact_alone() -> None:
+    plan = plan_of(10, 5)
+    assert judge(plan, 16 * GIB) == []
+    (warning,) = judge(plan, 12 * GIB)
+    assert warning.startswith("The run may not fit: its plan takes 15.0 GiB of a device that has 12.0 GiB.")
+    assert "base, gathered, 5.0 GiB, is estimated" in warning
+    with pytest.raises(ConfigError, match=r"what is exact of its plan takes 10\.0 GiB of a device that has 8\.0 GiB"):
+        judge(plan, 8 * GIB)
+
+
+@pytest.mark.parametrize(("room_gib", "is_refused"), [(0.0001, True), (1000.0, False)])
+def test_a_run_looks_at_the_device_that_is_there(
+    base: Path, monkeypatch: pytest.MonkeyPatch, room_gib: float, is_refused: bool
+) -> None:
+    zero = {"zero_optimization": {"stage": 3}}
+    assert check_memory(recipe_of(base), zero, 2) == [], "on a CPU nothing is looked at"
+    accelerator = SimpleNamespace(device_name=lambda: "cuda", total_memory=lambda: int(room_gib * GIB))
+    monkeypatch.setattr(at_start, "get_accelerator", lambda: accelerator)
+    if is_refused:
+        with pytest.raises(ConfigError, match="cannot fit"):
+            check_memory(recipe_of(base), zero, 2)
+    else:
+        assert check_memory(recipe_of(base), zero, 2) == []
 
 
 def test_devices_say_where_their_figures_are_from() -> None:

@@ -1,0 +1,61 @@
+"""Rank 0 of many: the real engine on torch's fake process group, in which every other rank says what this one says.
+
+    python -m tests.lone_rank W stage ep_size folder
+
+Prints the collectives of a step, and seconds until the engine was there and had taken four steps, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+from unittest import mock
+
+from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, ParallelConfig, Recipe, TrainConfig
+
+ZERO: dict[str, Any] = {
+    "reduce_bucket_size": 10_000,
+    "stage3_param_persistence_threshold": 20,
+    "stage3_prefetch_bucket_size": 100_000,
+    "stage3_max_reuse_distance": 0,
+}
+
+
+def recipe_of(base: str, world_size: int, ep_size: int) -> Recipe:
+    """Of which no border of up to 1,024 ranks cuts a row: then all ranks have the same to say of cut rows."""
+    return Recipe(
+        model=ModelConfig(path=base, dtype="fp32"),
+        adapter=AdapterConfig(num_experts=4 * ep_size, r=4, top_k=2, target_modules="all-linear"),
+        optim=OptimConfig(preconditioner="tangent"),
+        data=DataConfig(max_length=16),
+        train=TrainConfig(micro_batch_size=2, batch_size=2 * world_size),
+        parallel=ParallelConfig(ep_size=ep_size, exchange="gather" if ep_size > 1 else "auto"),
+    )
+
+
+def main() -> None:
+    """Take four steps, and print what the last of them sent."""
+    world_size, stage, ep_size = map(int, sys.argv[1:4])
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    import torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from dsmoelora.parallel import comm
+    from tests.traffic_of_rank import train_and_record
+
+    def meet(*_: Any) -> None:
+        torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+
+    with mock.patch.object(comm, "meet", meet):
+        comm.init("gloo")
+    start = time.perf_counter()
+    found = train_and_record(recipe_of(sys.argv[4], world_size, ep_size), {"stage": stage, **ZERO})
+    rows = [(*key, messages, found.num_bytes[key]) for key, messages in found.messages.items()]
+    print("\n" + json.dumps({"seconds": time.perf_counter() - start, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
