@@ -92,9 +92,7 @@ def test_collectives_of_experts_on_several_ranks(
     compare(recipe, zero_of(3), worker_pool(4), 4, rel)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "stage", "ep_size"), [(1024, 3, 4), thorough(1024, 3, 1), thorough(256, 2, 1), thorough(64, 3, 16)]
-)
+@pytest.mark.parametrize(("world_size", "stage", "ep_size"), [(1024, 3, 4), thorough(1024, 3, 1)])
 def test_a_step_of_a_thousand_ranks(world_size: int, stage: int, ep_size: int, tmp_path: Path) -> None:
     """The real engine takes four steps as rank 0 of them, the other ranks saying what it says."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4}
