@@ -55,7 +55,7 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the run")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="device: see dsmoelora/planner/devices.yaml")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="of devices.yaml, or a file with such an entry")
     options, rest = parser.parse_known_args(argv)
     if options.gpus < 1:
         raise bad_value("--gpus", options.gpus, "1 or more", "Give the number of ranks of the run.")

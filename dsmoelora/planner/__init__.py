@@ -1,6 +1,6 @@
 """What a run takes of each rank, from formulas and from the model's own code on tensors without memory."""
 
-from dsmoelora.planner.devices import Device, device_named, device_names
+from dsmoelora.planner.devices import Device, device_called, device_named, device_names
 from dsmoelora.planner.memory import MemoryPlan, Part, Phase, memory_of, plan_memory
 from dsmoelora.planner.rehearsal import Rehearsal, rehearse
 from dsmoelora.planner.table import print_memory
@@ -16,6 +16,7 @@ __all__ = [
     "Traffic",
     "Verdict",
     "bytes_by_link",
+    "device_called",
     "device_named",
     "device_names",
     "memory_of",

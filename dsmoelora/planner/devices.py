@@ -1,41 +1,106 @@
-"""Devices that a run can be planned for: `devices.yaml`, each value with its source."""
+"""Devices that a run can be planned for: `devices.yaml`, each value with its source, or a file of the user's own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from dsmoelora.errors import bad_value, listing
+from dsmoelora.errors import ConfigError, bad_value, listing
 
 _FILE = Path(__file__).with_name("devices.yaml")
 GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Link:
+    """Between two ranks.
+
+    Args:
+        bandwidth_gbs: of a rank in one direction, 10^9 bytes a second
+        latency_us: microseconds of a hop
+    """
+
+    bandwidth_gbs: float
+    latency_us: float
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the nominal figures that a plan reckons with; all 1 where the figures are measured.
+
+    Args:
+        compute: of `peak_tflops`
+        memory: of `memory_gbs`
+        network: of the links' bandwidth
+    """
+
+    compute: float = 1.0
+    memory: float = 1.0
+    network: float = 1.0
+
+
+@dataclass(frozen=True)
 class Device:
-    """One accelerator.
+    """One accelerator; the head of `devices.yaml` says where such figures come from.
 
     Args:
         name: in `devices.yaml`
         memory_gib: what can be allocated at most
         context_gib: assumed for context, libraries and NCCL
         ranks_per_node: accelerators of a machine
+        peak_tflops: products in `dtype`, 10^12 operations a second
+        memory_gbs: of its memory, 10^9 bytes a second
+        host_gbs: to or from the host, 10^9 bytes a second
+        in_node: link of two ranks of a machine
+        between_nodes: link of two ranks of two machines
         source: where the figures are from
+        efficiency: shares of them
+        launch_us: assumed for the host's part of an operation: Python, torch, the driver
+        overlaps: it computes while it communicates
+        dtype: of the products that `peak_tflops` counts
+        names: as torch calls it
     """
 
     name: str
     memory_gib: float
     context_gib: float
     ranks_per_node: int
+    peak_tflops: float
+    memory_gbs: float
+    host_gbs: float
+    in_node: Link
+    between_nodes: Link
     source: str
+    efficiency: Efficiency = Efficiency()
+    launch_us: float = 8.0
+    overlaps: bool = True
+    dtype: str = "bf16"
+    names: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def of(name: str, values: dict[str, Any]) -> Device:
+        """From an entry of a file.
+
+        Raises:
+            TypeError: a value is missing, unknown or no number
+        """
+        links: dict[str, Any] = {key: Link(**values[key]) for key in ("in_node", "between_nodes") if key in values}
+        device = Device(name, **values | links | {"efficiency": Efficiency(**values.get("efficiency", {}))})
+        for owner in (device, device.in_node, device.between_nodes, device.efficiency):
+            for one in fields(owner):
+                value = getattr(owner, one.name)
+                if one.type in ("float", "int") and not (isinstance(value, int | float) and value > 0):
+                    raise TypeError(f"{one.name} is {value!r}, no number above 0")
+        return device
 
 
 @cache
 def _devices() -> dict[str, Device]:
-    return {name: Device(name, **values) for name, values in yaml.safe_load(_FILE.read_text()).items()}
+    return {name: Device.of(name, values) for name, values in yaml.safe_load(_FILE.read_text()).items()}
 
 
 def device_names() -> list[str]:
@@ -44,11 +109,34 @@ def device_names() -> list[str]:
 
 
 def device_named(name: str) -> Device:
-    """The device of a name.
+    """The device of a name, or the one that a file describes.
+
+    Args:
+        name: in `devices.yaml`, or the path of a file that ends on `.yaml` and has one entry as in there
 
     Raises:
-        ConfigError: it is not in `devices.yaml`
+        ConfigError: there is no such device, or the file describes none
     """
+    if name.endswith((".yaml", ".yml")):
+        return _of_file(Path(name))
     if name not in _devices():
-        raise bad_value("--gpu", name, f"one of {listing(device_names())}", f"Take the nearest, or add it to {_FILE}.")
+        remedy = f"Take the nearest, or copy an entry of {_FILE} into a file of your own and change it."
+        raise bad_value("--gpu", name, f"one of {listing(device_names())}, or a .yaml file with such an entry", remedy)
     return _devices()[name]
+
+
+def device_called(torch_name: str) -> Device | None:
+    """The device that torch calls so; None where `devices.yaml` has no such name."""
+    return next((device for device in _devices().values() if torch_name in device.names), None)
+
+
+def _of_file(path: Path) -> Device:
+    try:
+        ((name, values),) = yaml.safe_load(path.read_text(encoding="utf-8")).items()
+        return Device.of(str(name), values)
+    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise ConfigError(
+            f"--gpu is {str(path)!r}, which does not describe a device ({reason}). It must hold one entry "
+            f"as those of {_FILE}. Copy one, and change it."
+        ) from None

@@ -13,6 +13,10 @@ def unknown_gpu(bench: Bench) -> list[str]:
     return bench.plan("--gpu", "h1000")
 
 
+def a_file_that_is_no_gpu(bench: Bench) -> list[str]:
+    return bench.plan("--gpu", bench.folder / "recipe.yaml")
+
+
 def too_many_gpus(bench: Bench) -> list[str]:
     return bench.plan("--gpus", 3, "--train.batch_size", 4, "--train.micro_batch_size", 1)
 
@@ -20,5 +24,6 @@ def too_many_gpus(bench: Bench) -> list[str]:
 EARLY: dict[str, Case] = {
     "a plan for no GPU": no_gpus,
     "a plan for a GPU that nobody has described": unknown_gpu,
+    "a plan for a GPU of a file that describes none": a_file_that_is_no_gpu,
     "a plan for GPUs that do not divide the batch": too_many_gpus,
 }

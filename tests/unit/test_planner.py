@@ -20,7 +20,7 @@ from dsmoelora.errors import ConfigError
 from dsmoelora.optim.preconditioner import Preconditioner
 from dsmoelora.optim.rows import Shard, ShardGroup, Trainable, rows_cut_by
 from dsmoelora.parallel.layout import ExpertLayout
-from dsmoelora.planner import MemoryPlan, Part, Phase, at_start, device_named, device_names, plan_memory, verdict
+from dsmoelora.planner import MemoryPlan, Part, Phase, at_start, device_named, plan_memory, verdict
 from dsmoelora.planner.at_start import check_memory, judge
 from dsmoelora.planner.cut_rows import num_cut_rows, step_buffer_bytes
 from dsmoelora.planner.devices import GIB
@@ -204,10 +204,3 @@ def test_a_run_looks_at_the_device_that_is_there(
             check_memory(recipe_of(base), zero, 2)
     else:
         assert check_memory(recipe_of(base), zero, 2) == []
-
-
-def test_devices_say_where_their_figures_are_from() -> None:
-    for name in device_names():
-        device = device_named(name)
-        assert device.source
-        assert 0 < device.context_gib < device.memory_gib
