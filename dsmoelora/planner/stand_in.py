@@ -7,9 +7,10 @@ an architecture. Layers that are alike are run once or twice and counted as ofte
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -31,9 +32,12 @@ from dsmoelora.model.quantizing import pack_on_meta
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.planner.flops import Flops, FlopsOfModel
 from dsmoelora.planner.live_bytes import LiveBytes
+from dsmoelora.planner.operations import CountOperations, Operations
 from dsmoelora.planner.stand_in_exchange import LoneRank, Sent
 
+_Key = TypeVar("_Key")
 _CPU = torch.device("cpu")
 # Fake tensors know no kernels of other packages; those of torch keep the same for the backward pass.
 _RUNS_AS = {"flash_attention_2": "sdpa"}
@@ -61,12 +65,16 @@ class PassBytes:
         peak: the most bytes that live at a time
         calls: of the model's modules
         sent: what the token exchange sends: collectives, and bytes of their whole tensors; empty where P is 1
+        flops: by formula, of products
+        operations: that torch is asked for
     """
 
     kept: float
     peak: float
     calls: Calls
     sent: dict[Sent, tuple[float, float]]
+    flops: Flops
+    operations: Operations
 
 
 def pass_bytes(shape: Any, recipe: Recipe, layout: ExpertLayout) -> PassBytes:
@@ -91,7 +99,14 @@ def pass_bytes(shape: Any, recipe: Recipe, layout: ExpertLayout) -> PassBytes:
         key: (of_all(one.sent[key][0], messages), of_all(one.sent[key][1], num_bytes))
         for key, (messages, num_bytes) in two.sent.items()
     }
-    return PassBytes(of_all(one.kept, two.kept), of_all(one.peak, two.peak), two.calls, sent)
+    flops = _at_depth(one.flops, two.flops, more)
+    operations = _at_depth(one.operations, two.operations, more)
+    return PassBytes(of_all(one.kept, two.kept), of_all(one.peak, two.peak), two.calls, sent, flops, operations)
+
+
+def _at_depth(one: Counter[_Key], two: Counter[_Key], more: float) -> Counter[_Key]:
+    """Counts of a model with so many periods of layers more than the first of the two has."""
+    return Counter({key: one[key] + round(more * (two[key] - one[key])) for key in two})
 
 
 def _measured(shape: Any, recipe: Recipe, layout: ExpertLayout) -> PassBytes:
@@ -109,21 +124,25 @@ def _measured(shape: Any, recipe: Recipe, layout: ExpertLayout) -> PassBytes:
         batch, context = _full_batch(recipe), adapter_context(model)
         log, (called, num_gradients) = _listen(model, recipe, context, exchange), _note_calls(model)
         others = LoneRank(exchange, batch.input_ids.numel(), len(batch.input_ids)) if exchange else None
+        flops = FlopsOfModel(model, is_fused=model.config._attn_implementation != "eager")
         with (
             LiveBytes([*model.parameters(), *model.buffers()]) as live,
+            CountOperations() as operations,
             others.listening() if others else nullcontext(),
             mock.patch.object(four_bit, "unpacked", _unpacked),
         ):
             with log.listening():
                 nll = _nll_sum(model, batch, recipe, loss, keeps_logits)
             kept = live.now
+            flops.is_backward = operations.is_backward = True
             if others:
                 others.in_backward = True
             nll.backward()
         sent: dict[Sent, tuple[float, float]] = {}
         if others:
             sent = {key: (messages, others.num_bytes[key]) for key, messages in others.messages.items()}
-        return PassBytes(kept, live.peak, Calls(_order(model, called), num_gradients), sent)
+        calls = Calls(_order(model, called), num_gradients)
+        return PassBytes(kept, live.peak, calls, sent, flops.found, operations.found)
 
 
 def _note_calls(model: nn.Module) -> tuple[list[nn.Module], dict[type[nn.Module], int]]:
