@@ -82,6 +82,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     # imports deepspeed, which takes a second: not before cheaper errors were found
     from dsmoelora.parallel.layout import check_layout
     from dsmoelora.parallel.zero_config import merge_config
+    from dsmoelora.planner import device_of_run
 
     plan = Plan()
     _check_batches(plan, recipe, world_size)
@@ -89,6 +90,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     check_run_folder(recipe, resume)
     _check_access(plan, recipe.run.folder)
     _check_trackers(recipe.train.report_to)
+    device_of_run(recipe)
     _check_data(plan, recipe)
     merge_config(recipe, deepspeed, world_size)
     plan.notes += check_model_folder(recipe.model)

@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 def default_callbacks(
-    console: Console, trackers: Sequence[Callback], scores: Sequence[Callback] = ()
+    console: Console,
+    trackers: Sequence[Callback],
+    scores: Sequence[Callback] = (),
+    measures: Sequence[Callback] = (),
 ) -> list[Callback]:
     """The callbacks of an ordinary run, on this rank; what only reads and writes is on rank 0 alone.
 
@@ -43,12 +46,13 @@ def default_callbacks(
         console: what the user looks at
         trackers: from `open_trackers`, on rank 0
         scores: what evaluations measure beside the loss, on every rank
+        measures: what steps are measured by beside their time, on rank 0
     """
     if comm.rank() > 0:
         return [Canary(), RouterHealth(), *scores, Samples(console)]
     # Canary and health add to the metrics, so they come before those who write them. The bar ends before tables are
     # printed.
-    health: list[Callback] = [Canary(), RouterHealth(), *scores]
+    health: list[Callback] = [Canary(), RouterHealth(), *scores, *measures]
     return [*health, ProgressBar(console), MetricsFile(), *trackers, Samples(console), Summary(console)]
 
 

@@ -172,6 +172,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     config = merge_config(recipe, command.deepspeed, comm.world_size())
     comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
     trackers = comm.together(lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else [])
+    measures = comm.together(lambda: load_measures(recipe) if comm.rank() == 0 else [])
     console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)
     engine = Engine.build(recipe, command.deepspeed, heartbeat, stop, resumes=checkpoint is not None)
     stop.check()
@@ -181,7 +182,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
         f"{trained} in {len(engine.adapted_layers)} adapted layers; a checkpoint of them takes {mebibytes:.1f} MiB",
         soft_wrap=True,
     )
-    callbacks = default_callbacks(console, trackers, scores)
+    callbacks = default_callbacks(console, trackers, scores, measures)
     return Trainer(engine, folder, train_data, eval_data, callbacks, packing), checkpoint
 
 
@@ -227,6 +228,18 @@ def load_scores(recipe: Recipe) -> list[Callback]:
     if recipe.train.eval_score == "none":
         return []
     return [HeldOutScore.of(recipe, load_tokenizer(recipe.model))]
+
+
+def load_measures(recipe: Recipe) -> list[Callback]:
+    """What tells the share of the peak, where that is known."""
+    from dsmoelora.callbacks import Utilisation
+    from dsmoelora.planner import device_of_run, token_flops
+
+    device = device_of_run(recipe)
+    flops = None if device is None else token_flops(recipe)
+    if device is None or flops is None:
+        return []
+    return [Utilisation(flops.in_row, env_world_size() * device.peak_tflops * 1e12)]
 
 
 def load_rows(recipe: Recipe, samples: InstructionDataset | StreamedSets) -> Packing | None:

@@ -10,6 +10,7 @@ from dsmoelora.callbacks.samples import Samples
 from dsmoelora.callbacks.scores import HeldOutScore
 from dsmoelora.callbacks.summary import Summary
 from dsmoelora.callbacks.trackers import open_trackers
+from dsmoelora.callbacks.utilisation import Utilisation
 
 __all__ = [
     "Callback",
@@ -22,5 +23,6 @@ __all__ = [
     "Samples",
     "Summary",
     "TrainingRun",
+    "Utilisation",
     "open_trackers",
 ]

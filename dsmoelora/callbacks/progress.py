@@ -5,12 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
+from dsmoelora.callbacks.utilisation import MFU
 from dsmoelora.engine import StepResult
 from dsmoelora.signs_of_life.meter import SECONDS_BETWEEN_LINES, Meter
 
 
 class ProgressBar(Callback):
-    """Shows step, loss, learning rate, tokens per second and time left (rank 0).
+    """Shows step, loss, learning rate, tokens per second, known shares of the peak, and time left (rank 0).
 
     Args:
         console: where it goes; decides between bar and lines
@@ -38,6 +39,8 @@ class ProgressBar(Callback):
         assert self._meter is not None, "training has begun"
         speed = run.metrics["throughput(tokens/s)"] or 0.0
         text = f"loss {result.loss:.4f}  lr {result.lr:.2e}  {speed:,.0f} tokens/s"
+        if (share := run.metrics.get(MFU)) is not None:
+            text += f"  mfu {share:.1f}%"
         if self._console.is_terminal and self._eval_loss is not None:
             text += f"  held-out {self._eval_loss:.4f}"
         self._meter.update(run.step, _where(run), text)

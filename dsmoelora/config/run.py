@@ -121,6 +121,8 @@ class TrainConfig:
         hang_timeout_s: seconds without any progress (a forward pass, a part of a file) after which every rank prints
             its stacks and the job ends
         report_to: where the metrics go besides `metrics.jsonl`: any of `tensorboard`, `wandb`, `trackio`, or `none`
+        device: what shares of the peak are reckoned with (`mfu(%)`): a device of the planner, or a file that describes
+            one (docs/planning.md). `auto` takes the device that torch names, where the planner knows it
         project: name under which W&B (unless WANDB_PROJECT is set) and trackio file the run
     """
 
@@ -142,6 +144,7 @@ class TrainConfig:
     max_skipped_steps: int = 20
     hang_timeout_s: float = 1800.0
     report_to: list[str] | str = field(default_factory=lambda: ["tensorboard"])
+    device: str = "auto"
     project: str = "dsmoelora"
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from dsmoelora.planner.devices import Device, device_called, device_named, device_names
 from dsmoelora.planner.memory import MemoryPlan, Part, Phase, memory_of, plan_memory
 from dsmoelora.planner.rehearsal import Rehearsal, rehearse
+from dsmoelora.planner.share_of_peak import device_of_run, token_flops
 from dsmoelora.planner.table import print_memory
 from dsmoelora.planner.traffic import Traffic, bytes_by_link, plan_traffic, traffic_of
 from dsmoelora.planner.verdict import Verdict, verdict
@@ -19,11 +20,13 @@ __all__ = [
     "device_called",
     "device_named",
     "device_names",
+    "device_of_run",
     "memory_of",
     "plan_memory",
     "plan_traffic",
     "print_memory",
     "rehearse",
+    "token_flops",
     "traffic_of",
     "verdict",
 ]

@@ -108,20 +108,21 @@ def device_names() -> list[str]:
     return list(_devices())
 
 
-def device_named(name: str) -> Device:
+def device_named(name: str, key: str = "--gpu") -> Device:
     """The device of a name, or the one that a file describes.
 
     Args:
         name: in `devices.yaml`, or the path of a file that ends on `.yaml` and has one entry as in there
+        key: what the user has named it by
 
     Raises:
         ConfigError: there is no such device, or the file describes none
     """
     if name.endswith((".yaml", ".yml")):
-        return _of_file(Path(name))
+        return _of_file(Path(name), key)
     if name not in _devices():
         remedy = f"Take the nearest, or copy an entry of {_FILE} into a file of your own and change it."
-        raise bad_value("--gpu", name, f"one of {listing(device_names())}, or a .yaml file with such an entry", remedy)
+        raise bad_value(key, name, f"one of {listing(device_names())}, or a .yaml file with such an entry", remedy)
     return _devices()[name]
 
 
@@ -130,13 +131,13 @@ def device_called(torch_name: str) -> Device | None:
     return next((device for device in _devices().values() if torch_name in device.names), None)
 
 
-def _of_file(path: Path) -> Device:
+def _of_file(path: Path, key: str) -> Device:
     try:
         ((name, values),) = yaml.safe_load(path.read_text(encoding="utf-8")).items()
         return Device.of(str(name), values)
     except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         raise ConfigError(
-            f"--gpu is {str(path)!r}, which does not describe a device ({reason}). It must hold one entry "
+            f"{key} is {str(path)!r}, which does not describe a device ({reason}). It must hold one entry "
             f"as those of {_FILE}. Copy one, and change it."
         ) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dsmoelora.adapters import Factor, inject
-from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, ParallelConfig, Recipe, TrainConfig
 from dsmoelora.model import recompute_activations
 from dsmoelora.model.output_head import ChunkedLoss
 from dsmoelora.optim.rows import Trainable
+from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.planner import device_of_run, token_flops
 from dsmoelora.planner.flops import Source, TokenFlops, Work, model_flops, optimizer_flops
 from dsmoelora.planner.shapes import ParameterShape
 from dsmoelora.planner.stand_in import pass_bytes
@@ -27,6 +31,7 @@ LLAMA = LlamaConfig(
     vocab_size=VOCABULARY,
     num_hidden_layers=LAYERS,
 )
+ALONE = ExpertLayout(3, 1, 1, 0)
 GPT2 = GPT2Config(n_embd=WIDTH, n_inner=INNER, n_head=4, vocab_size=VOCABULARY, n_layer=LAYERS, n_positions=64)
 
 
@@ -73,14 +78,14 @@ def counted_by_torch(shape: Any, recipe: Recipe) -> int:
 )
 def test_the_formulas_are_what_torch_counts(shape: Any, adapter: dict[str, Any], checkpointing: bool) -> None:
     recipe = recipe_of(checkpointing, **adapter)
-    planned = pass_bytes(shape, recipe)
+    planned = pass_bytes(shape, recipe, ALONE)
     found = counted_by_torch(shape, recipe)
     assert sum(planned.flops.values()) == found
     assert sum(one.flops * times for one, times in planned.operations.items()) == found
 
 
 def test_parts_follow_from_the_sizes() -> None:
-    flops = pass_bytes(LLAMA, recipe_of(target_modules=["q_proj", "k_proj", "v_proj"])).flops
+    flops = pass_bytes(LLAMA, recipe_of(target_modules=["q_proj", "k_proj", "v_proj"]), ALONE).flops
     tokens, features = ROWS * LENGTH, 3 * 2
     narrow = WIDTH // 2
     layer = 2 * WIDTH**2 + 2 * WIDTH * narrow + 3 * WIDTH * INNER
@@ -97,14 +102,14 @@ def test_parts_follow_from_the_sizes() -> None:
 
 
 def test_a_layer_that_is_computed_again_is_no_progress() -> None:
-    once, again = (pass_bytes(LLAMA, recipe_of(checkpointing)).flops for checkpointing in (False, True))
+    once, again = (pass_bytes(LLAMA, recipe_of(checkpointing), ALONE).flops for checkpointing in (False, True), ALONE)
     # but that the first layer's inputs get a gradient then, which nobody reads
     assert model_flops(once) == pytest.approx(model_flops(again), rel=0.02)
     assert sum(once.values()) < sum(again.values())
 
 
 def test_a_token_costs_more_in_a_longer_row() -> None:
-    flops = pass_bytes(LLAMA, recipe_of()).flops
+    flops = pass_bytes(LLAMA, recipe_of(), ALONE).flops
     token = TokenFlops.of(flops, ROWS, LENGTH)
     assert token.in_row(LENGTH) * ROWS * LENGTH == pytest.approx(model_flops(flops))
     assert token.in_row(2 * LENGTH) - token.in_row(LENGTH) == pytest.approx(LAYERS * 3 * 4 * LENGTH * WIDTH)
@@ -126,3 +131,17 @@ def test_the_preconditioner(rule: Any, products: int) -> None:
             torch.bmm(a.mT, grad)
             torch.bmm(a, square)
     assert optimizer_flops([shape], OptimConfig(preconditioner=rule)) == counter.get_total_flops()
+
+
+def test_a_run_knows_what_its_tokens_cost_wherever_its_experts_lie(tmp_path: Path) -> None:
+    LLAMA.save_pretrained(tmp_path)
+    recipe = recipe_of()
+    recipe.model.path = str(tmp_path)
+    spread = replace(recipe, parallel=ParallelConfig(ep_size=3), train=replace(recipe.train, device="h200"))
+    cost = token_flops(spread)
+    assert cost is not None and cost == token_flops(recipe)
+    assert cost.in_row(LENGTH) == model_flops(pass_bytes(LLAMA, recipe, ALONE).flops) / ROWS / LENGTH
+    device = device_of_run(spread)
+    assert device is not None and device.name == "h200"
+    if not torch.cuda.is_available():
+        assert device_of_run(recipe) is None  # a CPU's peak is in no list
