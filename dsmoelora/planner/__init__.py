@@ -4,16 +4,20 @@ from dsmoelora.planner.devices import Device, device_called, device_named, devic
 from dsmoelora.planner.memory import MemoryPlan, Part, Phase, memory_of, plan_memory
 from dsmoelora.planner.rehearsal import Rehearsal, rehearse
 from dsmoelora.planner.share_of_peak import device_of_run, token_flops
-from dsmoelora.planner.table import print_memory
+from dsmoelora.planner.table import print_memory, print_time
+from dsmoelora.planner.time import Bound, PhaseTime, TimePlan, time_of
 from dsmoelora.planner.traffic import Traffic, bytes_by_link, plan_traffic, traffic_of
 from dsmoelora.planner.verdict import Verdict, verdict
 
 __all__ = [
+    "Bound",
     "Device",
     "MemoryPlan",
     "Part",
     "Phase",
+    "PhaseTime",
     "Rehearsal",
+    "TimePlan",
     "Traffic",
     "Verdict",
     "bytes_by_link",
@@ -25,7 +29,9 @@ __all__ = [
     "plan_memory",
     "plan_traffic",
     "print_memory",
+    "print_time",
     "rehearse",
+    "time_of",
     "token_flops",
     "traffic_of",
     "verdict",

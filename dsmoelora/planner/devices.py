@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dsmoelora.config.dtype import DTYPES, DtypeName
 from dsmoelora.errors import ConfigError, bad_value, listing
 
 _FILE = Path(__file__).with_name("devices.yaml")
@@ -78,7 +79,7 @@ class Device:
     efficiency: Efficiency = Efficiency()
     launch_us: float = 8.0
     overlaps: bool = True
-    dtype: str = "bf16"
+    dtype: DtypeName = "bf16"
     names: list[str] = field(default_factory=list)
 
     @staticmethod
@@ -90,6 +91,8 @@ class Device:
         """
         links: dict[str, Any] = {key: Link(**values[key]) for key in ("in_node", "between_nodes") if key in values}
         device = Device(name, **values | links | {"efficiency": Efficiency(**values.get("efficiency", {}))})
+        if device.dtype not in DTYPES:
+            raise TypeError(f"dtype is {device.dtype!r}, not one of {listing(DTYPES)}")
         for owner in (device, device.in_node, device.between_nodes, device.efficiency):
             for one in fields(owner):
                 value = getattr(owner, one.name)

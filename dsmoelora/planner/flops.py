@@ -78,14 +78,14 @@ class TokenFlops:
         return self.fixed + self.per_key * length
 
 
-def optimizer_flops(trained: list[ParameterShape], optim: OptimConfig) -> int:
+def optimizer_flops(trained: list[ParameterShape], optim: OptimConfig, stage: int = 3) -> int:
     """Of the preconditioner on a rank in a step; AdamW itself has no products.
 
     A Gram matrix of n numbers in rows of R takes 2 n R, a product with a matrix (R, R) as much. `scaled` takes one of
-    each, `tangent` two; factorisations, of R^3 a pair, are left out.
+    each, `tangent` two; factorisations, of R^3 a pair, are left out. In stage 0 of ZeRO every rank does all.
     """
     products = {"none": 0, "scaled": 2, "tangent": 4}[optim.preconditioner]
-    factors = [(one.piece, one.trainable) for one in trained if one.trainable is not None]
+    factors = [(one.piece if stage else one.numel, one.trainable) for one in trained if one.trainable is not None]
     return sum(2 * products * piece * of.row_size for piece, of in factors if of.factor in (Factor.A, Factor.B))
 
 

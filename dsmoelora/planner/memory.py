@@ -124,11 +124,6 @@ def _kept(parameters: Iterable[ParameterShape]) -> int:
     return sum(one.padded for one in parameters if one.is_kept_whole and one.num_pieces > 1)
 
 
-def _offloads(run: Rehearsal, section: str) -> bool:
-    offload = getattr(run.zero, section)
-    return offload is not None and offload.device != "none"
-
-
 def _base_parts(run: Rehearsal) -> list[Part]:
     shapes, stage, itemsize, frozen = run.shapes, run.zero.stage, run.itemsize, run.shapes.frozen
     as_read = [math.prod(layer.shape) for layer in packed_layers(shapes.model).values()]
@@ -136,7 +131,7 @@ def _base_parts(run: Rehearsal) -> list[Part]:
     buffers = Part("buffers of the base", shapes.buffer_bytes)
     if stage < 3:
         return [Part("base, whole", _whole(frozen) * itemsize), buffers]
-    away = _offloads(run, "offload_param")
+    away = run.offloads("offload_param")
     leaves = [one for one in frozen if not (away and one.is_kept_whole)]
     return [
         Part("base, partitioned", _pieces(leaves) * itemsize, on_host=away),
@@ -153,7 +148,7 @@ def _adapter_parts(run: Rehearsal) -> list[Part]:
         return [Part("adapters, whole", _whole(trained) * itemsize)]
     if stage < 3:
         return [Part("adapters, whole", run.string_numel * itemsize)]
-    away = _offloads(run, "offload_param")
+    away = run.offloads("offload_param")
     return [
         Part("adapters, partitioned", _pieces(trained) * itemsize, on_host=away),
         Part("adapters, kept whole", _kept(trained) * itemsize),
@@ -162,7 +157,7 @@ def _adapter_parts(run: Rehearsal) -> list[Part]:
 
 def _optimizer_parts(run: Rehearsal) -> list[Part]:
     recipe, own, trained = run.recipe, run.own_numel, run.shapes.trained
-    stage, away = run.zero.stage, _offloads(run, "offload_optimizer")
+    stage, away = run.zero.stage, run.offloads("offload_optimizer")
     accumulated = run.string_numel if stage == 1 and not away else own
     # elsewhere gradients are there from the backward pass to the step alone
     stays = stage == 3 or away or (stage == 1 and recipe.model.dtype == "bf16")

@@ -38,6 +38,11 @@ class Rehearsal:
         """The section `zero_optimization`."""
         return read_zero(self.config)
 
+    def offloads(self, section: str) -> bool:
+        """Whether `offload_param` or `offload_optimizer` lie with the host."""
+        offload = getattr(self.zero, section)
+        return offload is not None and offload.device != "none"
+
     @property
     def world_size(self) -> int:
         """W."""

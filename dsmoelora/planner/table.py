@@ -9,6 +9,7 @@ from rich.text import Text
 
 from dsmoelora.planner.devices import GIB, Device
 from dsmoelora.planner.memory import MemoryPlan, Phase
+from dsmoelora.planner.time import Bound, TimePlan
 from dsmoelora.planner.verdict import verdict
 
 _WHEN = {Phase.ALWAYS: "", Phase.LOAD: "while loading", Phase.PASS: "forward, backward", Phase.STEP: "optimizer step"}
@@ -34,3 +35,41 @@ def print_memory(plan: MemoryPlan, device: Device, world_size: int, console: Con
         console.print(Text(f"largest: {limit}"), soft_wrap=True)
     for what in plan.left_out:
         console.print(Text(f"left out: {what}"), soft_wrap=True)
+
+
+def print_time(plan: TimePlan, device: Device, price: float | None, console: Console) -> None:
+    """Print a step's phases, what it waits for, speed, time and cost of the run.
+
+    Args:
+        plan: of the run
+        device: of each rank
+        price: of a device for an hour; None where nobody has said
+        console: where it goes
+    """
+    table = Table(title=f"Seconds of a step: {plan.world_size} x {device.name}", box=box.SIMPLE_HEAD)
+    for name in ("phase", "in all", "products", "memory", "launches", "network", "of it beside"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase in plan.phases:
+        figures = (phase.seconds, phase.compute, phase.memory, phase.launch, phase.network, phase.beside)
+        table.add_row(phase.name, *(f"{seconds:.3f}" for seconds in figures))
+    console.print(table)
+    waits = plan.waits()
+    shares = ", ".join(f"{bound} {100 * waits[bound] / plan.step:.0f} %" for bound in Bound)
+    bound = f"{plan.step:.3f} s a step, bound by {plan.bound} (it waits for {shares})"
+    console.print(Text(bound, style="bold"), soft_wrap=True)
+    hours = f"{plan.run_hours:.1f} hours for {plan.num_steps:,} steps"
+    if price is not None:
+        hours += f", {plan.cost(price):,.0f} at {price:g} a device and hour"
+    speed = f"{plan.tokens_per_second:,.0f} tokens/s, mfu {100 * plan.mfu:.1f}%; {hours}"
+    console.print(Text(speed), soft_wrap=True)
+    console.print(Text(f"assumed: {_assumptions(device)}; full rows"), soft_wrap=True)
+    for what in plan.left_out:
+        console.print(Text(f"left out: {what}"), soft_wrap=True)
+
+
+def _assumptions(device: Device) -> str:
+    share = device.efficiency
+    return (
+        f"{share.compute:g} of {device.peak_tflops:g} TFLOP/s in {device.dtype}, {share.memory:g} of "
+        f"{device.memory_gbs:g} GB/s of memory, {share.network:g} of the links, {device.launch_us:g} us a launch"
+    )
