@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -90,20 +90,44 @@ def num_moments(optim: OptimConfig) -> int:
     return 2 if optim.name == "adamw" else int(optim.momentum > 0)
 
 
-def rehearse(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Rehearsal:
+@dataclass
+class Memo:
+    """What is worked out once, where many runs of a model are planned.
+
+    Args:
+        shapes: of a model on so many ranks
+        passes: of a micro-batch
+    """
+
+    shapes: dict[str, ModelShapes] = field(default_factory=dict)
+    passes: dict[str, PassBytes] = field(default_factory=dict)
+
+
+def rehearse(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, memo: Memo | None = None) -> Rehearsal:
     """What plans of a run are made from; some ten seconds for a 70B model.
 
     Args:
         recipe: of the run, with its dtype settled
         deepspeed: content of the DeepSpeed file
         world_size: W
+        memo: of earlier calls
 
     Raises:
         UserError: recipe, DeepSpeed file and model cannot work together
     """
     recipe.train.accumulation_steps(world_size)
+    memo = memo or Memo()
     config = merge_config(recipe, deepspeed, world_size)
-    shapes = shapes_of(recipe, config, world_size)
-    described = load_model_config(recipe.model)
-    without_dropout(described)
-    return Rehearsal(recipe, config, shapes, pass_bytes(described, recipe, shapes.layout))
+    model = repr((recipe.model, recipe.adapter, recipe.parallel))
+    zero = config["zero_optimization"]
+    on_ranks = repr((model, world_size, zero["stage"], zero.get("stage3_param_persistence_threshold")))
+    if on_ranks not in memo.shapes:
+        memo.shapes[on_ranks] = shapes_of(recipe, config, world_size)
+    train = recipe.train
+    rows = (train.micro_batch_size, train.activation_checkpointing, train.loss_chunk)
+    of_rows = repr((model, recipe.data.max_length, recipe.data.packing, recipe.losses, rows))
+    if of_rows not in memo.passes:
+        described = load_model_config(recipe.model)
+        without_dropout(described)
+        memo.passes[of_rows] = pass_bytes(described, recipe, memo.shapes[on_ranks].layout)
+    return Rehearsal(recipe, config, memo.shapes[on_ranks], memo.passes[of_rows])

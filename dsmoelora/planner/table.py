@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -9,9 +11,16 @@ from rich.text import Text
 
 from dsmoelora.planner.devices import GIB, Device
 from dsmoelora.planner.memory import MemoryPlan, Phase
+from dsmoelora.planner.search import Candidate, Search
 from dsmoelora.planner.time import Bound, TimePlan
 from dsmoelora.planner.verdict import verdict
 
+_NUM_BEST = 5
+_NOT_SEARCHED = (
+    "data.packing, which decides how full rows are: plans take all rows as full",
+    "other global batches (train.batch_size), lengths, targets and ranks of experts, which change what is learned",
+    "other buckets and thresholds than those of the DeepSpeed files",
+)
 _WHEN = {Phase.ALWAYS: "", Phase.LOAD: "while loading", Phase.PASS: "forward, backward", Phase.STEP: "optimizer step"}
 
 
@@ -65,6 +74,30 @@ def print_time(plan: TimePlan, device: Device, price: float | None, console: Con
     console.print(Text(f"assumed: {_assumptions(device)}; full rows"), soft_wrap=True)
     for what in plan.left_out:
         console.print(Text(f"left out: {what}"), soft_wrap=True)
+
+
+def print_search(search: Search, best: list[Candidate], console: Console) -> None:
+    """Print the best few choices, why, and the words that choose them."""
+    title = f"The best of {search.num_planned} choices: {search.device.name}, cheapest first"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for name in ("", "ranks", "DeepSpeed", "rows", "s a step", "tokens/s", "mfu", "hours"):
+        table.add_column(name, justify="left" if name == "DeepSpeed" else "right", no_wrap=True)
+    shown = best[:_NUM_BEST]
+    for place, one in enumerate(shown, 1):
+        choice, time = one.choice, one.time
+        row = (str(place), str(choice.world_size), Path(choice.deepspeed).name, str(choice.micro_batch_size))
+        speed = (f"{time.step:.2f}", f"{time.tokens_per_second:,.0f}")
+        table.add_row(*row, *speed, f"{100 * time.mfu:.1f}%", f"{time.run_hours:.1f}")
+    console.print(table)
+    for place, one in enumerate(shown, 1):
+        console.print(Text(f"{place}: {one.reasons()}"), soft_wrap=True)
+        console.print(Text(f"   {one.choice.overrides()}"), soft_wrap=True)
+    if not best:
+        console.print(Text("nothing fits", style="bold red"), soft_wrap=True)
+    for reason, count in search.refused.items():
+        console.print(Text(f"refused, {count} of them: {reason}"), soft_wrap=True)
+    for what in _NOT_SEARCHED:
+        console.print(Text(f"not looked at: {what}"), soft_wrap=True)
 
 
 def _assumptions(device: Device) -> str:

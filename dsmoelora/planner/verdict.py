@@ -32,6 +32,7 @@ class Verdict:
     Args:
         used: share of the device's memory at the worst moment, its context counted
         fits: it is below 1
+        is_tight: but not by much
         is_certain: what is exact alone does not fit
         text: a sentence that says so
         limits: the largest parts of that moment, with what makes each smaller
@@ -39,6 +40,7 @@ class Verdict:
 
     used: float
     fits: bool
+    is_tight: bool
     is_certain: bool
     text: str
     limits: list[str]
@@ -59,7 +61,9 @@ def verdict(plan: MemoryPlan, device: Device) -> Verdict:
         text = f"fits, but tightly: {most}; what is left out below may be more than the rest"
     else:
         text = f"fits: {most}"
-    return Verdict(share, share <= 1, certain > room, text, [_limit(part) for part in _largest(plan)])
+    return Verdict(
+        share, share <= 1, _TIGHT < share <= 1, certain > room, text, [_limit(part) for part in _largest(plan)]
+    )
 
 
 def _largest(plan: MemoryPlan) -> list[Part]:

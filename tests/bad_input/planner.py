@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import yaml
+
 from tests.bad_input.bench import Bench, Case
 
 
@@ -21,6 +25,31 @@ def negative_price(bench: Bench) -> list[str]:
     return bench.plan("--price", -1)
 
 
+def several_numbers_of_gpus(bench: Bench) -> list[str]:
+    return bench.plan("--gpus", 1, 2)
+
+
+def search_and_fit(bench: Bench) -> list[str]:
+    return bench.plan("--search", "--fit")
+
+
+def dwarf(bench: Bench) -> Path:
+    """A device without room for anything."""
+    known = Path(__file__).parents[2] / "dsmoelora" / "planner" / "devices.yaml"
+    device = yaml.safe_load(known.read_text())["l40s"]
+    path = bench.folder / "dwarf.yaml"
+    path.write_text(yaml.safe_dump({"dwarf": device | {"memory_gib": 1.0001}}))
+    return path
+
+
+def search_on_dwarfs(bench: Bench) -> list[str]:
+    return bench.plan("--gpu", dwarf(bench), "--search")
+
+
+def fit_on_a_dwarf(bench: Bench) -> list[str]:
+    return bench.plan("--gpu", dwarf(bench), "--fit")
+
+
 def unknown_device_of_a_run(bench: Bench) -> list[str]:
     return bench.train("--train.device", "h1000")
 
@@ -34,6 +63,10 @@ EARLY: dict[str, Case] = {
     "a plan for a GPU that nobody has described": unknown_gpu,
     "a plan for a GPU of a file that describes none": a_file_that_is_no_gpu,
     "a price below nothing": negative_price,
+    "numbers of GPUs to plan for, but no search": several_numbers_of_gpus,
+    "a search that also shall fit one choice": search_and_fit,
+    "a search on devices that are too small": search_on_dwarfs,
+    "a device on which not even one row fits": fit_on_a_dwarf,
     "a run on a device that nobody has described": unknown_device_of_a_run,
     "a plan for GPUs that do not divide the batch": too_many_gpus,
 }
