@@ -2,6 +2,7 @@
 
 Looks at versions, accelerator, NCCL or gloo, network settings and free disk on every rank, and at what takes all
 ranks: equal versions, a run folder that all see, the bandwidth of an all-reduce. Ends with 1 when something is wrong.
+`--calibrate mine.yaml` measures instead what machine and ranks reach, for `launch/plan.py --gpu mine.yaml`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsmoelora.cli import run_guarded
-from dsmoelora.errors import ConfigError
+from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.logs import setup_logging
 from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank
 
@@ -40,6 +41,10 @@ def main() -> None:
     from dsmoelora.parallel import comm
 
     comm.init()
+    if options.calibrate is not None:
+        measure(options.calibrate)
+        faulthandler.cancel_dump_traceback_later()
+        return
     own = local_findings(options.run_dir, os.environ)
     together = shared_findings(options.run_dir)
     everyone = comm.gather_objects([dataclasses.astuple(finding) for finding in own])
@@ -56,6 +61,18 @@ def main() -> None:
     Console(quiet=env_rank() > 0).print("All is well.")
 
 
+def measure(path: Path) -> None:
+    """Write what this machine reaches to a file, and print it (collective)."""
+    from dsmoelora.doctor.calibrate import calibrate, write_entry
+    from dsmoelora.parallel import comm
+
+    entry = calibrate()
+    comm.together(lambda: write_entry(entry, path) if comm.rank() == 0 else None)
+    console = Console(quiet=comm.rank() > 0, highlight=False)
+    console.print(path.read_text(encoding="utf-8") if comm.rank() == 0 else "", end="", markup=False)
+    console.print(f"Plan with it: python launch/plan.py --config mine.yaml --gpu {path}", soft_wrap=True)
+
+
 def show(findings: list[Finding]) -> None:
     """Print rank 0's findings and those of all together."""
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
@@ -69,12 +86,27 @@ def show(findings: list[Finding]) -> None:
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line.
+
+    Raises:
+        ConfigError: what is measured cannot be written there
+    """
     parser = argparse.ArgumentParser(description="Look whether everything is ready for a run.", allow_abbrev=False)
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="folder for runs: the recipe's run.dir")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which it gives up, with the stacks")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine, for launch/plan.py --gpu")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.calibrate is not None:
+        ok = options.calibrate.suffix == ".yaml" and options.calibrate.absolute().parent.is_dir()
+        if not ok:
+            raise bad_value(
+                "--calibrate",
+                str(options.calibrate),
+                "a file of a folder that exists, and end on .yaml",
+                "Example: --calibrate mine.yaml.",
+            )
+    return options
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def device_named(name: str, key: str = "--gpu") -> Device:
     if name.endswith((".yaml", ".yml")):
         return _of_file(Path(name), key)
     if name not in _devices():
-        remedy = f"Take the nearest, or copy an entry of {_FILE} into a file of your own and change it."
+        remedy = "Take the nearest, or measure this machine: python launch/doctor.py --calibrate mine.yaml."
         raise bad_value(key, name, f"one of {listing(device_names())}, or a .yaml file with such an entry", remedy)
     return _devices()[name]
 
@@ -142,5 +142,5 @@ def _of_file(path: Path, key: str) -> Device:
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         raise ConfigError(
             f"{key} is {str(path)!r}, which does not describe a device ({reason}). It must hold one entry "
-            f"as those of {_FILE}. Copy one, and change it."
+            f"as those of {_FILE}. Write one with: python launch/doctor.py --calibrate {path}"
         ) from None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from deepspeed.accelerator import get_accelerator
+
 from dsmoelora.doctor.shared import all_reduce_speed, folder_is_shared, same_everywhere
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel import comm
+from dsmoelora.planner import device_named
+from dsmoelora.planner.devices import Efficiency
 from launch import doctor
 from tests.conftest import PoolFactory
 
@@ -61,3 +65,18 @@ def test_the_whole_visit(tmp_path: Path, worker_pool: PoolFactory) -> None:
     for complaint in worker_pool(2).run(see_the_doctor, "--run-dir", "/proc/runs"):
         assert complaint.startswith("3 found:\n  rank 0: run.dir is /proc/runs, ") and "rank 1: run.dir" in complaint
         assert "shared folder: not usable by rank 0" in complaint
+
+
+def test_a_measured_machine_can_be_planned_for(tmp_path: Path, worker_pool: PoolFactory) -> None:
+    path = tmp_path / "here.yaml"
+    assert worker_pool(2).run(see_the_doctor, "--calibrate", str(path)) == ["", ""]
+    device = device_named(str(path))
+    assert (device.name, device.ranks_per_node) == ("here", 2)
+    assert device.efficiency == Efficiency()  # what is measured is what is reached
+    assert device.peak_tflops > 0 and device.memory_gbs > 0
+    # a sum over processes takes longer than an operation of one, and its bytes than a copy's
+    assert device.in_node.latency_us > device.launch_us / 10
+    assert 0 < device.in_node.bandwidth_gbs < 10 * device.memory_gbs
+    assert device.overlaps is (get_accelerator().device_name() != "cpu")
+    for complaint in worker_pool(2).run(see_the_doctor, "--calibrate", str(tmp_path / "nowhere" / "here.yaml")):
+        assert complaint.startswith("--calibrate is ") and "a file of a folder that exists" in complaint

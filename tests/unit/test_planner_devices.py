@@ -75,4 +75,4 @@ def test_a_file_that_describes_none_is_named(content: object, reason: str, tmp_p
         path.write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError, match=reason) as caught:
         device_named(str(path))
-    assert "--gpu is" in str(caught.value) and "Copy one" in str(caught.value)
+    assert "--gpu is" in str(caught.value) and "--calibrate" in str(caught.value)
