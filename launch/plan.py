@@ -56,6 +56,7 @@ def plan(
         ConfigError: it does not fit
     """
     from dsmoelora.planner import largest_micro_batch, memory_of, print_memory, print_time, rehearse, time_of, verdict
+    from dsmoelora.planner.picture import draw_plan
 
     (world_size,) = options.gpus
     if options.fit:
@@ -64,10 +65,26 @@ def plan(
     run = rehearse(recipe, deepspeed, world_size)
     memory = memory_of(run)
     print_memory(memory, device, world_size, console)
-    print_time(time_of(run, device), device, options.price, console)
+    time = time_of(run, device)
+    print_time(time, device, options.price, console)
+    if options.out is not None:
+        draw(draw_plan(memory, time, device), options.out, console)
     found = verdict(memory, device)
     if not found.fits:
         raise ConfigError(f"{world_size} x {device.name}: {found.text}. Change what is largest: {found.limits[0]}.")
+
+
+def draw(figure: Any, path: Path, console: Console) -> None:
+    """Write a picture and say so.
+
+    Raises:
+        ConfigError: it cannot be written
+    """
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written ({error.strerror}). Name another file.") from error
+    console.print(f"Drew {path}", soft_wrap=True)
 
 
 def search(
@@ -111,6 +128,7 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--price", type=float, metavar="X", help="of a device for an hour, for the cost of the run")
     parser.add_argument("--search", action="store_true", help="which settings fit, and the fastest of them")
     parser.add_argument("--fit", action="store_true", help="plan with the largest micro-batch that fits")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="draw memory and time into it: .png, .pdf or .svg")
     parser.add_argument("--deepspeed", default="", help=argparse.SUPPRESS)  # parse_command reads it; here its name
     options, rest = parser.parse_known_args(argv)
     if min(options.gpus) < 1:
@@ -119,6 +137,13 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ConfigError("--fit takes the largest micro-batch, and so does --search for each choice. Drop --fit.")
     if len(options.gpus) > 1 and not options.search:
         raise bad_value("--gpus", options.gpus, "one number without --search", "Give one, or add --search.")
+    if options.out is not None:
+        if options.search:
+            raise ConfigError("--out draws one plan, but --search makes many. Drop one of them.")
+        from launch.plot import check_matplotlib, check_picture
+
+        check_picture(options.out)
+        check_matplotlib("--out")
     if options.deepspeed:
         rest += ["--deepspeed", options.deepspeed]
     if options.price is not None and options.price < 0:

@@ -124,9 +124,18 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/demo")
     parser.add_argument("--out", type=Path, default=Path("plot.png"), help="picture to write; default: plot.png")
     options = parser.parse_args(argv)
-    if options.out.suffix not in SUFFIXES or options.out.is_dir():
-        raise bad_value("--out", str(options.out), f"a file that ends in {', '.join(SUFFIXES)}", "Example: plot.png.")
+    check_picture(options.out)
     return options
+
+
+def check_picture(out: Path) -> None:
+    """Make sure that a picture can be written there.
+
+    Raises:
+        ConfigError: `--out` is no picture
+    """
+    if out.suffix not in SUFFIXES or out.is_dir():
+        raise bad_value("--out", str(out), f"a file that ends in {', '.join(SUFFIXES)}", "Example: plot.png.")
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:

@@ -33,6 +33,14 @@ def search_and_fit(bench: Bench) -> list[str]:
     return bench.plan("--search", "--fit")
 
 
+def picture_of_a_search(bench: Bench) -> list[str]:
+    return bench.plan("--search", "--out", "plan.png")
+
+
+def picture_in_no_format(bench: Bench) -> list[str]:
+    return bench.plan("--out", "plan.gif")
+
+
 def dwarf(bench: Bench) -> Path:
     """A device without room for anything."""
     known = Path(__file__).parents[2] / "dsmoelora" / "planner" / "devices.yaml"
@@ -65,6 +73,8 @@ EARLY: dict[str, Case] = {
     "a price below nothing": negative_price,
     "numbers of GPUs to plan for, but no search": several_numbers_of_gpus,
     "a search that also shall fit one choice": search_and_fit,
+    "a picture of a search": picture_of_a_search,
+    "a picture of a plan in no known format": picture_in_no_format,
     "a search on devices that are too small": search_on_dwarfs,
     "a device on which not even one row fits": fit_on_a_dwarf,
     "a run on a device that nobody has described": unknown_device_of_a_run,

@@ -20,7 +20,7 @@ def plan(*words: object) -> subprocess.CompletedProcess[str]:
 def test_a_7b_model_is_planned_without_it(tmp_path: Path) -> None:
     """Llama-2-7B has 6.74 billion numbers: 1.57 GiB in bf16 on each of eight ranks, 12.55 GiB on one."""
     LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32).save_pretrained(tmp_path)
-    fits = plan("--model.path", tmp_path, "--gpus", 8, "--gpu", "a100-40", "--price", 2)
+    fits = plan("--model.path", tmp_path, "--gpus", 8, "--gpu", "a100-40", "--price", 2, "--out", tmp_path / "plan.png")
     assert fits.returncode == 0, fits.stderr
     assert "Memory of a rank: 8 x a100-40" in fits.stdout
     assert "1.569   exact" in next(line for line in fits.stdout.splitlines() if "base, partitioned" in line)
@@ -28,6 +28,7 @@ def test_a_7b_model_is_planned_without_it(tmp_path: Path) -> None:
     assert "Seconds of a step: 8 x a100-40" in fits.stdout
     assert "bound by compute" in fits.stdout
     assert "at 2 a device and hour" in fits.stdout
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     too_much = plan("--model.path", tmp_path, "--gpus", 1, "--gpu", "rtx-4090", "--train.micro_batch_size", 128)
     assert too_much.returncode == 1
     assert "1 x rtx-4090: does not fit, by what is estimated: " in too_much.stderr
