@@ -103,7 +103,7 @@ def search(
     best = looked.best(options.gpus)
     print_search(looked, best, console)
     if not best:
-        remedy = "Take more ranks or a larger device."
+        remedy = "Take more ranks, a larger device, or --model.quantize nf4."
         raise ConfigError(f"--search: nothing fits {', '.join(map(str, options.gpus))} x {device.name}. {remedy}")
 
 

@@ -14,6 +14,7 @@ progress. In bf16 the logits of routers take a second product (`product_fp32`), 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 
 from dsmoelora.adapters import RoutedLinear
 from dsmoelora.adapters.experts.bank import ExpertBank, Factor
+from dsmoelora.adapters.four_bit import FrozenLinear4bit
 from dsmoelora.config import OptimConfig
 from dsmoelora.planner.shapes import ParameterShape
 
@@ -134,12 +136,14 @@ class FlopsOfModel:
         for bank in getattr(module, "_bank", ()):  # a router that makes the experts' features too
             self._factor(num_tokens, bank.a, x.requires_grad)
         for parameter in module.parameters(recurse=False):
-            if parameter.dim() < 2:
+            numel: float = parameter.numel()
+            if isinstance(module, FrozenLinear4bit) and parameter is module.weight:
+                numel = math.prod(module.shape)  # it is unpacked
+            elif parameter.dim() < 2:
                 continue
-            chosen = 1.0
-            if parameter.dim() == 3:  # of each token's experts
-                chosen = args[1].shape[-1] / parameter.shape[0]
-            forward = 2 * num_tokens * parameter.numel() * chosen
+            elif parameter.dim() == 3:  # of each token's experts
+                numel *= args[1].shape[-1] / parameter.shape[0]
+            forward = 2 * num_tokens * numel
             source = Source.ROUTERS if parameter.requires_grad else Source.BASE
             if module is self._head:
                 source = Source.HEAD
@@ -169,7 +173,8 @@ class FlopsOfModel:
 
 
 def _has_matrices(module: nn.Module) -> bool:
-    return any(one.dim() > 1 for one in module.parameters(recurse=False))
+    is_packed = isinstance(module, FrozenLinear4bit)
+    return is_packed or any(one.dim() > 1 for one in module.parameters(recurse=False))
 
 
 def _is_attention(module: nn.Module) -> bool:
