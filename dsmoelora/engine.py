@@ -43,6 +43,7 @@ from dsmoelora.parallel.dtype import settle_dtype
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.factors import expert_cosines
+from dsmoelora.parallel.flat_noise import FlatNoise
 from dsmoelora.parallel.gradient_start import StartReport, start_from_gradients
 from dsmoelora.parallel.packed_starts import PackedStarts
 from dsmoelora.parallel.pieces import first_not_finite, held_pieces
@@ -133,6 +134,7 @@ class Engine:
         self._initialise(deepspeed_config)
         self._calls = ModelCalls(self._deepspeed, self._context, recipe.run.seed, keeps_logits, chunked_loss)
         self.watch = AdapterWatch(self.optimizer)
+        self._noise = FlatNoise(model, recipe, self.layout)
         self._routing = self._context.log = RoutingLog(model, recipe.losses, self.device)
         comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
 
@@ -250,7 +252,9 @@ class Engine:
         torch.manual_seed(derive_seed("step", self.recipe.run.seed, self.step, comm.rank()))
         self._deepspeed.train()
         lr = float(self.schedule.get_last_lr()[0])
-        parts = (self._accumulate(micro_batches), self._routing.sums, self._contrast.sums)
+        with self._noise.during(self.step):
+            own = self._accumulate(micro_batches)
+        parts = (own, self._routing.sums, self._contrast.sums)
         sums, routing, contrast = comm.sum_over_ranks(torch.cat(parts)).split([len(part) for part in parts])
         losses = (self._routing.loss_values(routing), self._contrast.loss_values(contrast))
         nll_sum, num_tokens, *values = torch.cat((sums, *losses)).tolist()

@@ -99,6 +99,7 @@ class Recipe:
             "another one where model.quantize is none: experts would start from what 4 bits lose, and nothing is lost",
             "Set model.quantize to nf4, or take another start.",
         )
+        self._check_noise()
         check_losses(self.adapter, self.losses.weights)
         self._check_given()
         check_optim_of_frozen(self.adapter, self.optim)
@@ -116,6 +117,14 @@ class Recipe:
             "1 or more, or 0 where adapter.experts_from is given and adapter.router is arrow or constant",
             "Without training the experts or their routers would be random numbers.",
         )
+
+    def _check_noise(self) -> None:
+        """Noise needs weights whose numbers mean something, and experts that do not read them."""
+        sigma, kept, expert = self.optim.flat_noise, self.model.quantize, self.adapter.expert
+        allowed = "0 with model.quantize nf4, for a weight in 4 bits has no room for noise"
+        require(not sigma or kept == "none", "optim.flat_noise", sigma, allowed, "Take one of the two.")
+        allowed = "0 with adapter.expert dora, whose lengths of rows would be measured with the noise"
+        require(not sigma or expert != "dora", "optim.flat_noise", sigma, allowed, "Take expert lora or moslora.")
 
     def _check_finite(self) -> None:
         for section, values in asdict(self).items():

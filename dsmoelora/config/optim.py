@@ -29,6 +29,8 @@ class OptimConfig:
         min_lr_ratio: where the schedule ends, as a share of the learning rate
         max_grad_norm: clips the global norm of the raw gradient; 0 switches clipping off
         max_grad_norm_router: clips the norm of the routers' gradient alone, after the above; `null` switches it off
+        flat_noise: sigma of the noise in the frozen weights under the experts, while gradients are taken (Flat-LoRA, Li
+            et al. 2024, whose code has 0.05); it grows from 0 along a cosine. 0 switches it off
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -48,11 +50,12 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     max_grad_norm: float = 1.0
     max_grad_norm_router: float | None = None
+    flat_noise: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "above 0", "Common values: 1e-4 to 3e-3 for adamw.")
         not_negative = ("lr_b_ratio", "lr_router", "weight_decay", "damping", "damping_abs", "warmup_steps")
-        for name in (*not_negative, "max_grad_norm", "max_grad_norm_router"):
+        for name in (*not_negative, "max_grad_norm", "max_grad_norm_router", "flat_noise"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"optim.{name}", value, "0 or more", "Drop the minus sign.")
         for beta in self.betas:

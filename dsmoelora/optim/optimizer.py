@@ -17,6 +17,7 @@ from torch.optim.sgd import sgd
 
 from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.config import OptimConfig
+from dsmoelora.config.checks import require
 from dsmoelora.optim.clip import RouterClip
 from dsmoelora.optim.frozen import FrozenGrams, frozen_grams
 from dsmoelora.optim.packed import GroupStep, Part
@@ -240,7 +241,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> ShardOptimizer:
     Args:
         model: adapted by `inject`
         config: of the optimizer; its `max_grad_norm` and schedule are the business of the training loop
+
+    Raises:
+        ConfigError: it asks for `flat_noise`, which the engine writes into the base, not the optimizer
     """
+    allowed = "0 where the training loop is not the engine's"
+    require(not config.flat_noise, "optim.flat_noise", config.flat_noise, allowed, "Train with launch/train.py.")
     found = trainables(model)
     for _, parameter in found:
         parameter.data = parameter.data.float()

@@ -21,6 +21,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
@@ -291,6 +292,16 @@ def held_piece(parameter: Any) -> tuple[Tensor, int]:
         return parameter.detach().view(-1), 0
     piece = parameter.ds_tensor.detach().view(-1)
     return piece, piece.numel() * dist.get_rank(parameter.ds_process_group)
+
+
+def forget_whole(parameter: Any) -> None:
+    """Have a parameter that ZeRO-3 keeps whole beside its pieces gathered from them again when it is next read.
+
+    One that a pass is using, which has ended half-way with an error, stays.
+    """
+    is_whole = is_partitioned(parameter) and parameter.ds_status is ZeroParamStatus.AVAILABLE
+    if is_whole and not parameter.ds_active_sub_modules:
+        parameter.partition()
 
 
 def full_numel(parameter: Tensor) -> int:

@@ -152,13 +152,18 @@ def _refuse_what_cannot_work(config: dict[str, Any], recipe: Recipe) -> None:
             f"3 where parallel.ep_size is {recipe.parallel.ep_size}, for experts are partitioned by ZeRO-3",
             "Use ds_configs/zero3.json, or set parallel.ep_size to 1.",
         )
-    if recipe.adapter.freeze and (read.offload_param or DeepSpeedZeroOffloadParamConfig()).device == "nvme":
-        raise bad_value(
-            "zero_optimization.offload_param.device of the DeepSpeed file",
-            "nvme",
-            f"none or cpu where adapter.freeze is {recipe.adapter.freeze}, for checkpoints hold frozen factors too",
-            "Set it to cpu, or drop adapter.freeze.",
-        )
+    in_place = {
+        "adapter.freeze": (recipe.adapter.freeze, "checkpoints hold frozen factors too"),
+        "optim.flat_noise": (recipe.optim.flat_noise, "noise is written where the base lies"),
+    }
+    for key, (value, reason) in in_place.items():
+        if value and (read.offload_param or DeepSpeedZeroOffloadParamConfig()).device == "nvme":
+            raise bad_value(
+                "zero_optimization.offload_param.device of the DeepSpeed file",
+                "nvme",
+                f"none or cpu where {key} is {value}, for {reason}",
+                f"Set it to cpu, or drop {key}.",
+            )
     sharded_step = "the optimizer step works on one flat fp32 partition a rank"
     offload = read.offload_optimizer or DeepSpeedZeroOffloadOptimizerConfig()
     refused = {

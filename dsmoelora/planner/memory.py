@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from dsmoelora.adapters import adapted_layers
 from dsmoelora.adapters.four_bit import packed_layers
 from dsmoelora.config import Recipe
 from dsmoelora.planner.cut_rows import step_buffer_bytes
@@ -104,6 +105,7 @@ def memory_of(run: Rehearsal) -> MemoryPlan:
     """The same of a run that is rehearsed already."""
     parts = [
         *_base_parts(run),
+        _noise_part(run),
         *_adapter_parts(run),
         *_optimizer_parts(run),
         *_pass_parts(run),
@@ -140,6 +142,14 @@ def _base_parts(run: Rehearsal) -> list[Part]:
         buffers,
         Part("largest tensor, whole", max(largest, *as_read, 0) * itemsize, Phase.LOAD),
     ]
+
+
+def _noise_part(run: Rehearsal) -> Part:
+    """What `optim.flat_noise` puts aside where the weight lies."""
+    weights = [run.shapes.parameters[id(layer.base.weight)] for _, layer in adapted_layers(run.shapes.model)]
+    numel = _pieces(weights) if run.zero.stage == 3 else _whole(weights)
+    held = numel * run.itemsize if run.recipe.optim.flat_noise else 0
+    return Part("weights under noise, put aside", held, on_host=run.offloads("offload_param"))
 
 
 def _adapter_parts(run: Rehearsal) -> list[Part]:

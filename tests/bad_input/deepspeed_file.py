@@ -41,6 +41,10 @@ EARLY: dict[str, Case] = {
     ),
     "a value of `zero_optimization` of the wrong type": zero(3, reduce_bucket_size="big"),
     "optimizer state on NVMe": zero(3, offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}),
+    "noise in weights on NVMe": lambda bench: bench.deepspeed(
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
+        *("--optim.flat_noise", 0.05),
+    ),
     "a step that does not look at the gradient's norm": zero(2, compute_grad_norm=False),
     "ZeRO++'s quantised weights": zero(3, zero_quantized_weights=True),
 }

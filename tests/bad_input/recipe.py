@@ -111,6 +111,11 @@ EARLY: dict[str, Case] = {
     "a scope of the gate's power 1": override("--adapter.gate_power_scope", "factors_and_input"),
     "a way to exchange tokens that stay": override("--parallel.exchange", "gather"),
     "tokens for a contrastive loss that is off": override("--losses.contrastive_tokens", 32),
+    "noise in a base in 4 bits": override("--model.quantize", "nf4", "--optim.flat_noise", 0.05),
+    "noise under experts that read the rows of the base": override(
+        "--adapter.expert", "dora", "--optim.flat_noise", 0.05
+    ),
+    "noise that is negative": override("--optim.flat_noise=-0.1"),
     "packing with the router `prompt`": override("--adapter.router", "prompt", "--data.packing", "true"),
     "a base in 4 bits in fp16": override("--model.quantize", "nf4", "--model.dtype", "fp16"),
     "experts that read the rows of a base in 4 bits": override("--model.quantize", "nf4", "--adapter.expert", "dora"),

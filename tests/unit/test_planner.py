@@ -73,6 +73,14 @@ def parts_of(recipe: Recipe, zero: dict[str, Any], world_size: int) -> dict[str,
     return {part.name: part.num_bytes for part in plan.parts if part.is_exact}
 
 
+def test_what_noise_puts_aside_is_what_a_rank_holds_of_the_adapted_weights(base: Path) -> None:
+    recipe, ranks, adapted = recipe_of(base), 8, NUM_LAYERS * [WIDTH**2, WIDTH**2 // 2]
+    name, noisy = "weights under noise, put aside", replace(recipe, optim=OptimConfig(flat_noise=0.05))
+    assert name not in parts_of(recipe, {"stage": 3}, ranks)
+    assert parts_of(noisy, {"stage": 3}, ranks)[name] == 2 * sum(math.ceil(size / ranks) for size in adapted)
+    assert parts_of(noisy, {"stage": 2}, ranks)[name] == 2 * sum(adapted)
+
+
 def test_stage_3_cuts_every_tensor_and_keeps_small_ones_whole(base: Path) -> None:
     ranks, threshold = 8, EXPERTS * WIDTH * RANK
     found = parts_of(recipe_of(base), {"stage": 3, "reduce_bucket_size": 1000}, ranks)
