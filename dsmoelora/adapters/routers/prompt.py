@@ -1,8 +1,9 @@
-"""The router of MiLoRA: experts are chosen once for a prompt and serve all its tokens and the whole answer.
+"""Experts are chosen once for a prompt and serve all its tokens and the whole answer.
 
-Zhang et al. 2024 (arXiv 2410.18035). The router sees the mean of the prompt's states. In training the prompt is what
-comes before the first supervised token; in a call without labels it is the whole input; while `generate` runs, or
-where the call goes on from a key-value cache, the last prompt's gates hold.
+As in MiLoRA (Zhang et al. 2024, arXiv 2410.18035), whose experts however are the modules of a decoder layer. The router
+sees the mean of the prompt's states. In training the prompt is what comes before the first supervised token; in a call
+without labels it is the whole input; while `generate` runs, or where the call goes on from a key-value cache, the last
+prompt's gates hold.
 """
 
 from __future__ import annotations
