@@ -44,7 +44,8 @@ class Bench:
         task: which
 
     Attributes:
-        tokens_N: targets of each held-out row
+        eval_rows: numbers of the held-out rows that are looked at
+        tokens_N: targets of each of these
     """
 
     def __init__(self, task: Task) -> None:
@@ -59,8 +60,8 @@ class Bench:
             for key, path in (("--train", task.train), ("--eval", task.held_out))
         )
         count = min(task.eval_rows, len(self._held_out))
-        self._eval_rows = np.sort(np.random.default_rng(0).permutation(len(self._held_out))[:count]).tolist()
-        self.tokens_N = np.array([self._held_out.num_supervised[row] for row in self._eval_rows])
+        self.eval_rows = np.sort(np.random.default_rng(0).permutation(len(self._held_out))[:count]).tolist()
+        self.tokens_N = np.array([self._held_out.num_supervised[row] for row in self.eval_rows])
         # torch's fused attention is slower than plain products on a CPU at these lengths
         self.model: Any = AutoModelForCausalLM.from_pretrained(task.model, dtype=DTYPE, attn_implementation="eager")
         self.model.requires_grad_(False)
@@ -75,10 +76,10 @@ class Bench:
         # an optimizer step may take no row twice, an epoch none: so many rows are wanted at most
         wanted = {row for seed in self.task.seeds for row in self.order(seed, self.task.num_steps)}
         folder = self.task.folder / "hidden"
-        for which, (samples, rows) in enumerate(((self._train, sorted(wanted)), (self._held_out, self._eval_rows))):
+        for which, (samples, rows) in enumerate(((self._train, sorted(wanted)), (self._held_out, self.eval_rows))):
             file = folder / f"{self.task.depth}-{('train', 'eval')[which]}.bin"
             self._hidden[id(samples)] = cached(self.model, num_below, samples, rows, file)
-        batch = self._batch(self._held_out, self._eval_rows[:2])
+        batch = self._batch(self._held_out, self.eval_rows[:2])
         expected_BSD = hidden_below(self.model, num_below, batch.input_ids, batch.attention_mask)
         whole = self._logits(batch, input_ids=batch.input_ids)
         keep_upper(self.model, num_below)
@@ -124,12 +125,12 @@ class Bench:
         """Of the held-out rows, in their order, with the model as it is."""
         self.model.eval()
         found: dict[int, float] = {}
-        by_length = sorted(self._eval_rows, key=lambda row: int(self._held_out.num_tokens[row]))
+        by_length = sorted(self.eval_rows, key=lambda row: int(self._held_out.num_tokens[row]))
         for begin in range(0, len(by_length), _EVAL_BATCH):
             rows = by_length[begin : begin + _EVAL_BATCH]
             found |= dict(zip(rows, self.nll(self._held_out, rows).tolist(), strict=True))
         self.model.train()
-        return [found[row] for row in self._eval_rows]
+        return [found[row] for row in self.eval_rows]
 
     def run(self, cell: Cell, until: int) -> None:
         """Train a cell up to a step, from where its folder stands."""
@@ -175,7 +176,7 @@ class Bench:
         for step in range(results.step, until):
             rows = order[step * self.task.batch_size : (step + 1) * self.task.batch_size]
             torch.manual_seed(derive_seed("study", cell.seed, step))
-            if not self._step(rows, adapter.more_experts(step), optimizer, log, config.max_grad_norm):
+            if not self.step(rows, adapter.more_experts(step), optimizer, log, config.max_grad_norm):
                 results.diverged_at = step + 1
                 break
             schedule.step()
@@ -201,7 +202,7 @@ class Bench:
                 self.nll(self._train, rows, adapter.more_experts(0)).sum().backward()
         gradient_start(self.model, adapter)
 
-    def _step(
+    def step(
         self, rows: Sequence[int], more_experts: int, optimizer: ShardOptimizer, log: RoutingLog, max_norm: float
     ) -> bool:
         """One optimizer step; False where the loss is not finite."""

@@ -220,10 +220,10 @@ def test_losses_from_cached_hidden_states_are_those_of_the_whole_model(task: Tas
             parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     found = bench.held_out_nll()
     whole = AutoModelForCausalLM.from_pretrained(task.model, dtype=bench.model.dtype, attn_implementation="eager")
-    base = [_plain_nll(whole, *bench._held_out.sample(row)) for row in bench._eval_rows]
+    base = [_plain_nll(whole, *bench._held_out.sample(row)) for row in bench.eval_rows]
     for place, layer in enumerate(bench.model.base_model.layers, start=4):
         whole.base_model.layers[place] = layer
-    expected = [_plain_nll(whole, *bench._held_out.sample(row)) for row in bench._eval_rows]
+    expected = [_plain_nll(whole, *bench._held_out.sample(row)) for row in bench.eval_rows]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert np.abs(np.subtract(base, expected)).min() > 1e-2 * np.abs(base).min(), "adapters matter"
 
