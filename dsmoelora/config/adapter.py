@@ -50,7 +50,7 @@ class AdapterConfig:
         top_p: of router `top_p`: probability that the chosen experts reach together; `null` means 0.8
         bias_rate: of router `sigmoid_bias`: how far a bias moves in a step; `null` means 0.001
         router_start: of router `constant`: gates are a softmax that starts at 1/E (`softmax`), or free numbers from 1/E
-            (`mean`) or from 1 (`sum`) on; `null` means `softmax`
+            (`mean`) or from 1 (`sum`) on; `null` means `mean`, or `softmax` with init `svd`
         router_temperature: of router `arrow`: divides the similarities; `null` means 1
         init: what the factors start from; `b` starts at 0 and `a` at random: uniform in +-1/sqrt(in-features)
             (`kaiming`), or normal with standard deviation 1/R (`gaussian`). With `svd` both start from singular vectors

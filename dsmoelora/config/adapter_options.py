@@ -30,6 +30,7 @@ class AdapterSettings(Protocol):
     router_temperature: float | None
     expert: ExpertName
     mixer_init: MixerInit | None
+    init: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ _DEFAULTS = {
     "top_p": 0.8,
     "bias_rate": 1e-3,
     "mixer_init": "kaiming",
-    "router_start": "softmax",
+    "router_start": "mean",
     "router_temperature": 1.0,
 }
 
@@ -102,6 +103,8 @@ def _settle(config: AdapterSettings, what: str) -> None:
         value, own = getattr(config, option), option in kinds[chosen].options
         if own and value is None:
             default = max(1, config.num_experts // 2) if option == "top_k" else _DEFAULTS[option]
+            if option == "router_start" and config.init == "svd":  # whose base is right for gates that sum to 1
+                default = "softmax"
             setattr(config, option, default)
         elif not own and value is not None:
             raise bad_value(

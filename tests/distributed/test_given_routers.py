@@ -25,7 +25,7 @@ HALF, WHOLE = 2, 4
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 UNTRAINED = {key: value for key, value in SGD.items() if key != "lr_router"}
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "cat": ({"router": "constant", "freeze": ["a", "b"]}, SGD | {"lr_router": 1.0}),
+    "cat": ({"router": "constant", "router_start": "softmax", "freeze": ["a", "b"]}, SGD | {"lr_router": 1.0}),
     "sum": ({"router": "constant", "router_start": "sum"}, SGD),
     "arrow": ({"router": "arrow", "router_temperature": 0.5, "top_k": 2}, UNTRAINED),
 }

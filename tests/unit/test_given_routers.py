@@ -49,6 +49,11 @@ def adapters(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 STARTS = {"softmax": [1 / 3] * 3, "mean": [1 / 3] * 3, "sum": [1.0] * 3}
 
 
+@pytest.mark.parametrize(("init", "start"), [("kaiming", "mean"), ("svd", "softmax")])
+def test_free_gates_are_the_default_but_beside_a_shifted_base(init: Any, start: str) -> None:
+    assert AdapterConfig(num_experts=3, router="constant", init=init).router_start == start
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_a_constant_router_starts_as_the_weighed_sum(base_path: Path, adapters: list[Path], start: str) -> None:
     model = started_from(base_path, *adapters, router="constant", router_start=start)
