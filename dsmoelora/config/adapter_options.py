@@ -30,7 +30,10 @@ class AdapterSettings(Protocol):
     router_temperature: float | None
     expert: ExpertName
     mixer_init: MixerInit | None
-    init: str
+
+    @property
+    def shifts_base(self) -> bool:
+        """Whether the base goes without what the experts start from."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _settle(config: AdapterSettings, what: str) -> None:
         value, own = getattr(config, option), option in kinds[chosen].options
         if own and value is None:
             default = max(1, config.num_experts // 2) if option == "top_k" else _DEFAULTS[option]
-            if option == "router_start" and config.init == "svd":  # whose base is right for gates that sum to 1
+            if option == "router_start" and config.shifts_base:  # whose base is right for gates that sum to 1
                 default = "softmax"
             setattr(config, option, default)
         elif not own and value is not None:

@@ -49,7 +49,7 @@ def adapters(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 STARTS = {"softmax": [1 / 3] * 3, "mean": [1 / 3] * 3, "sum": [1.0] * 3}
 
 
-@pytest.mark.parametrize(("init", "start"), [("kaiming", "mean"), ("svd", "softmax")])
+@pytest.mark.parametrize(("init", "start"), [("kaiming", "mean"), ("svd", "softmax"), ("loftq", "softmax")])
 def test_free_gates_are_the_default_but_beside_a_shifted_base(init: Any, start: str) -> None:
     assert AdapterConfig(num_experts=3, router="constant", init=init).router_start == start
 
