@@ -80,13 +80,13 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
         parallel=ParallelConfig(1) if way == "ep_size 1" else ParallelConfig(WORLD_SIZE, cast(Any, way)),
         train=TrainConfig(batch_size=WORLD_SIZE, micro_batch_size=1),
     )
-    layout = zero.make_layout(recipe)
-    exchange = TokenExchange(layout, recipe.parallel.exchange, top_k)
+    placement = zero.make_placement(recipe)
+    exchange = TokenExchange(placement, recipe.parallel.exchange, top_k)
     torch.manual_seed(0)
     model = Block()
-    inject(model, recipe.adapter, layout.local_experts, exchange)
+    inject(model, recipe.adapter, placement.local_experts, exchange)
     found = trainables(model)
-    zero.place_experts(found, layout)
+    zero.place_experts(found, placement)
     config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -96,7 +96,7 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
     )
     torch.manual_seed(comm.rank())
     x_TD = torch.randn(num_tokens, WIDTH, dtype=DTYPE, requires_grad=True)
-    if layout.ep_size > 1:
+    if placement.ep_size > 1:
         exchange.announce(num_tokens, num_rows=1)
 
     def forward_and_backward() -> None:
@@ -118,7 +118,7 @@ def measure(num_tokens: int, num_experts: int, top_k: int, rank: int, way: str) 
     logged = {
         name: sum(size * found[0] for size, found in sizes.items()) for name, sizes in comms_logger.comms_dict.items()
     }
-    sizes = (num_tokens, layout, WIDTH, WIDTH, ITEMSIZE)
+    sizes = (num_tokens, placement, WIDTH, WIDTH, ITEMSIZE)
     if way == "ep_size 1":
         num_bytes = WORLD_SIZE * sum(n for name, n in logged.items() if "all_gather" in name) - base_bytes()
         expected = NUM_LAYERS * ITEMSIZE * num_experts * (2 * WIDTH * rank + WIDTH)  # factors, router

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from dsmoelora.adapters import Factor, inject
 from dsmoelora.config import AdapterConfig, OptimConfig
-from dsmoelora.optim import Run, Shard, ShardGroup, ShardOptimizer, Trainable, trainables
+from dsmoelora.optim import Segment, Shard, ShardGroup, ShardOptimizer, Trainable, trainables
 
 Work = Callable[[], object]
 
@@ -38,38 +38,38 @@ def factors(num_layers: int, num_experts: int, size: int, rank: int) -> list[Tra
 
 def one_shard(tensors: list[Trainable], device: torch.device) -> Shard:
     """A flat shard of random tensors, with a random gradient."""
-    runs, offset = [], 0
+    segments, offset = [], 0
     for of in tensors:
         numel = math.prod(of.shape)
-        runs.append(Run(of, 0, numel, offset))
+        segments.append(Segment(of, 0, numel, offset))
         offset += numel
     flat = torch.randn(offset, device=device) / 50
     flat.grad = torch.randn(offset, device=device) / 50
-    return Shard(flat, runs)
+    return Shard(flat, segments)
 
 
 def bound_optimizer(shard: Shard, preconditioner: str) -> ShardOptimizer:
     """Our optimizer on the shard, as the engine binds it under ZeRO."""
     config = OptimConfig(preconditioner=preconditioner)  # type: ignore[arg-type]
-    optimizer = ShardOptimizer([(run.of, nn.Parameter(torch.empty(0))) for run in shard.runs], config)
+    optimizer = ShardOptimizer([(segment.of, nn.Parameter(torch.empty(0))) for segment in shard.segments], config)
     optimizer.param_groups[0]["params"] = [shard.tensor]
-    optimizer.bind([ShardGroup([run.of for run in shard.runs], [shard])])
+    optimizer.bind([ShardGroup([segment.of for segment in shard.segments], [shard])])
     return optimizer
 
 
 def peft_pairs(shard: Shard) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """The same factors as PEFT holds them: A (R, D) and B (O, R) of every expert, with gradients."""
-    whole = {run.of.name: run for run in shard.runs}
+    whole = {segment.of.name: segment for segment in shard.segments}
 
-    def parts(run: Run) -> list[tuple[Tensor, Tensor]]:
-        value, grad = shard.tensor[run.span].view(run.of.shape), shard.tensor.grad
+    def parts(segment: Segment) -> list[tuple[Tensor, Tensor]]:
+        value, grad = shard.tensor[segment.span].view(segment.of.shape), shard.tensor.grad
         assert grad is not None
-        return list(zip(value, grad[run.span].view(run.of.shape), strict=True))
+        return list(zip(value, grad[segment.span].view(segment.of.shape), strict=True))
 
     pairs = []
-    for run in shard.runs:
-        if run.of.factor is Factor.A:
-            for (a, grad_a), (b, grad_b) in zip(parts(run), parts(whole[f"{run.of.layer}.b"]), strict=True):
+    for segment in shard.segments:
+        if segment.of.factor is Factor.A:
+            for (a, grad_a), (b, grad_b) in zip(parts(segment), parts(whole[f"{segment.of.layer}.b"]), strict=True):
                 lora_a, lora_b = nn.Parameter(a.T.contiguous()), nn.Parameter(b.clone())
                 lora_a.grad, lora_b.grad = grad_a.T.contiguous(), grad_b.clone()
                 pairs.append((lora_a, lora_b))
@@ -99,9 +99,9 @@ def compare(num_layers: int, num_experts: int, size: int, rank: int, rounds: int
     start = gradient.clone()
     times: dict[str, list[float]] = {name: [] for name in work}
     for one_round in range(rounds + 2):
-        for name, run in work.items():
+        for name, segment in work.items():
             gradient.copy_(start)  # preconditioning again and again would overflow
-            taken = seconds(run)
+            taken = seconds(segment)
             if one_round >= 2:
                 times[name].append(taken)
 

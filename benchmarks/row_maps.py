@@ -31,7 +31,7 @@ from dsmoelora.optim import trainables
 from dsmoelora.optim.preconditioner import Preconditioner
 from dsmoelora.optim.rows import ShardGroup, Trainable
 from dsmoelora.parallel import comm, zero
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.parallel.shards import shard_groups
 
 EXPERTS = ((20, 4), (5, 12))  # E, R
@@ -63,12 +63,12 @@ class StandIn:
     def _group_of(self, rank: int, exchange: Callable[[Any], list[Any]]) -> ShardGroup:
         parameters = [self._parameter(of, rank) for of in self.found]
         engine: Any = SimpleNamespace(optimizer=self._optimizer(parameters), zero_optimization=lambda: True)
-        layout = ExpertLayout(self.found[0].shape[0], 1, self.world_size, rank)
+        placement = ExpertPlacement(self.found[0].shape[0], 1, self.world_size, rank)
         with (
             mock.patch.object(zero.dist, "get_world_size", lambda group=None: self.world_size),
             mock.patch.object(comm, "all_gather_objects", exchange),
         ):
-            (group,) = shard_groups(engine, zip(self.found, parameters, strict=True), layout)
+            (group,) = shard_groups(engine, zip(self.found, parameters, strict=True), placement)
         return group
 
     def answers(self) -> list[str]:

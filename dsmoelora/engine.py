@@ -125,7 +125,7 @@ class Engine:
         model.register_forward_pre_hook(lambda *_: self.stop.poll())
         self.step = self.skipped_steps = 0
         self.awaits_start = recipe.adapter.init == "gradient"
-        self.layout = zero.make_layout(recipe)
+        self.placement = zero.make_placement(recipe)
         keeps_logits = can_keep_logits(model)
         self._adapt(resumes)
         dropout = recipe.adapter.lora_dropout
@@ -134,7 +134,7 @@ class Engine:
         self._initialise(deepspeed_config)
         self._calls = ModelCalls(self._deepspeed, self._context, recipe.run.seed, keeps_logits, chunked_loss)
         self.watch = AdapterWatch(self.optimizer)
-        self._noise = FlatNoise(model, recipe, self.layout)
+        self._noise = FlatNoise(model, recipe, self.placement)
         self._routing = self._context.log = RoutingLog(model, recipe.losses, self.device)
         comm.set_timeout(recipe.train.hang_timeout_s)  # of the groups that DeepSpeed has made
 
@@ -142,12 +142,12 @@ class Engine:
         """Put experts on the layers that the recipe chooses, before DeepSpeed knows of the model."""
         recipe, model, exchange, group = self.recipe, self.model, None, None
         self.base_fingerprint = base_fingerprint(model)
-        if self.layout.ep_size > 1:
-            exchange = TokenExchange(self.layout, recipe.parallel.exchange, recipe.adapter.num_used)
+        if self.placement.ep_size > 1:
+            exchange = TokenExchange(self.placement, recipe.parallel.exchange, recipe.adapter.num_used)
             group = PartitionedExperts(exchange, recipe.losses.contrastive_tokens)
             model.register_forward_pre_hook(exchange.announce_call, with_kwargs=True)
         comm.together(lambda: open_folders(recipe.adapter.experts_from))  # one node may not see them
-        held = self.layout.local_experts
+        held = self.placement.local_experts
         self.adapted_layers = inject(model, recipe.adapter, held, exchange, lambda _: None, zero.gathered)
         if recipe.adapter.experts_from and not resumes:
             # each rank reads the experts that it holds
@@ -171,17 +171,17 @@ class Engine:
         self.optimizer = ShardOptimizer(found, self.recipe.optim, self._frozen_grams())
         self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps)
         config = merge_config(self.recipe, deepspeed_config, comm.world_size())
-        if self.layout.ep_size == 1:  # experts of an expert-parallel group are no one's to keep whole
+        if self.placement.ep_size == 1:  # experts of an expert-parallel group are no one's to keep whole
             adapters = [parameter for _, parameter in (*found, *self._frozen)]
             known = set(map(id, adapters))
             base = [zero.full_numel(one) for one in self.model.parameters() if id(one) not in known]
             keep_whole_what_fits(config, [parameter.numel() for parameter in adapters], base)
-        zero.place_experts([*found, *self._frozen], self.layout)
+        zero.place_experts([*found, *self._frozen], self.placement)
         zero.gather_joined_factors(self.model)
         self._deepspeed, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
         )
-        self.optimizer.bind(shard_groups(self._deepspeed, found, self.layout))
+        self.optimizer.bind(shard_groups(self._deepspeed, found, self.placement))
         if self._start is not None:
             self._start.bind(self.optimizer.shards)
 
@@ -316,7 +316,7 @@ class Engine:
 
     def expert_cosines(self) -> ExpertCosines:
         """How alike the experts' updates are, the same on all ranks; see `parallel.factors`."""
-        return expert_cosines(self.model, self.layout)
+        return expert_cosines(self.model, self.placement)
 
     def evaluate(self, micro_batches: list[MicroBatch], routed: bool = True) -> float:
         """Mean negative log likelihood per supervised token, in nats, over all ranks' micro-batches.
@@ -426,7 +426,7 @@ class Engine:
             CheckpointError: a tensor is empty or not finite; on all ranks, and nothing is written
         """
         self._heartbeat.enter(Phase.SAVE, self.step)
-        tensors = tensors_on_rank_0(self.model, self.layout)
+        tensors = tensors_on_rank_0(self.model, self.placement)
         start = None if self._start is None else self._start.on_rank_0()
         taken = None
         if self._packed_starts is not None:
@@ -450,6 +450,6 @@ class Engine:
         for k, shard in enumerate(self.optimizer.shards):
             start = {} if self._start is None else {"start": self._start.flat[k]}
             value = {"value": shard.tensor.detach().view(-1)}
-            states.append(ShardState(shard.runs, value | self.optimizer.state[shard.tensor] | start))
-        frozen = held_pieces(self._frozen, self.layout)
-        return states + [ShardState(runs, {"value": piece}) for runs, piece in frozen]
+            states.append(ShardState(shard.segments, value | self.optimizer.state[shard.tensor] | start))
+        frozen = held_pieces(self._frozen, self.placement)
+        return states + [ShardState(segments, {"value": piece}) for segments, piece in frozen]

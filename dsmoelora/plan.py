@@ -80,13 +80,13 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
         UserError: something cannot work
     """
     # imports deepspeed, which takes a second: not before cheaper errors were found
-    from dsmoelora.parallel.layout import check_layout
+    from dsmoelora.parallel.placement import check_placement
     from dsmoelora.parallel.zero_config import merge_config
     from dsmoelora.planner import device_of_run
 
     plan = Plan()
     _check_batches(plan, recipe, world_size)
-    check_layout(recipe, world_size)
+    check_placement(recipe, world_size)
     check_run_folder(recipe, resume)
     _check_access(plan, recipe.run.folder)
     _check_trackers(recipe.train.report_to)

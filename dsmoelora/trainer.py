@@ -84,7 +84,7 @@ class Trainer:
         self._stream = train_data if isinstance(train_data, StreamedSets) else None
         self._packing = packing
         self._stream_state: dict[str, Any] | None = None
-        self._eval_batches = [] if eval_data is None else eval_micro_batches(eval_data, **self._layout())
+        self._eval_batches = [] if eval_data is None else eval_micro_batches(eval_data, **self._dealing())
         self._memory = PeakMemory()
         self._saved_in: Path | None = None
         self._skipped_in_a_row = 0
@@ -151,8 +151,8 @@ class Trainer:
             batches = next(self._streamed_steps(data, num_rows))
             comm.together(lambda: data.load_state(state))
         else:
-            layout, seed = self._layout(), recipe.run.seed
-            batches = first_micro_batches(data, num_rows=num_rows, seed=seed, packing=self._packing, **layout)
+            dealing, seed = self._dealing(), recipe.run.seed
+            batches = first_micro_batches(data, num_rows=num_rows, seed=seed, packing=self._packing, **dealing)
         report = self._engine.draw_start(batches)
         if comm.rank() == 0:
             text = "adapter.init gradient: %d directions of experts are those of the gradient of %d rows, %d are drawn"
@@ -160,12 +160,12 @@ class Trainer:
 
     def _streamed_steps(self, stream: StreamedSets, batch_size: int) -> Iterator[list[MicroBatch]]:
         peers = Peers(comm.rank(), comm.world_size(), comm.together, comm.all_reduce_sum, comm.gather_objects)
-        layout = self._layout()
-        sizes = {"batch_size": batch_size, "micro_batch_size": layout["micro_batch_size"]}
-        return stream.steps(**sizes, peers=peers, pad_token_id=layout["pad_token_id"])
+        dealing = self._dealing()
+        sizes = {"batch_size": batch_size, "micro_batch_size": dealing["micro_batch_size"]}
+        return stream.steps(**sizes, peers=peers, pad_token_id=dealing["pad_token_id"])
 
     def _steps(self) -> Iterator[list[MicroBatch]]:
-        recipe, layout = self._engine.recipe, self._layout()
+        recipe, dealing = self._engine.recipe, self._dealing()
         if isinstance(self.train_data, StreamedSets):
             return self._streamed_steps(self.train_data, recipe.train.batch_size)
         return train_steps(
@@ -174,7 +174,7 @@ class Trainer:
             batch_size=recipe.train.batch_size,
             start_step=self.run.step,
             packing=self._packing,
-            **layout,
+            **dealing,
         )
 
     def _step(self, steps: Iterator[list[MicroBatch]]) -> None:
@@ -333,7 +333,7 @@ class Trainer:
         held_out = None if eval_data is None else eval_data.fingerprint
         return identity_of(engine.recipe, engine.base_fingerprint, self.train_data.fingerprint, held_out)
 
-    def _layout(self) -> dict[str, int]:
+    def _dealing(self) -> dict[str, int]:
         """How batches are dealt out to ranks."""
         pad_token_id = self._engine.tokenizer.pad_token_id
         assert isinstance(pad_token_id, int), "load_tokenizer sets a pad token"

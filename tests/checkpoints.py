@@ -18,7 +18,7 @@ from dsmoelora.checkpoint.training_state import (
     newest_whole_checkpoint,
     save_checkpoint,
 )
-from tests.shardings import Numbers, Runs, blank_shards, per_parameter, random_numbers, shards_of, some_parameters
+from tests.shardings import Numbers, Segments, blank_shards, per_parameter, random_numbers, shards_of, some_parameters
 from tests.threaded_ranks import ThreadedComm
 
 ADAM = ["value", "exp_avg", "exp_avg_sq"]
@@ -34,15 +34,17 @@ def on_ranks(world_size: int, fn: Callable[[int], Any]) -> list[Any]:
         return comm.run(fn)
 
 
-def save(root: Path, step: int, layout: list[Runs], numbers: Numbers, keep: int = 2, state: Any = None) -> list[Any]:
+def save(
+    root: Path, step: int, layout: list[Segments], numbers: Numbers, keep: int = 2, state: Any = None
+) -> list[Any]:
     """Save on as many ranks as the layout has; the padding is not a number, and nobody minds."""
-    shards = [shards_of(runs, numbers, padding=math.nan) for runs in layout]
+    shards = [shards_of(segments, numbers, padding=math.nan) for segments in layout]
     return on_ranks(len(layout), lambda rank: save_checkpoint(root, step, shards[rank], state or {}, keep))
 
 
-def load(folder: Path, layout: list[Runs], names: list[str]) -> tuple[list[Any], list[list[ShardState]]]:
+def load(folder: Path, layout: list[Segments], names: list[str]) -> tuple[list[Any], list[list[ShardState]]]:
     """Load on as many ranks as the layout has: outcomes and shards by rank."""
-    shards = [blank_shards(runs, names, FILLING) for runs in layout]
+    shards = [blank_shards(segments, names, FILLING) for segments in layout]
     return on_ranks(len(layout), lambda rank: load_checkpoint(folder, shards[rank])), shards
 
 
@@ -61,10 +63,10 @@ def saved_run(root: Path, steps: tuple[int, ...] = (50, 100)) -> dict[int, Numbe
     return numbers
 
 
-def assert_equal_to_the_bit(shards: list[list[ShardState]], layout: list[Runs], numbers: Numbers) -> None:
-    """Runs hold the numbers, everything else holds what it held before the load."""
-    for loaded, runs in zip(shards, layout, strict=True):
-        for shard, expected in zip(loaded, shards_of(runs, numbers, padding=FILLING), strict=True):
+def assert_equal_to_the_bit(shards: list[list[ShardState]], layout: list[Segments], numbers: Numbers) -> None:
+    """Segments hold the numbers, everything else holds what it held before the load."""
+    for loaded, segments in zip(shards, layout, strict=True):
+        for shard, expected in zip(loaded, shards_of(segments, numbers, padding=FILLING), strict=True):
             for name, tensor in shard.tensors.items():
                 assert torch.equal(tensor.view(torch.int32), expected.tensors[name].view(torch.int32))
 

@@ -153,7 +153,7 @@ def numbers_of(engine: Any) -> dict[str, Pieces]:
     for shard in engine.optimizer.shards:
         flats = {"value": shard.tensor.detach().view(-1), **engine.optimizer.state[shard.tensor]}
         for kind, flat in flats.items():
-            for run in shard.runs:
+            for run in shard.segments:
                 pieces = found.setdefault(kind, {}).setdefault(run.of.name, [])
                 pieces.append((run.start, run.stop, flat[run.span].to("cpu", copy=True)))
     return found

@@ -1,6 +1,6 @@
-"""Ways to spread the same parameters over ranks, for tests of what must not depend on the layout.
+"""Ways to spread the same parameters over ranks, for tests of what must not depend on the placement.
 
-`Runs` of a rank are lists of runs, one list a shard; `shards_of` gives them numbers out of the whole tensors.
+`Segments` of a rank are lists of segments, one list a shard; `shards_of` gives them numbers out of the whole tensors.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 
 from dsmoelora.adapters import Factor
 from dsmoelora.checkpoint.training_state import ShardState
-from dsmoelora.optim.rows import Run, Trainable
+from dsmoelora.optim.rows import Segment, Trainable
 
-Runs = list[list[Run]]
+Segments = list[list[Segment]]
 Numbers = dict[str, dict[str, torch.Tensor]]  # tensor name -> parameter name -> the whole tensor, flattened
 
 
@@ -40,7 +40,7 @@ def random_numbers(parameters: list[Trainable], names: list[str], seed: int) -> 
     }
 
 
-def per_parameter(parameters: list[Trainable], world_size: int) -> list[Runs]:
+def per_parameter(parameters: list[Trainable], world_size: int) -> list[Segments]:
     """ZeRO-3: every parameter padded and cut into equal pieces; the pieces of a rank in one shard."""
     return [
         [_pieces_of(rank, world_size, [(each, 0, math.prod(each.shape)) for each in parameters])]
@@ -48,7 +48,7 @@ def per_parameter(parameters: list[Trainable], world_size: int) -> list[Runs]:
     ]
 
 
-def over_experts(parameters: list[Trainable], world_size: int, ep_size: int) -> list[Runs]:
+def over_experts(parameters: list[Trainable], world_size: int, ep_size: int) -> list[Segments]:
     """Experts over ranks `ep_size` at a time, each expert's replicas cut as in ZeRO-3; routers cut over all ranks."""
     ranks = []
     for rank in range(world_size):
@@ -63,31 +63,31 @@ def over_experts(parameters: list[Trainable], world_size: int, ep_size: int) -> 
     return ranks
 
 
-def one_buffer(parameters: list[Trainable], world_size: int) -> list[Runs]:
+def one_buffer(parameters: list[Trainable], world_size: int) -> list[Segments]:
     """ZeRO-1 and 2: all parameters behind one another, cut into equal pieces; the last ranks may hold padding alone."""
     total = sum(math.prod(each.shape) for each in parameters)
     size = math.ceil(total / world_size / 4) * 4
-    ranks: list[Runs] = []
+    ranks: list[Segments] = []
     for rank in range(world_size):
-        begin, end, position, runs = rank * size, (rank + 1) * size, 0, []
+        begin, end, position, segments = rank * size, (rank + 1) * size, 0, []
         for each in parameters:
             numel = math.prod(each.shape)
             start, stop = max(begin - position, 0), min(end - position, numel)
             if start < stop:
-                runs.append(Run(each, start, stop, position + start - begin))
+                segments.append(Segment(each, start, stop, position + start - begin))
             position += numel
-        ranks.append([runs])
+        ranks.append([segments])
     return ranks
 
 
-def replicated(parameters: list[Trainable], world_size: int) -> list[Runs]:
+def replicated(parameters: list[Trainable], world_size: int) -> list[Segments]:
     """No ZeRO: every rank holds every parameter, each in a shard of its own."""
-    return [[[Run(each, 0, math.prod(each.shape), 0)] for each in parameters] for _ in range(world_size)]
+    return [[[Segment(each, 0, math.prod(each.shape), 0)] for each in parameters] for _ in range(world_size)]
 
 
-def scattered(parameters: list[Trainable], world_size: int, rng: random.Random) -> list[Runs]:
-    """Anything goes: random cuts on random ranks, replicas, holes in the shards, ranks without runs."""
-    ranks: list[Runs] = [[[], []] for _ in range(world_size)]
+def scattered(parameters: list[Trainable], world_size: int, rng: random.Random) -> list[Segments]:
+    """Anything goes: random cuts on random ranks, replicas, holes in the shards, ranks without segments."""
+    ranks: list[Segments] = [[[], []] for _ in range(world_size)]
     ends = [[0, 0] for _ in range(world_size)]
     for each in parameters:
         numel = math.prod(each.shape)
@@ -99,13 +99,13 @@ def scattered(parameters: list[Trainable], world_size: int, rng: random.Random) 
         for start, stop in pieces:
             rank, shard = rng.randrange(world_size), rng.randrange(2)
             offset = ends[rank][shard] + rng.choice([0, 0, 3])
-            ranks[rank][shard].append(Run(each, start, stop, offset))
+            ranks[rank][shard].append(Segment(each, start, stop, offset))
             ends[rank][shard] = offset + stop - start
     return ranks
 
 
-def any_layout(parameters: list[Trainable], world_size: int, rng: random.Random) -> list[Runs]:
-    """One of the layouts above."""
+def any_layout(parameters: list[Trainable], world_size: int, rng: random.Random) -> list[Segments]:
+    """One of the placements above."""
     num_experts = parameters[0].shape[0]
     ep_sizes = [n for n in range(2, world_size + 1) if world_size % n == 0 and num_experts % n == 0]
     kind = rng.choice(["per_parameter", "one_buffer", "replicated", "scattered", *["over_experts"] * bool(ep_sizes)])
@@ -118,34 +118,34 @@ def any_layout(parameters: list[Trainable], world_size: int, rng: random.Random)
     )
 
 
-def shards_of(runs: Runs, numbers: Numbers, padding: float) -> list[ShardState]:
-    """The shards of a rank with the numbers of its runs, and `padding` everywhere else."""
+def shards_of(segments: Segments, numbers: Numbers, padding: float) -> list[ShardState]:
+    """The shards of a rank with the numbers of its segments, and `padding` everywhere else."""
     shards = []
-    for each in runs:
-        size = max((run.span.stop for run in each), default=0) + 3
+    for each in segments:
+        size = max((segment.span.stop for segment in each), default=0) + 3
         tensors = {name: torch.full((size,), padding) for name in numbers}
         for name, tensor in tensors.items():
-            for run in each:
-                tensor[run.span] = numbers[name][run.of.name][run.start : run.stop]
+            for segment in each:
+                tensor[segment.span] = numbers[name][segment.of.name][segment.start : segment.stop]
         shards.append(ShardState(each, tensors))
     return shards
 
 
-def blank_shards(runs: Runs, names: list[str], filling: float) -> list[ShardState]:
+def blank_shards(segments: Segments, names: list[str], filling: float) -> list[ShardState]:
     """The shards of a rank before a load, filled with one number."""
     shards = []
-    for each in runs:
-        size = max((run.span.stop for run in each), default=0) + 3
+    for each in segments:
+        size = max((segment.span.stop for segment in each), default=0) + 3
         shards.append(ShardState(each, {name: torch.full((size,), filling) for name in names}))
     return shards
 
 
-def _pieces_of(rank: int, world_size: int, ranges: list[tuple[Trainable, int, int]]) -> list[Run]:
-    runs, offset = [], 0
+def _pieces_of(rank: int, world_size: int, ranges: list[tuple[Trainable, int, int]]) -> list[Segment]:
+    segments, offset = [], 0
     for each, begin, end in ranges:
         size = math.ceil((end - begin) / world_size)
         start, stop = min(begin + rank * size, end), min(begin + (rank + 1) * size, end)
         if start < stop:
-            runs.append(Run(each, start, stop, offset))
+            segments.append(Segment(each, start, stop, offset))
         offset += size  # with the padding of the last pieces
-    return runs
+    return segments

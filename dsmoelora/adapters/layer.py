@@ -13,8 +13,8 @@ from dsmoelora.adapters.experts.bank import ExpertBank
 from dsmoelora.adapters.keyed.draws import keyed_dropout
 from dsmoelora.adapters.precision import compute_dtype, of_base, without_autocast
 from dsmoelora.adapters.routers import RouterPlace, build_router
+from dsmoelora.adapters.routers.base import TokenRouter
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
-from dsmoelora.adapters.routers.parts import TokenRouter
 from dsmoelora.adapters.shared_input import Once, SharedInput, Siblings
 from dsmoelora.adapters.targets.linear import Linear, features
 from dsmoelora.config import AdapterConfig

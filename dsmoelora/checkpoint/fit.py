@@ -67,29 +67,34 @@ def check_numbers(shards: list[ShardState]) -> None:
     """Check the numbers of this rank before they are saved.
 
     Raises:
-        CheckpointError: a tensor is missing, too short or has a dtype of no use, or a number in a run is not finite
+        CheckpointError: a tensor is missing, too short or has a dtype of no use, or a number in a segment is not finite
     """
     check_lengths(shards)
     for shard in shards:
         for name, tensor in shard.flat.items():
             if _all_finite(tensor):  # one look at the whole tensor, padding and all, is the usual case
                 continue
-            for run in shard.runs:
-                if not _all_finite(tensor[run.span]):
+            for segment in shard.segments:
+                if not _all_finite(tensor[segment.span]):
                     raise CheckpointError(
-                        f"Not saved: `{name}` of parameter {run.of.name} holds values that are not finite "
-                        f"(elements {run.start} to {run.stop}). Go on from an older checkpoint with a lower optim.lr."
+                        f"Not saved: `{name}` of parameter {segment.of.name} holds values that are not finite "
+                        f"(elements {segment.start} to {segment.stop})."
+                        " Go on from an older checkpoint with a lower optim.lr."
                     )
 
 
 def check_lengths(shards: list[ShardState]) -> None:
-    """Check that the flat tensors of this rank reach as far as their runs.
+    """Check that the flat tensors of this rank reach as far as their segments.
 
     Raises:
         CheckpointError: a tensor is missing, empty, too short, not contiguous, or has a dtype that cannot be stored
     """
     for shard in shards:
-        last = max((run for run in shard.runs if run.stop > run.start), key=lambda run: run.span.stop, default=None)
+        last = max(
+            (segment for segment in shard.segments if segment.stop > segment.start),
+            key=lambda segment: segment.span.stop,
+            default=None,
+        )
         if last is not None and not shard.tensors:
             raise CheckpointError(f"Parameter {last.of.name} comes without tensors: there is nothing to save or load.")
         for name, tensor in shard.tensors.items():
@@ -170,11 +175,12 @@ def _dtypes_by_parameter(layouts: Iterable[ShardLayout]) -> dict[str, dict[str, 
     """The tensors kept for each parameter, which must be the same wherever a part of it lies."""
     found: dict[str, dict[str, str]] = {}
     for layout in layouts:
-        for run in layout.runs:
-            known = found.setdefault(run.of.name, layout.dtypes)
+        for segment in layout.segments:
+            known = found.setdefault(segment.of.name, layout.dtypes)
             if known != layout.dtypes:
                 raise CheckpointError(
-                    f"Parts of {run.of.name} have different tensors: {known} in one shard, {layout.dtypes} in another."
+                    f"Parts of {segment.of.name} have different tensors: {known} in one shard, "
+                    f"{layout.dtypes} in another."
                 )
     return found
 

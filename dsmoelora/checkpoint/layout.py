@@ -1,6 +1,6 @@
 """Who holds which elements: what the shards of ranks contain, without their numbers.
 
-Pure bookkeeping on runs (see `optim.rows`), used the same way for the ranks that save, for the files of a
+Pure bookkeeping on segments (see `optim.rows`), used the same way for the ranks that save, for the files of a
 checkpoint, and for the ranks that load.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from dsmoelora.adapters import Factor
 from dsmoelora.errors import CheckpointError
-from dsmoelora.optim.rows import Run, Trainable
+from dsmoelora.optim.rows import Segment, Trainable
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class ShardLayout:
     """What one shard holds.
 
     Args:
-        runs: its runs; offsets count from the start of its flat tensors
+        segments: its segments; offsets count from the start of its flat tensors
         dtypes: dtype of each of its flat tensors in safetensors' words, by the tensor's name (`value`, `exp_avg`)
     """
 
-    runs: list[Run]
+    segments: list[Segment]
     dtypes: dict[str, str]
 
 
@@ -49,17 +49,17 @@ class Ranges:
 
 
 def parameters_of(layouts: Iterable[ShardLayout]) -> dict[str, Trainable]:
-    """The parameters of all runs, by name, in the order of their first run.
+    """The parameters of all segments, by name, in the order of their first segment.
 
     Raises:
-        CheckpointError: two runs disagree about the shape or the role of a parameter, or one has no element
+        CheckpointError: two segments disagree about the shape or the role of a parameter, or one has no element
     """
     found: dict[str, Trainable] = {}
     for layout in layouts:
-        for run in layout.runs:
-            known = found.setdefault(run.of.name, run.of)
-            if known != run.of:
-                raise CheckpointError(f"Parameter {known.name} is described in two ways: {known} and {run.of}.")
+        for segment in layout.segments:
+            known = found.setdefault(segment.of.name, segment.of)
+            if known != segment.of:
+                raise CheckpointError(f"Parameter {known.name} is described in two ways: {known} and {segment.of}.")
             if 0 in known.shape:
                 raise CheckpointError(f"Parameter {known.name} is empty: its shape is {known.shape}.")
     return found
@@ -72,7 +72,7 @@ def without_duplicates(ranks: list[list[ShardLayout]]) -> list[list[ShardLayout]
         ranks: the shards of every rank, by rank
 
     Returns:
-        The same shards with what remains of their runs; offsets are still those in the given shards.
+        The same shards with what remains of their segments; offsets are still those in the given shards.
     """
     taken: dict[str, Ranges] = {}
     return [[_take(layout, taken) for layout in layouts] for layouts in ranks]
@@ -80,30 +80,30 @@ def without_duplicates(ranks: list[list[ShardLayout]]) -> list[list[ShardLayout]
 
 def _take(layout: ShardLayout, taken: dict[str, Ranges]) -> ShardLayout:
     kept = []
-    for run in layout.runs:
-        ranges = taken.setdefault(run.of.name, Ranges())
-        for start, stop in ranges.gaps(run.start, run.stop):
-            kept.append(Run(run.of, start, stop, run.offset + start - run.start))
-        ranges.add(run.start, run.stop)
+    for segment in layout.segments:
+        ranges = taken.setdefault(segment.of.name, Ranges())
+        for start, stop in ranges.gaps(segment.start, segment.stop):
+            kept.append(Segment(segment.of, start, stop, segment.offset + start - segment.start))
+        ranges.add(segment.start, segment.stop)
     return ShardLayout(kept, layout.dtypes)
 
 
 def packed(layout: ShardLayout) -> ShardLayout:
-    """The same runs behind one another from offset 0: how they lie in a file, without padding."""
-    runs, offset = [], 0
-    for run in layout.runs:
-        runs.append(replace(run, offset=offset))
-        offset += run.stop - run.start
-    return ShardLayout(runs, layout.dtypes)
+    """The same segments behind one another from offset 0: how they lie in a file, without padding."""
+    segments, offset = [], 0
+    for segment in layout.segments:
+        segments.append(replace(segment, offset=offset))
+        offset += segment.stop - segment.start
+    return ShardLayout(segments, layout.dtypes)
 
 
 def first_gap(layouts: Iterable[ShardLayout]) -> tuple[Trainable, int, int] | None:
-    """A parameter and a range of its elements that no run holds; None where every parameter is whole."""
+    """A parameter and a range of its elements that no segment holds; None where every parameter is whole."""
     layouts = list(layouts)
     held: dict[str, Ranges] = {}
     for layout in layouts:
-        for run in layout.runs:
-            held.setdefault(run.of.name, Ranges()).add(run.start, run.stop)
+        for segment in layout.segments:
+            held.setdefault(segment.of.name, Ranges()).add(segment.start, segment.stop)
     for name, parameter in parameters_of(layouts).items():
         gaps = held[name].gaps(0, math.prod(parameter.shape))
         if gaps:
@@ -112,7 +112,7 @@ def first_gap(layouts: Iterable[ShardLayout]) -> tuple[Trainable, int, int] | No
 
 
 def encode_parameters(parameters: dict[str, Trainable]) -> list[dict[str, Any]]:
-    """Parameters as JSON; runs refer to them by their place in this list."""
+    """Parameters as JSON; segments refer to them by their place in this list."""
     return [
         {"name": each.name, "layer": each.layer, "factor": each.factor.value, "shape": list(each.shape)}
         for each in parameters.values()
@@ -120,12 +120,14 @@ def encode_parameters(parameters: dict[str, Trainable]) -> list[dict[str, Any]]:
 
 
 def encode_layouts(layouts: list[ShardLayout], parameters: dict[str, Trainable]) -> list[dict[str, Any]]:
-    """Shards as JSON; a run is `[place of the parameter, start, stop, offset]`."""
+    """Shards as JSON; a segment is `[place of the parameter, start, stop, offset]`."""
     places = {name: place for place, name in enumerate(parameters)}
     return [
         {
             "tensors": layout.dtypes,
-            "runs": [[places[run.of.name], run.start, run.stop, run.offset] for run in layout.runs],
+            "segments": [
+                [places[segment.of.name], segment.start, segment.stop, segment.offset] for segment in layout.segments
+            ],
         }
         for layout in layouts
     ]
@@ -143,7 +145,7 @@ def decode_layouts(encoded: list[dict[str, Any]], parameters: list[Trainable]) -
     """The reverse of `encode_layouts`."""
     return [
         ShardLayout(
-            [Run(parameters[place], start, stop, offset) for place, start, stop, offset in each["runs"]],
+            [Segment(parameters[place], start, stop, offset) for place, start, stop, offset in each["segments"]],
             dict(each["tensors"]),
         )
         for each in encoded

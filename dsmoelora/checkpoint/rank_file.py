@@ -16,7 +16,7 @@ from dsmoelora.checkpoint.files import BlockChecksums, flush_to_disk
 from dsmoelora.checkpoint.index import Index
 from dsmoelora.checkpoint.layout import ShardLayout
 from dsmoelora.errors import CheckpointError
-from dsmoelora.optim.rows import Run
+from dsmoelora.optim.rows import Segment
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -36,12 +36,12 @@ class ShardState:
     """The training state of one shard.
 
     Args:
-        runs: what its numbers are; elements outside every run are padding, neither saved nor touched by a load
-        tensors: contiguous tensors by name (`value`, `exp_avg` ...), on any device; `runs` says what the numbers of
+        segments: what its numbers are; elements outside every segment are padding, neither saved nor touched by a load
+        tensors: contiguous tensors by name (`value`, `exp_avg` ...), on any device; `segments` says what the numbers of
             each are when it is flattened
     """
 
-    runs: list[Run]
+    segments: list[Segment]
     tensors: dict[str, torch.Tensor]
 
     @property
@@ -52,8 +52,8 @@ class ShardState:
     @property
     def layout(self) -> ShardLayout:
         """What the shard holds, without the numbers."""
-        runs = [run for run in self.runs if run.stop > run.start]
-        return ShardLayout(runs, {name: DTYPE_NAMES[tensor.dtype] for name, tensor in self.tensors.items()})
+        segments = [segment for segment in self.segments if segment.stop > segment.start]
+        return ShardLayout(segments, {name: DTYPE_NAMES[tensor.dtype] for name, tensor in self.tensors.items()})
 
 
 def rank_file_name(rank: int) -> str:
@@ -62,11 +62,11 @@ def rank_file_name(rank: int) -> str:
 
 
 def payload_bytes(layouts: list[ShardLayout]) -> int:
-    """Bytes of the numbers in the runs of these shards."""
+    """Bytes of the numbers in the segments of these shards."""
     return sum(
-        (run.stop - run.start) * _NUM_BYTES[dtype]
+        (segment.stop - segment.start) * _NUM_BYTES[dtype]
         for layout in layouts
-        for run in layout.runs
+        for segment in layout.segments
         for dtype in layout.dtypes.values()
     )
 
@@ -74,7 +74,7 @@ def payload_bytes(layouts: list[ShardLayout]) -> int:
 def write_rank_file(
     path: Path, shards: list[ShardState], kept: list[ShardLayout], on_progress: Callable[[], None] = lambda: None
 ) -> tuple[int, list[str]] | None:
-    """Write the `kept` runs of a rank's shards as one safetensors file, and wait until it lies on the disk.
+    """Write the `kept` segments of a rank's shards as one safetensors file, and wait until it lies on the disk.
 
     The bytes go from the tensors to the file and into the checksums in one pass, chunk by chunk: no second copy of
     the state in memory, and the checksum is of what was meant, not of what arrived (the library's `save_file` offers
@@ -83,7 +83,7 @@ def write_rank_file(
     Args:
         path: the file
         shards: what the rank holds
-        kept: for each shard the runs to write; in the file they lie as `layout.packed` says
+        kept: for each shard the segments to write; in the file they lie as `layout.packed` says
         on_progress: called after every chunk
 
     Returns:
@@ -103,7 +103,7 @@ def write_rank_file(
             num_bytes += len(data)
         for shard, layout in zip(shards, kept, strict=True):
             for tensor in shard.flat.values():
-                for chunk in _chunks(tensor, layout.runs):
+                for chunk in _chunks(tensor, layout.segments):
                     file.write(chunk)
                     checksums.update(chunk)
                     num_bytes += len(chunk)
@@ -113,7 +113,7 @@ def write_rank_file(
 
 
 def read_shards(folder: Path, index: Index, shards: list[ShardState]) -> None:
-    """Fill the runs of `shards` from a checkpoint, whatever layout wrote it; reads the overlapping elements only.
+    """Fill the segments of `shards` from a checkpoint, whatever layout wrote it; reads the overlapping elements only.
 
     The index must fit the shards (see `fit.check_fit`).
 
@@ -123,8 +123,8 @@ def read_shards(folder: Path, index: Index, shards: list[ShardState]) -> None:
     copies = defaultdict(list)
     sources = _sources_by_parameter(index)
     for shard in shards:
-        for run in shard.layout.runs:
-            for copy in _copies_for(run, shard, sources[run.of.name]):
+        for segment in shard.layout.segments:
+            for copy in _copies_for(segment, shard, sources[segment.of.name]):
                 copies[copy.file].append(copy)
     for name, wanted in copies.items():
         try:
@@ -139,11 +139,11 @@ def read_shards(folder: Path, index: Index, shards: list[ShardState]) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a file holds a run."""
+    """Where a file holds a segment."""
 
     file: str
     shard: int
-    run: Run
+    segment: Segment
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _header(layouts: list[ShardLayout]) -> bytes:
     entries: dict[str, object] = {}
     position = 0
     for k, layout in enumerate(layouts):
-        num_elements = sum(run.stop - run.start for run in layout.runs)
+        num_elements = sum(segment.stop - segment.start for segment in layout.segments)
         for name, dtype in layout.dtypes.items():
             stop = position + num_elements * _NUM_BYTES[dtype]
             entries[f"shard{k}.{name}"] = {"dtype": dtype, "shape": [num_elements], "data_offsets": [position, stop]}
@@ -171,36 +171,40 @@ def _header(layouts: list[ShardLayout]) -> bytes:
     return header + b" " * (-len(header) % 8)  # the format wants the tensors to begin at a multiple of 8
 
 
-def _chunks(tensor: torch.Tensor, runs: list[Run]) -> Iterator[memoryview]:
-    """The bytes of the runs of a flat tensor, in order."""
-    for run in runs:
-        for start in range(run.span.start, run.span.stop, _CHUNK_ELEMENTS):
-            chunk = tensor[start : min(start + _CHUNK_ELEMENTS, run.span.stop)].cpu().contiguous()
+def _chunks(tensor: torch.Tensor, segments: list[Segment]) -> Iterator[memoryview]:
+    """The bytes of the segments of a flat tensor, in order."""
+    for segment in segments:
+        for start in range(segment.span.start, segment.span.stop, _CHUNK_ELEMENTS):
+            chunk = tensor[start : min(start + _CHUNK_ELEMENTS, segment.span.stop)].cpu().contiguous()
             yield chunk.view(torch.uint8).numpy().data
 
 
 def _sources_by_parameter(index: Index) -> dict[str, list[_Source]]:
-    """Where each parameter's runs lie, in the order of their elements."""
+    """Where each parameter's segments lie, in the order of their elements."""
     sources = defaultdict(list)
     for file in index.files:
         for k, layout in enumerate(file.shards):
-            for run in layout.runs:
-                sources[run.of.name].append(_Source(file.name, k, run))
+            for segment in layout.segments:
+                sources[segment.of.name].append(_Source(file.name, k, segment))
     for found in sources.values():
-        found.sort(key=lambda source: source.run.start)
+        found.sort(key=lambda source: source.segment.start)
     return sources
 
 
-def _copies_for(run: Run, target: ShardState, sources: list[_Source]) -> Iterator[_Copy]:
-    """The copies that fill `run`; the sources are in order and overlap nowhere."""
-    position = run.start
-    place = bisect_right(sources, position, key=lambda source: source.run.start) - 1
-    while position < run.stop:
+def _copies_for(segment: Segment, target: ShardState, sources: list[_Source]) -> Iterator[_Copy]:
+    """The copies that fill `segment`; the sources are in order and overlap nowhere."""
+    position = segment.start
+    place = bisect_right(sources, position, key=lambda source: source.segment.start) - 1
+    while position < segment.stop:
         source = sources[place]
-        assert source.run.start <= position < source.run.stop, f"nothing holds {run.of.name} from {position} on"
-        stop = min(run.stop, source.run.stop)
-        start = source.run.offset + position - source.run.start
-        yield _Copy(source.file, source.shard, start, stop - position, target, run.offset + position - run.start)
+        assert source.segment.start <= position < source.segment.stop, (
+            f"nothing holds {segment.of.name} from {position} on"
+        )
+        stop = min(segment.stop, source.segment.stop)
+        start = source.segment.offset + position - source.segment.start
+        yield _Copy(
+            source.file, source.shard, start, stop - position, target, segment.offset + position - segment.start
+        )
         position, place = stop, place + 1
 
 

@@ -12,7 +12,7 @@ from dsmoelora.data import rows
 from dsmoelora.data.choices import Choice
 from dsmoelora.data.columns import format_of
 from dsmoelora.data.keys import check_row_is_learned, check_row_is_text
-from dsmoelora.data.layouts import is_conversation, nested_cause, table_cause
+from dsmoelora.data.not_rows import is_conversation, nested_cause, table_cause
 from dsmoelora.data.problems import FormatProblem, RowProblem, kind
 from dsmoelora.data.readers import RowSource, open_source
 from dsmoelora.data.rows import Chat

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dsmoelora.data.layouts import is_conversation, nested_cause, table_cause
+from dsmoelora.data.not_rows import is_conversation, nested_cause, table_cause
 from dsmoelora.data.problems import RowProblem, undecodable
 from dsmoelora.errors import DataError, listing
 

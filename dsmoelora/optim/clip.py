@@ -24,7 +24,7 @@ class RouterClip:
         self._spans = [
             (shard.tensor, span)
             for shard in group.shards
-            for span in joined_spans(run for run in shard.runs if run.of.factor is Factor.ROUTER)
+            for span in joined_spans(segment for segment in shard.segments if segment.of.factor is Factor.ROUTER)
         ]
 
     def _grads(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""One optimizer over shards: AdamW or SGD with a learning-rate multiplier per run of rows.
+"""One optimizer over shards: AdamW or SGD with a learning-rate multiplier per segment of rows.
 
 The same code runs on plain parameters and on ZeRO's flat partitions. ZeRO sees one param group, so that one call of
 `step()` has every gradient of a process group at hand; learning rates of `a`, `b` and routers are multipliers of
@@ -22,7 +22,7 @@ from dsmoelora.optim.clip import RouterClip
 from dsmoelora.optim.frozen import FrozenGrams, frozen_grams
 from dsmoelora.optim.packed import GroupStep, Part
 from dsmoelora.optim.preconditioner import Preconditioner, RouterReport, StepReport
-from dsmoelora.optim.rows import Run, Shard, ShardGroup, Trainable, frozen_tensors, joined_spans, trainables, whole
+from dsmoelora.optim.rows import Segment, Shard, ShardGroup, Trainable, frozen_tensors, joined_spans, trainables, whole
 
 _Alike = tuple[float, torch.device]  # numbers that one call updates: with one multiplier, on one device
 
@@ -96,7 +96,7 @@ class ShardOptimizer(torch.optim.Optimizer):
             if shard.tensor.dtype != torch.float32:
                 raise ValueError(f"master values are {shard.tensor.dtype}, but must be fp32: load the model in fp32")
             flat = shard.tensor.detach().view(-1)
-            for multiplier, spans in self._spans_by_multiplier(shard.runs).items():
+            for multiplier, spans in self._spans_by_multiplier(shard.segments).items():
                 alike = self._spans.setdefault((multiplier, flat.device), [])
                 alike += [(shard.tensor, span) for span in spans]
             self.state[shard.tensor] = {name: torch.zeros_like(flat) for name in self.state_names}
@@ -126,11 +126,11 @@ class ShardOptimizer(torch.optim.Optimizer):
         """Of the last step with a preconditioner, one for each process group."""
         return [one.report for one in self._reporters if one.report is not None]
 
-    def _spans_by_multiplier(self, runs: list[Run]) -> dict[float, list[slice]]:
+    def _spans_by_multiplier(self, segments: list[Segment]) -> dict[float, list[slice]]:
         """Where the numbers of each learning-rate multiplier lie; neighbours are joined, padding is left out."""
-        by_multiplier: dict[float, list[Run]] = {}
-        for run in runs:
-            by_multiplier.setdefault(lr_multiplier(self.config, run.of.factor), []).append(run)
+        by_multiplier: dict[float, list[Segment]] = {}
+        for segment in segments:
+            by_multiplier.setdefault(lr_multiplier(self.config, segment.of.factor), []).append(segment)
         return {multiplier: joined_spans(some) for multiplier, some in by_multiplier.items()}
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         for shard in self.shards:
             if shard.tensor.grad is not None:
                 value, grad = shard.tensor.detach().view(-1), shard.tensor.grad.view(-1)
-                for span in joined_spans(run for run in shard.runs if run.of.factor is Factor.A):
+                for span in joined_spans(segment for segment in shard.segments if segment.of.factor is Factor.A):
                     value[span] = grad[span]
 
     def state_dict(self) -> dict[str, Any]:

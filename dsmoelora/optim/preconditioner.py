@@ -18,7 +18,7 @@ from dsmoelora.optim.algebra import add_gram, rmul_
 from dsmoelora.optim.frozen import FrozenGrams
 from dsmoelora.optim.packed import PackedBuffer
 from dsmoelora.optim.riemannian import Mixers, RowFactors, row_factors
-from dsmoelora.optim.rows import JoinedShards, Run, ShardGroup, joined_spans
+from dsmoelora.optim.rows import JoinedShards, Segment, ShardGroup, joined_spans
 from dsmoelora.optim.tiles import tiles
 
 _PAIRED = (Factor.A, Factor.B, Factor.M)  # the others, routers and magnitudes, are left as they are
@@ -81,7 +81,7 @@ class Preconditioner:
         cut_slots = [self._slot(of.layer, of.factor, row // of.shape[1]) for of, row in group.cut_rows]
         self._cut_slots = torch.tensor(cut_slots, dtype=torch.int64, device=device)
         self._shards = JoinedShards(group.shards)
-        self._tiles = tiles(self._shards.runs, self._first_slot, device)
+        self._tiles = tiles(self._shards.segments, self._first_slot, device)
         self._find_places(group.cut_rows, device)
         square = (rank, rank)
         shapes: dict[str, tuple[int, ...]] = {"grams": (2 * self._num_pairs, *square)}
@@ -118,15 +118,15 @@ class Preconditioner:
         number = {(of.name, row): index for index, (of, row) in enumerate(cut_rows)}
         cut: list[tuple[int, int, int]] = []  # first number in the shard, in the buffer, how many
         mixers: list[tuple[int, int, int]] = []
-        runs = self._shards.runs
-        for run in runs:
-            if run.of.factor in (Factor.A, Factor.B):
-                cut += _cut_pieces(run, number)
-            elif run.of.factor is Factor.M:
-                first = self._first_slot[run.of.layer, Factor.A] * run.of.row_size**2
-                mixers.append((run.offset, first + run.start, run.stop - run.start))
+        segments = self._shards.segments
+        for segment in segments:
+            if segment.of.factor in (Factor.A, Factor.B):
+                cut += _cut_pieces(segment, number)
+            elif segment.of.factor is Factor.M:
+                first = self._first_slot[segment.of.layer, Factor.A] * segment.of.row_size**2
+                mixers.append((segment.offset, first + segment.start, segment.stop - segment.start))
         self._cut, self._mixers = _places(cut, device), _places(mixers, device)
-        self._others = joined_spans(run for run in runs if run.of.factor not in _PAIRED)
+        self._others = joined_spans(segment for segment in segments if segment.of.factor not in _PAIRED)
 
     def finish(self, buffer: PackedBuffer) -> None:
         """Precondition the gradients at hand with what all ranks packed."""
@@ -190,7 +190,7 @@ class RouterReport:
     """
 
     def __init__(self, group: ShardGroup) -> None:
-        self._spans = [(shard.tensor, span) for shard in group.shards for span in joined_spans(shard.runs)]
+        self._spans = [(shard.tensor, span) for shard in group.shards for span in joined_spans(shard.segments)]
         self._zero = group.shards[0].tensor.new_zeros(())
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.report: StepReport | None = None
@@ -224,15 +224,15 @@ def _pair_up(group: ShardGroup, frozen: FrozenGrams) -> tuple[dict[tuple[str, Fa
     return first_slot | {(layer, Factor.B): num_pairs + slot for (layer, _), slot in first_slot.items()}, num_pairs
 
 
-def _cut_pieces(run: Run, number: dict[tuple[str, int], int]) -> list[tuple[int, int, int]]:
-    """The pieces of cut rows in a run: first number in the shard, first in the buffer of cut rows, how many."""
-    size = run.of.row_size
+def _cut_pieces(segment: Segment, number: dict[tuple[str, int], int]) -> list[tuple[int, int, int]]:
+    """The pieces of cut rows in a segment: first number in the shard, first in the buffer of cut rows, how many."""
+    size = segment.of.row_size
     pieces = []
-    for row in sorted({run.start // size, (run.stop - 1) // size}):
-        if (run.of.name, row) in number:
-            start, stop = max(run.start, row * size), min(run.stop, (row + 1) * size)
-            in_buffer = number[run.of.name, row] * size + start - row * size
-            pieces.append((run.offset + start - run.start, in_buffer, stop - start))
+    for row in sorted({segment.start // size, (segment.stop - 1) // size}):
+        if (segment.of.name, row) in number:
+            start, stop = max(segment.start, row * size), min(segment.stop, (row + 1) * size)
+            in_buffer = number[segment.of.name, row] * size + start - row * size
+            pieces.append((segment.offset + start - segment.start, in_buffer, stop - start))
     return pieces
 
 

@@ -1,9 +1,9 @@
-"""Runs of rows: how a flat shard knows what its numbers are.
+"""Segments of rows: how a flat shard knows what its numbers are.
 
 Every trainable tensor has *expert first, rank last* ((E, D, R), (E, O, R), (E, R, R), router (E, D)), so any slice of
-the flattened tensor is a run of rows (the first and the last may be cut). A shard is a flat fp32 tensor that holds
-several such runs behind one another; a run is named by the parameter and by its element range **in the tensor of all
-experts**, whatever the world size or the placement. Optimizer, ZeRO and checkpoints speak in these terms alone.
+the flattened tensor is a segment of rows (the first and the last may be cut). A shard is a flat fp32 tensor that holds
+several such segments behind one another; a segment is named by the parameter and by its element range **in the tensor
+of all experts**, whatever the world size or the placement. Optimizer, ZeRO and checkpoints speak in these terms alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Trainable:
 
 
 @dataclass(frozen=True)
-class Run:
+class Segment:
     """Elements `[start, stop)` of the flattened tensor `of`, lying at `offset` in a flat shard."""
 
     of: Trainable
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def span(self) -> slice:
-        """Where the run lies in its shard."""
+        """Where the segment lies in its shard."""
         return slice(self.offset, self.offset + self.stop - self.start)
 
 
@@ -65,13 +65,13 @@ class Shard:
     Args:
         tensor: fp32 master values: a flat (N,) partition, or a whole parameter; whoever owns the gradient puts it
             into `tensor.grad` before a step
-        runs: in the order of their offsets in the flattened tensor; numbers outside every run are padding and mean
-            nothing
+        segments: in the order of their offsets in the flattened tensor; numbers outside every segment are padding
+            and mean nothing
         num_copies: ranks that hold these same numbers; 1 where they are partitioned
     """
 
     tensor: torch.Tensor
-    runs: list[Run]
+    segments: list[Segment]
     num_copies: int = 1
 
 
@@ -103,7 +103,7 @@ class JoinedShards:
         shards: of one group
 
     Attributes:
-        runs: of all, behind one another
+        segments: of all, behind one another
         num_copies: ranks that hold these same numbers
     """
 
@@ -111,10 +111,10 @@ class JoinedShards:
         (self.num_copies,) = {shard.num_copies for shard in shards}
         self._tensors = [shard.tensor for shard in shards]
         starts = accumulate((tensor.numel() for tensor in self._tensors), initial=0)
-        self.runs = [
-            replace(run, offset=start + run.offset)
+        self.segments = [
+            replace(segment, offset=start + segment.offset)
             for start, shard in zip(starts, shards, strict=False)
-            for run in shard.runs
+            for segment in shard.segments
         ]
 
     @property
@@ -145,20 +145,20 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     return flats[0] if len(flats) == 1 else torch.cat(flats)
 
 
-def joined_spans(runs: Iterable[Run]) -> list[slice]:
-    """Where runs lie in their shard, neighbours joined."""
+def joined_spans(segments: Iterable[Segment]) -> list[slice]:
+    """Where segments lie in their shard, neighbours joined."""
     spans: list[slice] = []
-    for run in runs:
-        if spans and spans[-1].stop == run.span.start:
-            spans[-1] = slice(spans[-1].start, run.span.stop)
+    for segment in segments:
+        if spans and spans[-1].stop == segment.span.start:
+            spans[-1] = slice(spans[-1].start, segment.span.stop)
         else:
-            spans.append(run.span)
+            spans.append(segment.span)
     return spans
 
 
-def rows_cut_by(runs: Iterable[Run]) -> list[tuple[str, int]]:
-    """Name and number of each row that begins or ends outside its run."""
-    ends = [(run.of, end) for run in runs for end in (run.start, run.stop)]
+def rows_cut_by(segments: Iterable[Segment]) -> list[tuple[str, int]]:
+    """Name and number of each row that begins or ends outside its segment."""
+    ends = [(segment.of, end) for segment in segments for end in (segment.start, segment.stop)]
     return sorted({(of.name, end // of.row_size) for of, end in ends if end % of.row_size})
 
 
@@ -189,4 +189,4 @@ def frozen_tensors(model: nn.Module) -> list[tuple[Trainable, nn.Parameter]]:
 
 def whole(trainable: Trainable, parameter: torch.Tensor, num_copies: int = 1) -> Shard:
     """The shard of a parameter that is not partitioned."""
-    return Shard(parameter, [Run(trainable, 0, math.prod(trainable.shape), 0)], num_copies)
+    return Shard(parameter, [Segment(trainable, 0, math.prod(trainable.shape), 0)], num_copies)

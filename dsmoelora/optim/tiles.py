@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsmoelora.adapters.experts.bank import Factor
-from dsmoelora.optim.rows import Run
+from dsmoelora.optim.rows import Segment
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of neighbouring experts in one run: what repeats from layer to layer."""
+    """Rows of neighbouring experts in one segment: what repeats from layer to layer."""
 
     factor: Factor
     first_expert: int
@@ -69,19 +69,19 @@ class _Piece:
     rank: int
 
 
-def tiles(runs: Iterable[Run], first_slot: dict[tuple[str, Factor], int], device: torch.device) -> list[Tile]:
+def tiles(segments: Iterable[Segment], first_slot: dict[tuple[str, Factor], int], device: torch.device) -> list[Tile]:
     """The tiles that cover every whole row of factors in a shard.
 
     Args:
-        runs: of one shard
+        segments: of one shard
         first_slot: number of the factor of expert 0, by layer and role
         device: of the tiles' index tensors
     """
     found: dict[_Piece, list[tuple[int, int]]] = {}
-    for run in runs:
-        if run.of.factor in (Factor.A, Factor.B):
-            for piece, offset in _pieces(run):
-                slot = first_slot[run.of.layer, run.of.factor] + piece.first_expert
+    for segment in segments:
+        if segment.of.factor in (Factor.A, Factor.B):
+            for piece, offset in _pieces(segment):
+                slot = first_slot[segment.of.layer, segment.of.factor] + piece.first_expert
                 found.setdefault(piece, []).append((offset, slot))
     return [
         _tile(piece, progression, device)
@@ -90,18 +90,18 @@ def tiles(runs: Iterable[Run], first_slot: dict[tuple[str, Factor], int], device
     ]
 
 
-def _pieces(run: Run) -> Iterator[tuple[_Piece, int]]:
-    """Head (the end of a cut expert), whole experts, and tail (the start of one) of a run, with their offsets."""
-    _, num_rows, rank = run.of.shape
-    first, last = -(-run.start // rank), run.stop // rank
+def _pieces(segment: Segment) -> Iterator[tuple[_Piece, int]]:
+    """Head (the end of a cut expert), whole experts, and tail (the start of one) of a segment, with their offsets."""
+    _, num_rows, rank = segment.of.shape
+    first, last = -(-segment.start // rank), segment.stop // rank
     while first < last:
         expert, row = divmod(first, num_rows)
         whole = (last - first) // num_rows if row == 0 else 0
         count = whole or 1
         rows = num_rows if whole else min(num_rows - row, last - first)
         yield (
-            _Piece(run.of.factor, expert, count, rows, row, rank),
-            run.offset + first * rank - run.start,
+            _Piece(segment.of.factor, expert, count, rows, row, rank),
+            segment.offset + first * rank - segment.start,
         )
         first += count * rows
 

@@ -14,8 +14,8 @@ from dsmoelora.adapters.four_bit import FrozenLinear4bit, packed_layers
 from dsmoelora.optim.rows import adapter_tensors
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.factors import of_all_experts
-from dsmoelora.parallel.layout import ExpertLayout
 from dsmoelora.parallel.pieces import numbers_at
+from dsmoelora.parallel.placement import ExpertPlacement
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -40,12 +40,12 @@ def _read_on_rank_0(packed: Mapping[str, FrozenLinear4bit]) -> dict[str, Tensor]
     return dict(zip(packed, comm.broadcast_tensor(torch.stack(known)), strict=True))
 
 
-def tensors_on_rank_0(model: nn.Module, layout: ExpertLayout) -> dict[str, Tensor]:
+def tensors_on_rank_0(model: nn.Module, placement: ExpertPlacement) -> dict[str, Tensor]:
     """The adapters, whole and on the CPU, on rank 0; on the others what routers keep alone (collective)."""
     tensors = {}
     for trainable, parameter in adapter_tensors(model):
         with zero.gathered([parameter]):
-            whole = of_all_experts(parameter.detach(), trainable.shape[0], layout)
+            whole = of_all_experts(parameter.detach(), trainable.shape[0], placement)
             if comm.rank() == 0:
                 tensors[trainable.name] = whole.to("cpu", copy=True)
     return tensors | {name: buffer.to("cpu", copy=True) for name, buffer in router_buffers(model).items()}

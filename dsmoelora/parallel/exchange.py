@@ -36,36 +36,38 @@ from torch import Tensor, nn
 
 from dsmoelora.adapters.context import LocalExperts
 from dsmoelora.adapters.shared_input import Once
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.parallel.routes import ChosenRoute, GatherRoute, TokenPool
 from dsmoelora.parallel.transfer import Transfer
 
 _NOT_SELECTED = -1.0  # gates are never negative, so one number says both whether and how much
 
 
-def gather_bytes(num_tokens: int, layout: ExpertLayout, d: int, o: int, itemsize: int, num_layers: int = 1) -> float:
+def gather_bytes(
+    num_tokens: int, placement: ExpertPlacement, d: int, o: int, itemsize: int, num_layers: int = 1
+) -> float:
     """Bytes of `gather` in a forward pass of `num_layers` layers with one input; see the formula above."""
-    per_token = d * itemsize + num_layers * (4 * layout.num_local_experts + o * itemsize)
-    return float(layout.ep_size * num_tokens * per_token)
+    per_token = d * itemsize + num_layers * (4 * placement.num_local_experts + o * itemsize)
+    return float(placement.ep_size * num_tokens * per_token)
 
 
 def all_to_all_bytes(
-    num_tokens: int, layout: ExpertLayout, d: int, o: int, itemsize: int, top_k: int, num_layers: int = 1
+    num_tokens: int, placement: ExpertPlacement, d: int, o: int, itemsize: int, top_k: int, num_layers: int = 1
 ) -> float:
     """Expected bytes of `all_to_all` likewise, for experts chosen at random."""
-    num_experts, num_local = layout.num_experts, layout.num_local_experts
+    num_experts, num_local = placement.num_experts, placement.num_local_experts
     q = 1 - comb(num_experts - num_local, top_k) / comb(num_experts, top_k)
     q_n = 1 - (1 - q) ** num_layers
     per_token = q_n * d * itemsize + num_layers * q * (4 * num_local + o * itemsize) + (num_layers - 1) * q * 4
-    counts = 4 * layout.ep_size * (2 * num_layers - 1)
-    return layout.ep_size * (num_tokens * per_token + counts)
+    counts = 4 * placement.ep_size * (2 * num_layers - 1)
+    return placement.ep_size * (num_tokens * per_token + counts)
 
 
 class TokenExchange:
     """The exchange of one model's adapted layers.
 
     Args:
-        layout: of ranks and experts
+        placement: of ranks and experts
         kind: which way
         top_k: experts of a token at most
 
@@ -74,8 +76,8 @@ class TokenExchange:
         num_rows: rows that they lie in, likewise
     """
 
-    def __init__(self, layout: ExpertLayout, kind: Literal["auto", "gather", "all_to_all"], top_k: int) -> None:
-        self.layout, self.kind, self.top_k = layout, kind, top_k
+    def __init__(self, placement: ExpertPlacement, kind: Literal["auto", "gather", "all_to_all"], top_k: int) -> None:
+        self.placement, self.kind, self.top_k = placement, kind, top_k
         self.num_tokens: list[int] = []
         self.num_rows: list[int] = []
 
@@ -85,8 +87,8 @@ class TokenExchange:
         The host waits for the answer, which decides the shapes of all that follows.
         """
         own = torch.tensor([num_tokens, num_rows], device=get_accelerator().current_device_name())
-        everyone = own.new_empty(2 * self.layout.ep_size)
-        dist.all_gather_into_tensor(everyone, own, group=self.layout.expert_group)
+        everyone = own.new_empty(2 * self.placement.ep_size)
+        dist.all_gather_into_tensor(everyone, own, group=self.placement.expert_group)
         self.num_tokens, self.num_rows = (list(one) for one in zip(*everyone.view(-1, 2).tolist(), strict=True))
 
     def announce_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,14 +103,14 @@ class TokenExchange:
         if self.kind != "auto":
             return self.kind
         # the same answer for any number of tokens, but for the few bytes of counts
-        sizes = (max(self.num_tokens), self.layout, in_features, out_features, itemsize)
+        sizes = (max(self.num_tokens), self.placement, in_features, out_features, itemsize)
         return "all_to_all" if all_to_all_bytes(*sizes, self.top_k) < gather_bytes(*sizes) else "gather"
 
     def depart(
         self, of_input: Once, of_decision: Once, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor, out_features: int
     ) -> Visit:
         """See `adapters.context.Exchange`."""
-        own = self.num_tokens[self.layout.ep_rank] if self.num_tokens else None
+        own = self.num_tokens[self.placement.ep_rank] if self.num_tokens else None
         assert x_TD.shape[0] == own, f"a layer has {x_TD.shape[0]} tokens, but {own} were announced"
         packed_TE = torch.where(selected_TE, gate_TE, _NOT_SELECTED)
         if self.kind_for(x_TD.shape[1], out_features, x_TD.element_size()) == "gather":
@@ -117,12 +119,12 @@ class TokenExchange:
 
     def of_all_experts(self, own_LX: Tensor) -> Tensor:
         """See `adapters.context.Exchange`."""
-        counts = [self.layout.num_local_experts] * self.layout.ep_size
-        route = GatherRoute(counts, self.layout.ep_rank, self.layout.expert_group)
+        counts = [self.placement.num_local_experts] * self.placement.ep_size
+        route = GatherRoute(counts, self.placement.ep_rank, self.placement.expert_group)
         return Transfer(own_LX, route.send, route.sum_back).result()
 
     def _gather(self, of_input: Once, of_decision: Once, x_TD: Tensor, packed_TE: Tensor) -> Visit:
-        route = GatherRoute(self.num_tokens, self.layout.ep_rank, self.layout.expert_group)
+        route = GatherRoute(self.num_tokens, self.placement.ep_rank, self.placement.expert_group)
         have_left = "tokens" in of_input
         tokens = of_input("tokens", lambda: Transfer(x_TD, route.send, route.sum_back))
 
@@ -136,7 +138,7 @@ class TokenExchange:
         self, of_input: Once, of_decision: Once, x_TD: Tensor, packed_TE: Tensor, selected_TE: Tensor
     ) -> Visit:
         have_left = "pool" in of_input
-        pool = of_input("pool", lambda: TokenPool(x_TD, self.layout))
+        pool = of_input("pool", lambda: TokenPool(x_TD, self.placement))
         route = of_decision("route", lambda: pool.route(self._by_rank(selected_TE).any(-1)))
         pool.bring(route)
 
@@ -148,7 +150,7 @@ class TokenExchange:
 
     def _by_rank(self, of_experts_TE: Tensor) -> Tensor:
         """(T, E) -> (T, P, L)."""
-        return of_experts_TE.unflatten(1, (self.layout.ep_size, -1))
+        return of_experts_TE.unflatten(1, (self.placement.ep_size, -1))
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class PartitionedExperts:
 
     def __init__(self, exchange: TokenExchange, tokens_per_row: int) -> None:
         self._exchange, self._tokens_per_row = exchange, tokens_per_row
-        self._layout = exchange.layout
+        self._placement = exchange.placement
 
     def to_experts(self, x_TD: Tensor) -> Tensor:
         """(P longest, D): the tokens of all ranks, as many places for each as the rank with most has."""
@@ -67,22 +67,22 @@ class PartitionedExperts:
         num_tokens = self._num_tokens()
         route = self._route(num_tokens)
         back_MLR = Transfer(features_MLR, route.swap, route.swap).result()
-        by_rank_PTLR = back_MLR.unflatten(0, (self._layout.ep_size, route.longest))
-        return by_rank_PTLR.transpose(0, 1).flatten(1, 2)[: num_tokens[self._layout.ep_rank]]
+        by_rank_PTLR = back_MLR.unflatten(0, (self._placement.ep_size, route.longest))
+        return by_rank_PTLR.transpose(0, 1).flatten(1, 2)[: num_tokens[self._placement.ep_rank]]
 
     def cross_grams(self, b_LOR: Tensor) -> Tensor:
         """(E, E, R, R) fp32."""
-        num_ranks, out_features = self._layout.ep_size, b_LOR.shape[1]
+        num_ranks, out_features = self._placement.ep_size, b_LOR.shape[1]
         share = -(-out_features // num_ranks)
         padded_OLR = torch.nn.functional.pad(b_LOR.transpose(0, 1), (0, 0, 0, 0, 0, num_ranks * share - out_features))
         route = self._route([share] * num_ranks)
         mine_OLR = Transfer(padded_OLR, route.swap, route.swap).result()
         mine_EOR = mine_OLR.unflatten(0, (num_ranks, share)).transpose(1, 2).flatten(0, 1)
-        total: Tensor = SumOverGroup.apply(cross_grams(mine_EOR), self._layout.expert_group)
+        total: Tensor = SumOverGroup.apply(cross_grams(mine_EOR), self._placement.expert_group)
         return total
 
     def _num_tokens(self) -> list[int]:
         return [self._tokens_per_row * rows for rows in self._exchange.num_rows]
 
     def _route(self, counts: list[int]) -> GatherRoute:
-        return GatherRoute(counts, self._layout.ep_rank, self._layout.expert_group)
+        return GatherRoute(counts, self._placement.ep_rank, self._placement.expert_group)

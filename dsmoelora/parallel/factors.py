@@ -8,21 +8,21 @@ from torch import Tensor, nn
 from dsmoelora.adapters.experts.similarity import ExpertCosines, cosine_matrix, largest_and_mean
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.parallel import comm, zero
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 
 
-def of_all_experts(own: Tensor, num_rows: int, layout: ExpertLayout) -> Tensor:
+def of_all_experts(own: Tensor, num_rows: int, placement: ExpertPlacement) -> Tensor:
     """The experts of all ranks, from a gathered parameter that may hold one rank's (collective).
 
     Args:
         own: (L, ...)
         num_rows: how many all ranks hold together
-        layout: of the experts
+        placement: of the experts
     """
-    return own if len(own) == num_rows else comm.all_gather_tensor(own, layout.expert_group)
+    return own if len(own) == num_rows else comm.all_gather_tensor(own, placement.expert_group)
 
 
-def expert_cosines(model: nn.Module, layout: ExpertLayout) -> ExpertCosines:
+def expert_cosines(model: nn.Module, placement: ExpertPlacement) -> ExpertCosines:
     """How alike the updates of the experts are, layer by layer; the same on all ranks (collective).
 
     Gathers the factors of one layer after another: E R (D + O) numbers each, what a forward pass gathers for it too.
@@ -35,7 +35,7 @@ def expert_cosines(model: nn.Module, layout: ExpertLayout) -> ExpertCosines:
             continue
         own = [factor for factor in (bank.a, bank.b, bank.m) if factor is not None]
         with zero.gathered(own), torch.no_grad():
-            factors = [of_all_experts(factor.detach(), num_experts, layout) for factor in own]
+            factors = [of_all_experts(factor.detach(), num_experts, placement) for factor in own]
             found[name] = largest_and_mean(cosine_matrix(*factors))
     if not found:
         return ExpertCosines([], [], [])

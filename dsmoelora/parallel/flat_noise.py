@@ -23,7 +23,7 @@ from dsmoelora.errors import bad_value
 from dsmoelora.optim.flat_noise import NoisyWeight, ramp
 from dsmoelora.parallel import comm, zero
 from dsmoelora.parallel.factors import of_all_experts
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 
 
 class FlatNoise:
@@ -35,14 +35,14 @@ class FlatNoise:
     Args:
         model: adapted
         recipe: of the run
-        layout: of the experts
+        placement: of the experts
 
     Raises:
         ConfigError: another module reads a weight that noise is meant for
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, layout: ExpertLayout) -> None:
-        self._recipe, self._layout = recipe, layout
+    def __init__(self, model: nn.Module, recipe: Recipe, placement: ExpertPlacement) -> None:
+        self._recipe, self._placement = recipe, placement
         self._layers = [layer for _, layer in adapted_layers(model)] if recipe.optim.flat_noise else []
         self._clean: list[Tensor] = []
         _check_own_weights(model, self._layers, recipe.optim.flat_noise)
@@ -104,7 +104,7 @@ class FlatNoise:
         own = [factor for factor in (bank.a, bank.b, bank.m) if factor is not None]
         num_experts = bank.shapes["a"][0]
         with zero.gathered([*own, *given]):
-            a_EDR, b_EOR, *m_ERR = (of_all_experts(one.detach(), num_experts, self._layout).float() for one in own)
+            a_EDR, b_EOR, *m_ERR = (of_all_experts(one.detach(), num_experts, self._placement).float() for one in own)
             gates_E = self._gates(num_experts, [one.detach() for one in given]).to(b_EOR)
         for mixer in m_ERR:
             b_EOR = b_EOR @ mixer.mT

@@ -20,7 +20,7 @@ from dsmoelora.adapters.starts.gradient import missing_below, start_of_a
 from dsmoelora.config import Recipe
 from dsmoelora.errors import HopelessError
 from dsmoelora.optim import ShardOptimizer
-from dsmoelora.optim.rows import Run, Shard, Trainable
+from dsmoelora.optim.rows import Segment, Shard, Trainable
 from dsmoelora.parallel import comm, zero
 
 # Numbers of an all-reduce, 256 MiB: three times all of a 7B model with 20 experts of rank 4 on q and v.
@@ -97,11 +97,11 @@ def _orthogonalise(optimizer: ShardOptimizer, recipe: Recipe) -> StartReport:
             start_EDR, drawn = start_of_a(found[name].view(of.shape), recipe.adapter, of.layer, limit)
             found[name] = start_EDR.view(-1)
             num_drawn += int(drawn)
-        for run, values in _held(optimizer.shards):
-            if run.of.name in found:
-                values.copy_(found[run.of.name][run.start : run.stop])
-    for run, values in _held(optimizer.shards):
-        if run.of.factor is Factor.B:
+        for segment, values in _held(optimizer.shards):
+            if segment.of.name in found:
+                values.copy_(found[segment.of.name][segment.start : segment.stop])
+    for segment, values in _held(optimizer.shards):
+        if segment.of.factor is Factor.B:
             values.zero_()
     return StartReport(sum(of.shape[0] * of.row_size for of in factors), num_drawn)
 
@@ -122,16 +122,16 @@ def _whole(wanted: dict[str, Trainable], shards: Sequence[Shard]) -> dict[str, t
     sizes = [math.prod(of.shape) for of in wanted.values()]
     flat = torch.zeros(sum(sizes), device=get_accelerator().current_device_name())
     found = dict(zip(wanted, flat.split(sizes), strict=True))
-    for run, values in _held(shards):
-        if run.of.name in found:
-            found[run.of.name][run.start : run.stop] = values
+    for segment, values in _held(shards):
+        if segment.of.name in found:
+            found[segment.of.name][segment.start : segment.stop] = values
     if all(shard.num_copies == 1 for shard in shards):
         comm.sum_over_ranks(flat)
     return found
 
 
-def _held(shards: Sequence[Shard]) -> Iterator[tuple[Run, torch.Tensor]]:
-    """Every run of rows that this rank holds, and its masters."""
+def _held(shards: Sequence[Shard]) -> Iterator[tuple[Segment, torch.Tensor]]:
+    """Every segment of rows that this rank holds, and its masters."""
     for shard in shards:
         flat = shard.tensor.detach().view(-1)
-        yield from ((run, flat[run.span]) for run in shard.runs)
+        yield from ((segment, flat[segment.span]) for segment in shard.segments)

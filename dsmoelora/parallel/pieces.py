@@ -9,25 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.optim.rows import Run, Trainable
+from dsmoelora.optim.rows import Segment, Trainable
 from dsmoelora.parallel import comm, zero
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 
 
 def held_pieces(
-    found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
-) -> list[tuple[list[Run], Tensor]]:
+    found: Iterable[tuple[Trainable, nn.Parameter]], placement: ExpertPlacement
+) -> list[tuple[list[Segment], Tensor]]:
     """What this rank holds of tensors that nobody trains: the memory itself, and what its numbers are.
 
     Where they are written to, `zero.push_master_weights` lets whole copies follow.
     """
     pieces = []
     for trainable, parameter in found:
-        first = layout.experts_of(trainable).start * math.prod(trainable.shape[1:])
+        first = placement.experts_of(trainable).start * math.prod(trainable.shape[1:])
         piece, start = zero.held_piece(parameter)
         stop = min(start + piece.numel(), zero.full_numel(parameter))
-        runs = [Run(trainable, first + start, first + stop, 0)] if start < stop else []
-        pieces.append((runs, piece))
+        segments = [Segment(trainable, first + start, first + stop, 0)] if start < stop else []
+        pieces.append((segments, piece))
     return pieces
 
 

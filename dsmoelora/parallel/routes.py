@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.parallel.transfer import Pending, Then, Transfer, start_all_gather, start_all_to_all, unchanged
 
 
@@ -109,20 +109,22 @@ def rows_on_host(counts_SKP: Tensor) -> list[list[list[int]]]:
     return counts
 
 
-def chosen_routes(wanted: list[Tensor], layout: ExpertLayout) -> list[ChosenRoute]:
+def chosen_routes(wanted: list[Tensor], placement: ExpertPlacement) -> list[ChosenRoute]:
     """Routes whose numbers of rows are told to all ranks and to the host at once: its one wait (collective).
 
     Args:
         wanted: for each route bool (T, P), where tokens of this rank are wanted
-        layout: of ranks and experts
+        placement: of ranks and experts
     """
     own_KP = torch.stack([wanted_TP.sum(0, dtype=torch.int32) for wanted_TP in wanted])
-    counts_SKP = start_all_gather(own_KP, layout.expert_group, layout.ep_size).wait().unflatten(0, (layout.ep_size, -1))
+    counts_SKP = (
+        start_all_gather(own_KP, placement.expert_group, placement.ep_size).wait().unflatten(0, (placement.ep_size, -1))
+    )
     on_host = rows_on_host(counts_SKP)
-    me = layout.ep_rank
+    me = placement.ep_rank
     return [
         ChosenRoute(
-            wanted_TP, counts_SKP[:, k], on_host[me][k], [source[k][me] for source in on_host], layout.expert_group
+            wanted_TP, counts_SKP[:, k], on_host[me][k], [source[k][me] for source in on_host], placement.expert_group
         )
         for k, wanted_TP in enumerate(wanted)
     ]
@@ -133,14 +135,14 @@ class TokenPool:
 
     Args:
         x_TD: this rank's tokens
-        layout: of ranks and experts
+        placement: of ranks and experts
     """
 
-    def __init__(self, x_TD: Tensor, layout: ExpertLayout) -> None:
-        self._x_TD, self._layout = x_TD, layout
+    def __init__(self, x_TD: Tensor, placement: ExpertPlacement) -> None:
+        self._x_TD, self._placement = x_TD, placement
         device = x_TD.device
-        self._row_TP = torch.full((x_TD.shape[0], layout.ep_size), -1, device=device)  # of each token in each pool
-        self._num_rows_P = torch.zeros(layout.ep_size, dtype=torch.int64, device=device)  # of each rank's pool
+        self._row_TP = torch.full((x_TD.shape[0], placement.ep_size), -1, device=device)  # of each token in each pool
+        self._num_rows_P = torch.zeros(placement.ep_size, dtype=torch.int64, device=device)  # of each rank's pool
         self._coming: list[Transfer] = []
         self._rows_MD: Tensor | None = None
         self._places: dict[ChosenRoute, Pending | None] = {}  # of a route's rows in the pool; None for all of them
@@ -159,10 +161,10 @@ class TokenPool:
     def route(self, wanted_TP: Tensor) -> ChosenRoute:
         """A way for a layer's decision; what it wants and is not there yet starts (collective, the host waits)."""
         if self.is_empty:
-            (route,) = chosen_routes([wanted_TP], self._layout)
+            (route,) = chosen_routes([wanted_TP], self._placement)
             self._serve(route, route)
         else:
-            route, missing = chosen_routes([wanted_TP, self.missing(wanted_TP)], self._layout)
+            route, missing = chosen_routes([wanted_TP, self.missing(wanted_TP)], self._placement)
             self._serve(route, missing)
         return route
 
@@ -172,7 +174,7 @@ class TokenPool:
             return
         missing = route
         if not self.is_empty:
-            (missing,) = chosen_routes([self.missing(route.wanted_TP)], self._layout)
+            (missing,) = chosen_routes([self.missing(route.wanted_TP)], self._placement)
         self._serve(route, missing)
 
     def take(self, route: ChosenRoute) -> Tensor:
@@ -191,7 +193,7 @@ class TokenPool:
 
     def _serve(self, route: ChosenRoute, missing: ChosenRoute) -> None:
         is_first = self.is_empty
-        first_P = self._num_rows_P + missing.counts_SP[: self._layout.ep_rank].sum(0)
+        first_P = self._num_rows_P + missing.counts_SP[: self._placement.ep_rank].sum(0)
         new_TP = missing.wanted_TP
         self._row_TP = torch.where(new_TP, first_P + new_TP.cumsum(0) - 1, self._row_TP)
         self._num_rows_P = self._num_rows_P + missing.counts_SP.sum(0)

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from dsmoelora.adapters.experts.bank import Factor
 from dsmoelora.optim.rows import ShardGroup, Trainable, rows_cut_by, whole
 from dsmoelora.parallel import comm, zero
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 
 
 def shard_groups(
-    engine: deepspeed.DeepSpeedEngine, found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
+    engine: deepspeed.DeepSpeedEngine, found: Iterable[tuple[Trainable, nn.Parameter]], placement: ExpertPlacement
 ) -> list[ShardGroup]:
     """What each number of this rank's flat fp32 partitions is, by process group, in ZeRO's order (collective).
 
     Args:
         engine: from `deepspeed.initialize`
         found: every trainable tensor and its parameter
-        layout: where experts lie
+        placement: where experts lie
 
     Raises:
         ConfigError: this DeepSpeed works in another way than those we know
@@ -32,25 +32,27 @@ def shard_groups(
     found = list(found)
     if not engine.zero_optimization():
         return [_replicated(found)]
-    partitions = zero.partitions(engine, found, layout)
-    of_factors = [run for each in partitions for run in each.shard.runs if run.of.factor in (Factor.A, Factor.B)]
+    partitions = zero.partitions(engine, found, placement)
+    of_factors = [
+        segment for each in partitions for segment in each.shard.segments if segment.of.factor in (Factor.A, Factor.B)
+    ]
     all_cuts = comm.all_gather_objects(rows_cut_by(of_factors))
     cut = sorted({(name, row) for one in all_cuts for name, row in one})
-    return [_group(partition, cut, layout) for partition in partitions]
+    return [_group(partition, cut, placement) for partition in partitions]
 
 
-def _group(partition: zero.Partition, cut: list[tuple[str, int]], layout: ExpertLayout) -> ShardGroup:
+def _group(partition: zero.Partition, cut: list[tuple[str, int]], placement: ExpertPlacement) -> ShardGroup:
     """A partition with the rows of its factors that the border of some rank cuts.
 
     Args:
         partition: of this rank
         cut: tensor and row of every cut, in all groups
-        layout: where experts lie
+        placement: where experts lie
     """
     process_group = partition.process_group
     by_name = {of.name: of for of in partition.trainables if of.factor in (Factor.A, Factor.B)}
-    is_expert_group = layout.ep_size > 1 and process_group is layout.expert_data_group
-    experts = layout.local_experts if is_expert_group else None
+    is_expert_group = placement.ep_size > 1 and process_group is placement.expert_data_group
+    experts = placement.local_experts if is_expert_group else None
     cut_rows = [
         (by_name[name], row)
         for name, row in cut

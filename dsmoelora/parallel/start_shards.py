@@ -1,8 +1,8 @@
 """The start factors of a run with `adapter.init: svd`, in shards, and the base that is shifted by them.
 
 A singular value decomposition may come out with other signs on another machine, so a run that goes on takes its start
-from the checkpoint. There the factors lie beside the values and moments that belong to them, in the same runs of rows:
-any number of ranks in any placement can load them.
+from the checkpoint. There the factors lie beside the values and moments that belong to them, in the same segments of
+rows: any number of ranks in any placement can load them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class StartShards:
         on_progress: called for every layer
 
     Attributes:
-        flat: for each shard a flat tensor of the same runs, in the dtype of the model's weights, which holds the start
-            exactly (what is not of a factor `a` or `b` means nothing)
+        flat: for each shard a flat tensor of the same segments, in the dtype of the model's weights, which holds the
+            start exactly (what is not of a factor `a` or `b` means nothing)
     """
 
     def __init__(self, model: nn.Module, resumes: bool, on_progress: Callable[[], None]) -> None:
@@ -100,9 +100,9 @@ class StartShards:
         device = torch.device(get_accelerator().current_device_name())
         values = torch.zeros(math.prod(shape), device=device)  # fp32, which every backend can sum
         for shard, flat in zip(self._shards, self.flat, strict=True):
-            for run in shard.runs:
-                if run.of.name == name:
-                    values[run.start : run.stop] = flat[run.span]
+            for segment in shard.segments:
+                if segment.of.name == name:
+                    values[segment.start : segment.stop] = flat[segment.span]
         if all(shard.num_copies == 1 for shard in self._shards):
             comm.sum_over_ranks(values)
         return values.view(shape).to(self._dtype)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dsmoelora.optim import Run, Shard, ShardOptimizer
+from dsmoelora.optim import Segment, Shard, ShardOptimizer
 from dsmoelora.parallel import comm
 
 
@@ -42,8 +42,8 @@ class AdapterWatch:
         moved = dict.fromkeys(names, 0.0)
         for shard, start in zip(self._optimizer.shards, self._start, strict=True):
             difference = (shard.tensor.detach() - start).view(-1)
-            for run in shard.runs:
-                moved[run.of.name] += float(difference[run.span].square().sum()) / shard.num_copies
+            for segment in shard.segments:
+                moved[segment.of.name] += float(difference[segment.span].square().sum()) / shard.num_copies
         grads = [float(self._grad_square.get(name, 0.0)) for name in names]
         self._start, self._grad_square = [], {}
         sums = comm.all_reduce_sum([*grads, *moved.values()])
@@ -53,13 +53,13 @@ class AdapterWatch:
     def _record(self, *_: object) -> None:
         if self._optimizer.skip:  # this gradient is not applied, and may not be finite
             return
-        for run, grad, num_copies in self._runs_with_gradients():
+        for segment, grad, num_copies in self._segments_with_gradients():
             square = grad.square().sum() / num_copies
-            self._grad_square[run.of.name] = self._grad_square.get(run.of.name, 0.0) + square
+            self._grad_square[segment.of.name] = self._grad_square.get(segment.of.name, 0.0) + square
 
-    def _runs_with_gradients(self) -> Iterator[tuple[Run, Tensor, int]]:
+    def _segments_with_gradients(self) -> Iterator[tuple[Segment, Tensor, int]]:
         shards: list[Shard] = self._optimizer.shards
         for shard in shards:
             if shard.tensor.grad is not None:
-                for run in shard.runs:
-                    yield run, shard.tensor.grad.view(-1)[run.span], shard.num_copies
+                for segment in shard.segments:
+                    yield segment, shard.tensor.grad.view(-1)[segment.span], shard.num_copies

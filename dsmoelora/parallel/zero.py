@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError
-from dsmoelora.optim.rows import Run, Shard, Trainable
+from dsmoelora.optim.rows import Segment, Shard, Trainable
 from dsmoelora.parallel import comm
-from dsmoelora.parallel.layout import ExpertLayout, check_layout
+from dsmoelora.parallel.placement import ExpertPlacement, check_placement
 from dsmoelora.parallel.versions import KNOWN_VERSIONS, is_known_version
 
 logger = logging.getLogger(__name__)
@@ -91,70 +91,72 @@ def _check_internals(optimizer: Any) -> None:
         _expect(hasattr(optimizer, name), f"{type(optimizer).__name__} has no {name}")
 
 
-def _check_values(read: list[Partition], found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout) -> None:
+def _check_values(
+    read: list[Partition], found: Iterable[tuple[Trainable, nn.Parameter]], placement: ExpertPlacement
+) -> None:
     """Whether the masters, where we believe each number to lie, are the model's parameters (collective).
 
     Raises:
         ConfigError: they are not, on any rank
     """
-    runs = [(run, each.shard.tensor.detach()) for each in read for run in each.shard.runs]
+    segments = [(segment, each.shard.tensor.detach()) for each in read for segment in each.shard.segments]
     wrong = False
     for trainable, parameter in found:
-        first = layout.experts_of(trainable).start * math.prod(trainable.shape[1:])
+        first = placement.experts_of(trainable).start * math.prod(trainable.shape[1:])
         with gathered([parameter]):
             values = parameter.detach().flatten()
-            for run, flat in runs:
-                if run.of is trainable:
-                    masters = flat[run.span].to(values.device, values.dtype)
-                    wrong |= not torch.equal(masters, values[run.start - first : run.stop - first])
+            for segment, flat in segments:
+                if segment.of is trainable:
+                    masters = flat[segment.span].to(values.device, values.dtype)
+                    wrong |= not torch.equal(masters, values[segment.start - first : segment.stop - first])
     _expect(not comm.any_rank(wrong), "numbers lie elsewhere in its fp32 partitions")
 
 
-def make_layout(recipe: Recipe) -> ExpertLayout:
-    """The layout of a run; makes the process groups at the first call for an `ep_size` (collective).
+def make_placement(recipe: Recipe) -> ExpertPlacement:
+    """The placement of a run; makes the process groups at the first call for an `ep_size` (collective).
 
     Raises:
         ConfigError: experts or ranks do not divide by `parallel.ep_size`
     """
-    check_layout(recipe, comm.world_size())
-    layout = ExpertLayout(recipe.adapter.num_in_layer, recipe.parallel.ep_size, comm.world_size(), comm.rank())
-    if layout.ep_size == 1:
-        return layout
-    deepspeed_groups._create_expert_and_data_parallel(layout.ep_size)
-    return ExpertLayout(
-        layout.num_experts,
-        layout.ep_size,
-        layout.world_size,
-        layout.rank,
-        deepspeed_groups._get_expert_parallel_group(layout.group_name),
-        deepspeed_groups._get_expert_data_parallel_group(layout.group_name),
+    check_placement(recipe, comm.world_size())
+    placement = ExpertPlacement(recipe.adapter.num_in_layer, recipe.parallel.ep_size, comm.world_size(), comm.rank())
+    if placement.ep_size == 1:
+        return placement
+    deepspeed_groups._create_expert_and_data_parallel(placement.ep_size)
+    return ExpertPlacement(
+        placement.num_experts,
+        placement.ep_size,
+        placement.world_size,
+        placement.rank,
+        deepspeed_groups._get_expert_parallel_group(placement.group_name),
+        deepspeed_groups._get_expert_data_parallel_group(placement.group_name),
     )
 
 
-def place_experts(found: Iterable[tuple[Trainable, nn.Parameter]], layout: ExpertLayout) -> None:
+def place_experts(found: Iterable[tuple[Trainable, nn.Parameter]], placement: ExpertPlacement) -> None:
     """Before `deepspeed.initialize`: have ZeRO-3 partition expert parameters over their expert-data-parallel group.
 
     These are the marks of DeepSpeed's own expert layers (`module_inject/auto_ep_layer.py`); with them stage 3
     partitions, averages over all ranks, and takes norms over the expert-parallel group too.
     """
     for trainable, parameter in found:
-        if len(layout.experts_of(trainable)) < trainable.shape[0]:
+        if len(placement.experts_of(trainable)) < trainable.shape[0]:
             parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = layout.group_name  # type: ignore[attr-defined]
+            parameter.group_name = placement.group_name  # type: ignore[attr-defined]
             parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-            parameter.ds_zero_partition_group_name = layout.group_name  # type: ignore[attr-defined]
-            parameter.ds_zero_partition_process_group = layout.expert_data_group  # type: ignore[attr-defined]
+            parameter.ds_zero_partition_group_name = placement.group_name  # type: ignore[attr-defined]
+            parameter.ds_zero_partition_process_group = placement.expert_data_group  # type: ignore[attr-defined]
 
 
 def partitions(
-    engine: deepspeed.DeepSpeedEngine, found: Sequence[tuple[Trainable, nn.Parameter]], layout: ExpertLayout
+    engine: deepspeed.DeepSpeedEngine, found: Sequence[tuple[Trainable, nn.Parameter]], placement: ExpertPlacement
 ) -> list[Partition]:
     """This rank's flat fp32 partitions under stages 1 to 3, in ZeRO's order (collective).
 
     Args:
         engine: from `deepspeed.initialize`
         found: every trainable tensor and its parameter
-        layout: where experts lie
+        placement: where experts lie
 
     Raises:
         ConfigError: this DeepSpeed works in another way than those we know
@@ -163,7 +165,7 @@ def partitions(
     optimizer = engine.optimizer
     _check_internals(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        read = list(_stage_3_partitions(optimizer, known, layout))
+        read = list(_stage_3_partitions(optimizer, known, placement))
     elif isinstance(optimizer, BF16_Optimizer):
         read = list(_bf16_partitions(optimizer, known))
     else:
@@ -177,38 +179,38 @@ def partitions(
             "DeepSpeed %s is newer than what this release was tested with (%s to %s); its partitions are checked.",
             *(deepspeed.__version__, KNOWN_VERSIONS[0], KNOWN_VERSIONS[-1]),
         )
-        _check_values(read, found, layout)
+        _check_values(read, found, placement)
     return read
 
 
 def _stage_3_partitions(
-    optimizer: DeepSpeedZeroOptimizer_Stage3, known: dict[int, Trainable], layout: ExpertLayout
+    optimizer: DeepSpeedZeroOptimizer_Stage3, known: dict[int, Trainable], placement: ExpertPlacement
 ) -> Iterator[Partition]:
     """Stage 3 cuts every parameter into equal pieces, pads the last, and strings a rank's own together.
 
-    There are as many pieces as ranks in the parameter's process group. Runs count in the tensor of all experts.
+    There are as many pieces as ranks in the parameter's process group. Segments count in the tensor of all experts.
     """
     for index, parameters in enumerate(optimizer.fp16_groups):
         flat, process_group = optimizer.fp32_partitioned_groups_flat[index], optimizer.sub_group_process_groups[index]
-        trainables, runs, offset = [], [], 0
+        trainables, segments, offset = [], [], 0
         for parameter in parameters:
             trainable = known[id(parameter)]
-            experts = layout.experts_of(trainable)
+            experts = placement.experts_of(trainable)
             wanted_shape = (len(experts), *trainable.shape[1:])
             _expect(tuple(parameter.ds_shape) == wanted_shape, f"{trainable.name} has another shape")
             groups = {id(process_group), id(parameter.ds_process_group)}
-            is_elsewhere = len(experts) < trainable.shape[0] and groups != {id(layout.expert_data_group)}
+            is_elsewhere = len(experts) < trainable.shape[0] and groups != {id(placement.expert_data_group)}
             _expect(not is_elsewhere, f"{trainable.name} is not in its expert-data-parallel group")
             first = experts.start * math.prod(trainable.shape[1:])
             piece = parameter.partition_numel()
             start = min(piece * parameter.ds_zero_partition_rank, parameter.ds_numel)
             stop = min(start + piece, parameter.ds_numel)
             if start < stop:
-                runs.append(Run(trainable, first + start, first + stop, offset))
+                segments.append(Segment(trainable, first + start, first + stop, offset))
             offset += piece
             trainables.append(trainable)
         _expect(offset == flat.numel(), "a flat partition is longer than its pieces")
-        yield Partition(trainables, Shard(flat, runs), process_group)
+        yield Partition(trainables, Shard(flat, segments), process_group)
 
 
 def _stage_2_partitions(optimizer: DeepSpeedZeroOptimizer, known: dict[int, Trainable]) -> Iterator[Partition]:
@@ -232,14 +234,14 @@ def _piece_of_a_string(
 ) -> Partition:
     """This rank's piece, as long as all others, of parameters that lie at these offsets."""
     first = dist.get_rank(group=process_group) * flat.numel()
-    trainables, runs = [], []
+    trainables, segments = [], []
     for parameter, offset in zip(parameters, offsets, strict=True):
         trainable = known[id(parameter)]
         start, stop = max(first - offset, 0), min(first + flat.numel() - offset, parameter.numel())
         if start < stop:
-            runs.append(Run(trainable, start, stop, offset + start - first))
+            segments.append(Segment(trainable, start, stop, offset + start - first))
         trainables.append(trainable)
-    return Partition(trainables, Shard(flat, runs), process_group)
+    return Partition(trainables, Shard(flat, segments), process_group)
 
 
 def push_master_weights(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -46,7 +46,7 @@ class Rehearsal:
     @property
     def world_size(self) -> int:
         """W."""
-        return self.shapes.layout.world_size
+        return self.shapes.placement.world_size
 
     @property
     def itemsize(self) -> int:
@@ -129,5 +129,5 @@ def rehearse(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, memo: M
     if of_rows not in memo.passes:
         described = load_model_config(recipe.model)
         without_dropout(described)
-        memo.passes[of_rows] = pass_bytes(described, recipe, memo.shapes[on_ranks].layout)
+        memo.passes[of_rows] = pass_bytes(described, recipe, memo.shapes[on_ranks].placement)
     return Rehearsal(recipe, config, memo.shapes[on_ranks], memo.passes[of_rows])

@@ -14,7 +14,7 @@ from dsmoelora.model import model_without_weights
 from dsmoelora.model.quantizing import pack_on_meta
 from dsmoelora.optim import trainables
 from dsmoelora.optim.rows import Trainable, adapter_tensors
-from dsmoelora.parallel.layout import ExpertLayout, check_layout
+from dsmoelora.parallel.placement import ExpertPlacement, check_placement
 from dsmoelora.parallel.zero_config import keep_whole_what_fits, read_zero
 
 
@@ -53,13 +53,13 @@ class ModelShapes:
 
     Args:
         model: on the meta device, with the experts of one rank
-        layout: of the first rank
+        placement: of the first rank
         parameters: in the order of the model, by identity of the parameter
         buffer_bytes: of its buffers, which every rank has
     """
 
     model: nn.Module
-    layout: ExpertLayout
+    placement: ExpertPlacement
     parameters: dict[int, ParameterShape]
     buffer_bytes: int
 
@@ -86,33 +86,33 @@ def shapes_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Mod
     Raises:
         UserError: there is no such model, its layers do not fit the recipe, or ranks do not divide by `ep_size`
     """
-    check_layout(recipe, world_size)
-    layout = ExpertLayout(recipe.adapter.num_experts, recipe.parallel.ep_size, world_size, rank=0)
+    check_placement(recipe, world_size)
+    placement = ExpertPlacement(recipe.adapter.num_experts, recipe.parallel.ep_size, world_size, rank=0)
     model = model_without_weights(recipe.model)
     if recipe.model.quantize != "none":
         pack_on_meta(model, recipe.model.torch_dtype)
-    inject(model, recipe.adapter, layout.local_experts, start=lambda _: None)
+    inject(model, recipe.adapter, placement.local_experts, start=lambda _: None)
     by_parameter = {id(parameter): trainable for trainable, parameter in trainables(model)}
     parameters = {}
-    threshold = _threshold(model, deepspeed, layout)
+    threshold = _threshold(model, deepspeed, placement)
     for name, parameter in model.named_parameters():
         trainable = by_parameter.get(id(parameter))
-        is_shared_out = trainable is not None and len(layout.experts_of(trainable)) < trainable.shape[0]
-        num_pieces = world_size // layout.ep_size if is_shared_out else world_size
+        is_shared_out = trainable is not None and len(placement.experts_of(trainable)) < trainable.shape[0]
+        num_pieces = world_size // placement.ep_size if is_shared_out else world_size
         parameters[id(parameter)] = ParameterShape(
             name, parameter.numel(), num_pieces, trainable, is_kept_whole=parameter.numel() <= threshold
         )
     buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
-    return ModelShapes(model, layout, parameters, buffer_bytes)
+    return ModelShapes(model, placement, parameters, buffer_bytes)
 
 
-def _threshold(model: nn.Module, deepspeed: dict[str, Any], layout: ExpertLayout) -> int:
+def _threshold(model: nn.Module, deepspeed: dict[str, Any], placement: ExpertPlacement) -> int:
     """The most numbers of a parameter that ZeRO-3 keeps whole, as the engine has it; -1 below stage 3."""
     config = copy.deepcopy(deepspeed)
     adapters = [parameter for _, parameter in adapter_tensors(model)]
     known = set(map(id, adapters))
     base = [one.numel() for one in model.parameters() if id(one) not in known]
-    if layout.ep_size == 1:
+    if placement.ep_size == 1:
         keep_whole_what_fits(config, [one.numel() for one in adapters], base)
     zero = read_zero(config)
     return zero.param_persistence_threshold if zero.stage == 3 else -1

@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 from dsmoelora.config import Recipe
 from dsmoelora.model import load_model_config, without_dropout
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.planner.devices import Device, device_called, device_named
 from dsmoelora.planner.flops import TokenFlops
 from dsmoelora.planner.stand_in import pass_bytes
@@ -42,7 +42,7 @@ def token_flops(recipe: Recipe) -> TokenFlops | None:
     )
     described = load_model_config(plain.model)
     without_dropout(described)
-    alone = ExpertLayout(plain.adapter.num_experts, ep_size=1, world_size=1, rank=0)
+    alone = ExpertPlacement(plain.adapter.num_experts, ep_size=1, world_size=1, rank=0)
     try:
         flops = pass_bytes(described, plain, alone).flops
     except RuntimeError as error:  # what it computes depends on numbers

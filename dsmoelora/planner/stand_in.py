@@ -31,7 +31,7 @@ from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
 from dsmoelora.model.quantizing import pack_on_meta
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.planner.flops import Flops, FlopsOfModel
 from dsmoelora.planner.live_bytes import LiveBytes
 from dsmoelora.planner.operations import CountOperations, Operations
@@ -77,19 +77,19 @@ class PassBytes:
     operations: Operations
 
 
-def pass_bytes(shape: Any, recipe: Recipe, layout: ExpertLayout) -> PassBytes:
+def pass_bytes(shape: Any, recipe: Recipe, placement: ExpertPlacement) -> PassBytes:
     """What a micro-batch of full rows takes, every token but the first of a row being a target.
 
     Args:
         shape: the model's configuration, of transformers
         recipe: of the run, with its dtype settled
-        layout: where experts lie
+        placement: where experts lie
     """
     num_layers = shape.get_text_config().num_hidden_layers
     some = _period(shape)
     if not some or num_layers <= 2 * some:
-        return _measured(shape, recipe, layout)
-    one, two = (_measured(_with_layers(shape, some * times), recipe, layout) for times in (1, 2))
+        return _measured(shape, recipe, placement)
+    one, two = (_measured(_with_layers(shape, some * times), recipe, placement) for times in (1, 2))
     more = (num_layers - some) / some
 
     def of_all(small: float, large: float) -> float:
@@ -109,10 +109,12 @@ def _at_depth(one: Counter[_Key], two: Counter[_Key], more: float) -> Counter[_K
     return Counter({key: one[key] + round(more * (two[key] - one[key])) for key in two})
 
 
-def _measured(shape: Any, recipe: Recipe, layout: ExpertLayout) -> PassBytes:
+def _measured(shape: Any, recipe: Recipe, placement: ExpertPlacement) -> PassBytes:
     model = _on_meta(shape, recipe)
-    exchange = TokenExchange(layout, recipe.parallel.exchange, recipe.adapter.num_used) if layout.ep_size > 1 else None
-    inject(model, recipe.adapter, layout.local_experts, exchange, start=lambda _: None)
+    exchange = (
+        TokenExchange(placement, recipe.parallel.exchange, recipe.adapter.num_used) if placement.ep_size > 1 else None
+    )
+    inject(model, recipe.adapter, placement.local_experts, exchange, start=lambda _: None)
     model.train()
     if recipe.train.activation_checkpointing:
         recompute_activations(model)

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from dsmoelora.parallel import exchange, expert_group, routes, transfer
 from dsmoelora.parallel.exchange import TokenExchange
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.parallel.routes import TokenPool
 
 Sent = tuple[bool, str]  # in the backward pass or not; the collective
 
 
-def share_wanted(layout: ExpertLayout, top_k: int) -> float:
+def share_wanted(placement: ExpertPlacement, top_k: int) -> float:
     """q: how probable it is that one of a token's experts lies on a given rank, for experts chosen at random."""
-    num_experts, num_local = layout.num_experts, layout.num_local_experts
+    num_experts, num_local = placement.num_experts, placement.num_local_experts
     return 1 - comb(num_experts - num_local, top_k) / comb(num_experts, top_k)
 
 
@@ -45,13 +45,13 @@ class LoneRank:
     """
 
     def __init__(self, exchange: TokenExchange, num_tokens: int, num_rows: int) -> None:
-        layout = exchange.layout
-        exchange.num_tokens, exchange.num_rows = [num_tokens] * layout.ep_size, [num_rows] * layout.ep_size
+        placement = exchange.placement
+        exchange.num_tokens, exchange.num_rows = [num_tokens] * placement.ep_size, [num_rows] * placement.ep_size
         self.messages: Counter[Sent] = Counter()
         self.num_bytes: Counter[Sent] = Counter()
         self.in_backward = False
-        self._num_ranks, self._num_tokens = layout.ep_size, num_tokens
-        self._share, self._missing_share = share_wanted(layout, exchange.top_k), 0.0
+        self._num_ranks, self._num_tokens = placement.ep_size, num_tokens
+        self._share, self._missing_share = share_wanted(placement, exchange.top_k), 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from dsmoelora.errors import UserError
 from dsmoelora.parallel import comm
 from tests.conftest import PoolFactory
 from tests.shardings import (
-    Runs,
+    Segments,
     blank_shards,
     one_buffer,
     over_experts,
@@ -38,7 +38,7 @@ NUMBERS = random_numbers(PARAMETERS, NAMES, seed=1)
 STATE = {"position": 12345, "lr": 0.1 + 0.2}
 
 
-def layout_of(kind: str, world_size: int) -> list[Runs]:
+def layout_of(kind: str, world_size: int) -> list[Segments]:
     if kind == "over_experts":
         return over_experts(PARAMETERS, world_size, ep_size=2)
     return {"per_parameter": per_parameter, "one_buffer": one_buffer}[kind](PARAMETERS, world_size)
@@ -51,8 +51,8 @@ def save_as(kind: str, root: Path, step: int) -> str:
 
 def load_as(kind: str, root: Path) -> bool:
     """Whether the newest checkpoint gives this rank the numbers that it should hold, to the last bit."""
-    runs = layout_of(kind, comm.world_size())[comm.rank()]
-    shards, expected = blank_shards(runs, NAMES, -7.0), shards_of(runs, NUMBERS, padding=-7.0)
+    segments = layout_of(kind, comm.world_size())[comm.rank()]
+    shards, expected = blank_shards(segments, NAMES, -7.0), shards_of(segments, NUMBERS, padding=-7.0)
     folder = newest_whole_checkpoint(root)
     assert folder is not None
     assert load_checkpoint(folder, shards) == STATE

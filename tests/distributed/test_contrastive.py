@@ -47,16 +47,18 @@ def losses_on_rank(num_rows: list[int]) -> OnRank:
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.exchange import TokenExchange
     from dsmoelora.parallel.expert_group import PartitionedExperts
-    from dsmoelora.parallel.zero import make_layout
+    from dsmoelora.parallel.zero import make_placement
 
-    layout = make_layout(Recipe(adapter=AdapterConfig(num_experts=EXPERTS), parallel=ParallelConfig(len(num_rows))))
-    first, mine = sum(num_rows[: comm.rank()]), layout.local_experts
+    placement = make_placement(
+        Recipe(adapter=AdapterConfig(num_experts=EXPERTS), parallel=ParallelConfig(len(num_rows)))
+    )
+    first, mine = sum(num_rows[: comm.rank()]), placement.local_experts
     x, a, b = make_problem()
     inputs = x[first:][: num_rows[comm.rank()]], a[mine.start : mine.stop], b[mine.start : mine.stop]
     leaves = [one.clone().requires_grad_() for one in inputs]
     group: Any = AllHere()
-    if layout.ep_size > 1:
-        exchange = TokenExchange(layout, "gather", 2)
+    if placement.ep_size > 1:
+        exchange = TokenExchange(placement, "gather", 2)
         exchange.announce(NUM_TOKENS * num_rows[comm.rank()], num_rows[comm.rank()])
         group = PartitionedExperts(exchange, NUM_TOKENS)
     real_BN = torch.ones(leaves[0].shape[:2], dtype=torch.bool)

@@ -157,10 +157,10 @@ def start_with_unknown_deepspeed(job: Job, shift: int) -> str:
     from dsmoelora.optim import rows
     from dsmoelora.parallel import zero
 
-    def moved(of: Any, start: int, stop: int, offset: int) -> rows.Run:
-        return rows.Run(of, start, stop, max(0, offset - shift))
+    def moved(of: Any, start: int, stop: int, offset: int) -> rows.Segment:
+        return rows.Segment(of, start, stop, max(0, offset - shift))
 
-    with mock.patch("deepspeed.__version__", "0.19.99"), mock.patch.object(zero, "Run", moved):
+    with mock.patch("deepspeed.__version__", "0.19.99"), mock.patch.object(zero, "Segment", moved):
         try:
             build_engine(job)
         except ConfigError as error:

@@ -129,16 +129,16 @@ def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int
     from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.exchange import TokenExchange
-    from dsmoelora.parallel.zero import make_layout
+    from dsmoelora.parallel.zero import make_placement
 
     adapter = AdapterConfig(num_experts=NUM_EXPERTS, top_k=TOP_K, r=RANK)
-    layout = make_layout(Recipe(adapter=adapter, parallel=ParallelConfig(ep_size, kind)))
+    placement = make_placement(Recipe(adapter=adapter, parallel=ParallelConfig(ep_size, kind)))
     x_TD, layers = problem(sum(num_tokens), all_on)
     first = sum(num_tokens[: comm.rank()])
     own = slice(first, first + num_tokens[comm.rank()])
-    mine = slice(layout.local_experts.start, layout.local_experts.stop)
+    mine = slice(placement.local_experts.start, placement.local_experts.stop)
 
-    exchange = TokenExchange(layout, kind, TOP_K)
+    exchange = TokenExchange(placement, kind, TOP_K)
     exchange.announce(num_tokens[comm.rank()], num_rows=1)
     x = x_TD[own].float().requires_grad_()
     of_input, ys, leaves, loss = Once(), [], [], torch.zeros(())
@@ -256,12 +256,12 @@ def sums_on_rank() -> list[Tensor]:
     from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.routes import GatherRoute, chosen_routes
-    from dsmoelora.parallel.zero import make_layout
+    from dsmoelora.parallel.zero import make_placement
 
     adapter = AdapterConfig(num_experts=NUM_EXPERTS, top_k=TOP_K)
-    layout = make_layout(Recipe(adapter=adapter, parallel=ParallelConfig(4, "all_to_all")))
-    (chosen,) = chosen_routes([torch.tensor([[True, True, True, True], [False, True, True, True]])], layout)
-    gather = GatherRoute([2] * 4, layout.ep_rank, layout.expert_group)
+    placement = make_placement(Recipe(adapter=adapter, parallel=ParallelConfig(4, "all_to_all")))
+    (chosen,) = chosen_routes([torch.tensor([[True, True, True, True], [False, True, True, True]])], placement)
+    gather = GatherRoute([2] * 4, placement.ep_rank, placement.expert_group)
     mine = [1.0, 2.0**-8, 2.0**-8, 2.0**-9][comm.rank()]
     sums = []
     for route, num_rows in ((gather, 8), (chosen, 4 if comm.rank() == 0 else 8)):

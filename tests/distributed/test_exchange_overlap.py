@@ -71,7 +71,7 @@ def adapted(ranks: Ranks) -> tuple[nn.Module, Tensor]:
     from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.exchange import TokenExchange
-    from dsmoelora.parallel.zero import make_layout
+    from dsmoelora.parallel.zero import make_placement
 
     adapter = AdapterConfig(
         num_experts=NUM_EXPERTS,
@@ -81,12 +81,12 @@ def adapted(ranks: Ranks) -> tuple[nn.Module, Tensor]:
         style=ranks.style,
         expert=ranks.expert,
     )
-    layout = make_layout(Recipe(adapter=adapter, parallel=ParallelConfig(ranks.ep_size, ranks.kind)))
-    exchange = TokenExchange(layout, ranks.kind, TOP_K)
+    placement = make_placement(Recipe(adapter=adapter, parallel=ParallelConfig(ranks.ep_size, ranks.kind)))
+    exchange = TokenExchange(placement, ranks.kind, TOP_K)
     torch.manual_seed(0)
     block = FeedForward() if ranks.style == "ffn_block" else Attention()
     model = nn.ModuleDict({"mlp": block})
-    inject(model, adapter, layout.local_experts, exchange)
+    inject(model, adapter, placement.local_experts, exchange)
     torch.manual_seed(comm.rank())
     for _, layer in adapted_layers(model):
         nn.init.normal_(layer.experts.b)

@@ -168,7 +168,7 @@ def weights_and_masters(jobs: list[Job]) -> list[tuple[dict[str, Any], dict[str,
     for job in jobs:
         engine = build_engine(job)
         engine.draw_start(start_batches_of(job))
-        found.append((numbers_of(engine), tensors_on_rank_0(engine.model, engine.layout)))
+        found.append((numbers_of(engine), tensors_on_rank_0(engine.model, engine.placement)))
     return found
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.optim import trainables
 from dsmoelora.parallel.adapter_tensors import tensors_on_rank_0
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 
 
 class Copies(TorchDispatchMode):
@@ -30,7 +30,7 @@ def test_every_tensor_is_copied_once_and_lives_apart_from_the_model() -> None:
     model = nn.Sequential(nn.Linear(6, 5))
     inject(model, AdapterConfig(r=2, num_experts=3, top_k=1, router="sigmoid_bias", target_modules="all-linear"))
     with Copies() as copies:
-        tensors = tensors_on_rank_0(model, ExpertLayout(3, 1, 1, 0))
+        tensors = tensors_on_rank_0(model, ExpertPlacement(3, 1, 1, 0))
     assert copies.count == len(tensors) > len(trainables(model)), "a and b, the router and its bias"
     for _, parameter in trainables(model):
         parameter.data.fill_(7.0)

@@ -22,7 +22,7 @@ from dsmoelora.checkpoint.index import read_index
 from dsmoelora.checkpoint.rank_file import rank_file_name
 from dsmoelora.checkpoint.training_state import ShardState, load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from dsmoelora.errors import CheckpointError, UserError
-from dsmoelora.optim.rows import Run, Trainable
+from dsmoelora.optim.rows import Segment, Trainable
 from tests.checkpoints import (
     ADAM,
     PARAMETERS,
@@ -252,8 +252,8 @@ def save_until_killed(root: Path, step: int) -> None:
         os._exit(1)
 
 
-def big_run() -> list[Run]:
-    return [Run(Trainable("proj.experts.a", "proj", Factor.A, (4, 1 << 14, 4)), 0, 1 << 18, 0)]
+def big_run() -> list[Segment]:
+    return [Segment(Trainable("proj.experts.a", "proj", Factor.A, (4, 1 << 14, 4)), 0, 1 << 18, 0)]
 
 
 # ---- which checkpoints stay

@@ -15,7 +15,7 @@ from dsmoelora.adapters import Factor
 from dsmoelora.checkpoint import training_state
 from dsmoelora.checkpoint.training_state import ShardState, load_checkpoint, save_checkpoint
 from dsmoelora.errors import CheckpointError, UserError
-from dsmoelora.optim.rows import Run, Trainable
+from dsmoelora.optim.rows import Segment, Trainable
 from tests.checkpoints import ADAM, FILLING, PARAMETERS, assert_untouched, load, save, saved_run
 from tests.shardings import per_parameter, random_numbers
 
@@ -37,9 +37,9 @@ def test_value_that_is_not_finite_is_refused_and_named(tmp_path: Path, bad: floa
 
 
 def whole_shard(tensors: dict[str, torch.Tensor], **changes: Any) -> ShardState:
-    """A shard of the (2, 3, 2) factor `proj.experts.a`, with changes to its only run."""
-    run = Run(Trainable("proj.experts.a", "proj", Factor.A, (2, 3, 2)), 0, 12, 0)
-    return ShardState([replace(run, **changes)], tensors)
+    """A shard of the (2, 3, 2) factor `proj.experts.a`, with changes to its only segment."""
+    segment = Segment(Trainable("proj.experts.a", "proj", Factor.A, (2, 3, 2)), 0, 12, 0)
+    return ShardState([replace(segment, **changes)], tensors)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dsmoelora.checkpoint.index import faults_of_content, read_index
 from dsmoelora.checkpoint.layout import Ranges
 from dsmoelora.checkpoint.rank_file import read_shards
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
-from dsmoelora.optim.rows import Run, Trainable
+from dsmoelora.optim.rows import Segment, Trainable
 from tests.checkpoints import ADAM, FILLING, PARAMETERS, assert_equal_to_the_bit, load, names_below, on_ranks, save
 from tests.shardings import (
     any_layout,
@@ -112,10 +112,10 @@ def test_other_dtypes_whole_parameters_and_chunks_come_back(tmp_path: Path, monk
         "half": torch.randn(2, 5, 3).bfloat16(),
         "count": torch.arange(30),
     }
-    runs = [Run(parameter, 0, 30, 0)]
-    folder = save_checkpoint(tmp_path, 1, [ShardState(runs, tensors)], {}, keep=1)
+    segments = [Segment(parameter, 0, 30, 0)]
+    folder = save_checkpoint(tmp_path, 1, [ShardState(segments, tensors)], {}, keep=1)
     loaded = {name: torch.zeros_like(tensor, requires_grad=tensor.requires_grad) for name, tensor in tensors.items()}
-    load_checkpoint(folder, [ShardState(runs, loaded)])
+    load_checkpoint(folder, [ShardState(segments, loaded)])
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor)
 
@@ -144,7 +144,7 @@ def checkpoint_bytes_of(shards: list[list[ShardState]]) -> Callable[[int], int]:
 def test_checkpoint_bytes_counts_every_element_once() -> None:
     elements = sum(math.prod(each.shape) for each in PARAMETERS)
     for layout in (per_parameter(PARAMETERS, 3), replicated(PARAMETERS, 2)):
-        shards = [blank_shards(runs, ADAM, 0.0) for runs in layout]
+        shards = [blank_shards(segments, ADAM, 0.0) for segments in layout]
         outcomes = on_ranks(len(layout), checkpoint_bytes_of(shards))
         assert outcomes == [elements * 3 * 4] * len(layout)
 
@@ -204,10 +204,10 @@ def test_every_rank_takes_its_own_elements_out_of_the_files_and_no_others(
     index = read_index(folder)
     taken: dict[str, int] = {}
     monkeypatch.setattr("dsmoelora.checkpoint.rank_file.safe_open", CountingOpen(taken))
-    for runs in over_experts(PARAMETERS, 6, ep_size=2):
+    for segments in over_experts(PARAMETERS, 6, ep_size=2):
         taken.clear()
-        read_shards(folder, index, blank_shards(runs, ADAM, FILLING))
-        assert sum(taken.values()) == 3 * sum(run.stop - run.start for each in runs for run in each)
+        read_shards(folder, index, blank_shards(segments, ADAM, FILLING))
+        assert sum(taken.values()) == 3 * sum(segment.stop - segment.start for each in segments for segment in each)
 
 
 def test_files_without_wanted_elements_are_not_opened(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_files_without_wanted_elements_are_not_opened(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's memory maps")
 def test_pages_beside_the_wanted_elements_are_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = Trainable("proj.experts.a", "proj", Factor.A, (8, 1 << 18, 4))  # 32 MiB
-    whole = Run(parameter, 0, 1 << 23, 0)
+    whole = Segment(parameter, 0, 1 << 23, 0)
     folder = save_checkpoint(tmp_path, 1, [ShardState([whole], {"value": torch.ones(1 << 23)})], {}, keep=1)
     mapped: list[int] = []
 
@@ -236,9 +236,9 @@ def test_pages_beside_the_wanted_elements_are_never_touched(tmp_path: Path, monk
 
     monkeypatch.setattr("dsmoelora.checkpoint.rank_file.safe_open", Measuring({}))
     index = read_index(folder)
-    part = Run(parameter, 5_000_000, 5_010_000, 0)
-    for run, low, high in ((part, 40_000, 6 << 20), (whole, 30 << 20, 33 << 20)):
-        shard = ShardState([run], {"value": torch.zeros(run.stop - run.start)})
+    part = Segment(parameter, 5_000_000, 5_010_000, 0)
+    for segment, low, high in ((part, 40_000, 6 << 20), (whole, 30 << 20, 33 << 20)):
+        shard = ShardState([segment], {"value": torch.zeros(segment.stop - segment.start)})
         read_shards(folder, index, [shard])
         assert bool((shard.tensors["value"] == 1).all())
         assert low <= mapped.pop() <= high

@@ -30,7 +30,7 @@ def test_shards_cover_everything_once_and_cut_what_is_planned(world_size: int, n
         (shard,) = group.shards
         assert shard.tensor.numel() == sum(one.piece for one in planned)
         for one in planned:
-            held = [(run.start, run.stop) for run in shard.runs if run.of is one.trainable]
+            held = [(segment.start, segment.stop) for segment in shard.segments if segment.of is one.trainable]
             start, stop = one.piece * place, min(one.piece * (place + 1), one.numel)
             assert held == ([(start, stop)] if start < stop else [])
         assert len(group.cut_rows) == num_cut

@@ -17,7 +17,7 @@ from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters import Factor
 from dsmoelora.optim import (
     OptimConfig,
-    Run,
+    Segment,
     Shard,
     ShardGroup,
     ShardOptimizer,
@@ -132,7 +132,7 @@ def cut_into_shards(model: Any, world_size: int, padding: int, fill: float) -> l
     for rank in range(world_size):
         shards = []
         for part in (found[::2], found[1::2]):
-            runs, pieces, offset = [], [], 0
+            segments, pieces, offset = [], [], 0
             for trainable, parameter in part:
                 size = math.prod(trainable.shape)
                 piece = -(-size // world_size) + padding
@@ -140,10 +140,10 @@ def cut_into_shards(model: Any, world_size: int, padding: int, fill: float) -> l
                 numbers = torch.full((piece,), fill)
                 numbers[: stop - start] = parameter.detach().flatten()[start:stop]
                 if start < stop:
-                    runs.append(Run(trainable, start, stop, offset))
+                    segments.append(Segment(trainable, start, stop, offset))
                 pieces.append(numbers)
                 offset += piece
-            shards.append(Shard(torch.cat(pieces), runs))
+            shards.append(Shard(torch.cat(pieces), segments))
         ranks.append(shards)
     return ranks
 
@@ -152,8 +152,8 @@ def put_together(model: Any, shards: list[Shard], read: Callable[[Shard], Tensor
     """Whole tensors by name from what the shards of all ranks hold of them."""
     whole = {trainable.name: torch.full((math.prod(trainable.shape),), torch.nan) for trainable, _ in trainables(model)}
     for shard in shards:
-        for run in shard.runs:
-            whole[run.of.name][run.start : run.stop] = read(shard)[run.span]
+        for segment in shard.segments:
+            whole[segment.of.name][segment.start : segment.stop] = read(shard)[segment.span]
     return {trainable.name: whole[trainable.name].view(trainable.shape) for trainable, _ in trainables(model)}
 
 
@@ -177,10 +177,10 @@ def test_shards_give_the_numbers_of_whole_parameters(base_path: Path, name: str,
         gradients = {trainable.name: parameter.grad for trainable, parameter in trainables(model)}
         for shard in everyone:
             shard.tensor.grad = torch.full_like(shard.tensor, 9.0)
-            for run in shard.runs:
-                grad = gradients[run.of.name]
+            for segment in shard.segments:
+                grad = gradients[segment.of.name]
                 assert grad is not None
-                shard.tensor.grad[run.span] = grad.flatten()[run.start : run.stop]
+                shard.tensor.grad[segment.span] = grad.flatten()[segment.start : segment.stop]
         for optimizer in optimizers:
             optimizer.step()
         whole_optimizer.step()
@@ -192,8 +192,8 @@ def test_shards_give_the_numbers_of_whole_parameters(base_path: Path, name: str,
         assert_same_weights(found, expected)
     for shard in everyone:
         in_runs = torch.zeros(shard.tensor.numel(), dtype=torch.bool)
-        for run in shard.runs:
-            in_runs[run.span] = True
+        for segment in shard.segments:
+            in_runs[segment.span] = True
         assert (shard.tensor[~in_runs] == 5.0).all(), "padding is nobody's number and stays"
 
 

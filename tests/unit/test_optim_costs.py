@@ -15,11 +15,11 @@ from dsmoelora.adapters import Factor
 from dsmoelora.optim import OptimConfig, Shard, ShardGroup, ShardOptimizer, Trainable
 from dsmoelora.optim.rows import rows_cut_by
 from tests.host_waits import host_reads
-from tests.shardings import Runs, one_buffer, per_parameter, replicated
+from tests.shardings import Segments, one_buffer, per_parameter, replicated
 
 SIZES = {"q": (48, 32), "down": (64, 48)}  # D, O
 RANK = 4
-Cut = Callable[[list[Trainable], int], list[Runs]]
+Cut = Callable[[list[Trainable], int], list[Segments]]
 
 
 def tensors_of(num_layers: int, num_experts: int, mixers: bool) -> list[Trainable]:
@@ -50,11 +50,11 @@ def costs_of_a_step(
     tensors, (rank, world_size) = tensors_of(num_layers, num_experts, mixers), place
     layout = cut(tensors, world_size)
     factors = {of.name: of for of in tensors if of.factor in (Factor.A, Factor.B)}
-    cuts = sorted({row for runs_of_rank in layout for runs in runs_of_rank for row in rows_cut_by(runs)})
+    cuts = sorted({row for runs_of_rank in layout for segments in runs_of_rank for row in rows_cut_by(segments)})
     shards = []
-    for runs in layout[rank]:
-        size = max(run.span.stop for run in runs)
-        shards.append(Shard(torch.randn(size), runs))
+    for segments in layout[rank]:
+        size = max(segment.span.stop for segment in segments)
+        shards.append(Shard(torch.randn(size), segments))
         shards[-1].tensor.grad = torch.randn(size)
     summed: list[Tensor] = []
     cut_rows = [(factors[name], row) for name, row in cuts if name in factors]

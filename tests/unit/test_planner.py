@@ -19,7 +19,7 @@ from dsmoelora.config.adapter_options import ROUTERS
 from dsmoelora.errors import ConfigError
 from dsmoelora.optim.preconditioner import Preconditioner
 from dsmoelora.optim.rows import Shard, ShardGroup, Trainable, rows_cut_by
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.planner import MemoryPlan, Part, Phase, at_start, device_named, plan_memory, verdict
 from dsmoelora.planner.at_start import check_memory, judge
 from dsmoelora.planner.cut_rows import num_cut_rows, step_buffer_bytes
@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 128,
 }
-ALONE = ExpertLayout(5, 1, 1, 0)
+ALONE = ExpertPlacement(5, 1, 1, 0)
 NUM_LAYERS, WIDTH, INNER, VOCABULARY, EXPERTS, RANK = 3, 64, 128, 261, 5, 3  # 261: no multiple of the ranks
 
 
@@ -166,7 +166,7 @@ def test_every_router_can_be_counted(router: Any) -> None:
     top_k = {"top_k": 2} if "top_k" in ROUTERS[router].options else {"top_k": None}
     adapter = AdapterConfig(num_experts=4, r=2, target_modules="all-linear", router=router, **top_k)
     recipe = replace(recipe_of(""), adapter=adapter)
-    found = pass_bytes(LlamaConfig(**SMALL, num_hidden_layers=1), recipe, ExpertLayout(4, 1, 1, 0))
+    found = pass_bytes(LlamaConfig(**SMALL, num_hidden_layers=1), recipe, ExpertPlacement(4, 1, 1, 0))
     assert 0 < found.kept < found.peak
 
 

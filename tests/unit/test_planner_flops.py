@@ -16,7 +16,7 @@ from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig
 from dsmoelora.model import recompute_activations
 from dsmoelora.model.output_head import ChunkedLoss
 from dsmoelora.optim.rows import Trainable
-from dsmoelora.parallel.layout import ExpertLayout
+from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.planner import device_of_run, token_flops
 from dsmoelora.planner.flops import Source, TokenFlops, Work, model_flops, optimizer_flops
 from dsmoelora.planner.shapes import ParameterShape
@@ -31,7 +31,7 @@ LLAMA = LlamaConfig(
     vocab_size=VOCABULARY,
     num_hidden_layers=LAYERS,
 )
-ALONE = ExpertLayout(3, 1, 1, 0)
+ALONE = ExpertPlacement(3, 1, 1, 0)
 GPT2 = GPT2Config(n_embd=WIDTH, n_inner=INNER, n_head=4, vocab_size=VOCABULARY, n_layer=LAYERS, n_positions=64)
 
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoelora.adapters import Factor
-from dsmoelora.optim import OptimConfig, Run, Shard, ShardGroup, ShardOptimizer
+from dsmoelora.optim import OptimConfig, Segment, Shard, ShardGroup, ShardOptimizer
 from dsmoelora.optim.algebra import add_gram, rmul_
 from dsmoelora.optim.reference import precondition
 from dsmoelora.optim.rows import rows_cut_by
 from dsmoelora.optim.tiles import Tile
 from tests.riemannian_formula import relative_error
 from tests.riemannian_problems import Problem, random_problem
-from tests.shardings import Runs, one_buffer, per_parameter
+from tests.shardings import Segments, one_buffer, per_parameter
 
 Rule = Literal["scaled", "tangent"]
 PADDING = 7.0
@@ -59,29 +59,31 @@ class Products(TorchDispatchMode):
         return result
 
 
-def random_cuts(problem: Problem, world_size: int, rng: random.Random) -> list[Runs]:
-    """Every parameter cut anywhere, its pieces on random ranks; two shards a rank, with holes between the runs."""
-    ranks: list[Runs] = [[[], []] for _ in range(world_size)]
+def random_cuts(problem: Problem, world_size: int, rng: random.Random) -> list[Segments]:
+    """Every parameter cut anywhere, its pieces on random ranks; two shards a rank, with holes between the segments."""
+    ranks: list[Segments] = [[[], []] for _ in range(world_size)]
     for each in problem.trainables:
         size = math.prod(each.shape)
         cuts = sorted({0, size, *rng.sample(range(1, size), min(size - 1, rng.randint(0, 9)))})
         for start, stop in pairwise(cuts):
-            runs = ranks[rng.randrange(world_size)][rng.randrange(2)]
-            runs.append(Run(each, start, stop, (runs[-1].span.stop if runs else 0) + rng.choice([0, 0, 5])))
+            segments = ranks[rng.randrange(world_size)][rng.randrange(2)]
+            segments.append(
+                Segment(each, start, stop, (segments[-1].span.stop if segments else 0) + rng.choice([0, 0, 5]))
+            )
     return ranks
 
 
-def shards_of(problem: Problem, runs_of_rank: Runs) -> list[Shard]:
+def shards_of(problem: Problem, runs_of_rank: Segments) -> list[Shard]:
     """The shards of a rank with values and gradients; padding has values and no gradient, as under ZeRO."""
     shards = []
-    for runs in runs_of_rank:
-        size = max((run.span.stop for run in runs), default=0) + 3
+    for segments in runs_of_rank:
+        size = max((segment.span.stop for segment in segments), default=0) + 3
         tensor, grad = torch.full((size,), PADDING), torch.zeros(size)
-        for run in runs:
-            tensor[run.span] = problem.values[run.of.name].flatten()[run.start : run.stop]
-            grad[run.span] = problem.grads[run.of.name].flatten()[run.start : run.stop]
+        for segment in segments:
+            tensor[segment.span] = problem.values[segment.of.name].flatten()[segment.start : segment.stop]
+            grad[segment.span] = problem.grads[segment.of.name].flatten()[segment.start : segment.stop]
         tensor.grad = grad
-        shards.append(Shard(tensor, runs))
+        shards.append(Shard(tensor, segments))
     return shards
 
 
@@ -101,7 +103,7 @@ class Ranks:
         self._barrier.wait()
         flat.copy_(self._sum)
 
-    def run(self, steps: list[Callable[[], None]]) -> None:
+    def segment(self, steps: list[Callable[[], None]]) -> None:
         """Each in a thread of its own."""
         threads = [threading.Thread(target=step) for step in steps]
         for thread in threads:
@@ -111,13 +113,15 @@ class Ranks:
         assert not self._barrier.broken, "a rank has failed"
 
 
-def sharded_optimizers(problem: Problem, config: OptimConfig, layout: list[Runs]) -> tuple[Ranks, list[ShardOptimizer]]:
+def sharded_optimizers(
+    problem: Problem, config: OptimConfig, placement: list[Segments]
+) -> tuple[Ranks, list[ShardOptimizer]]:
     """An optimizer for each rank, bound as `parallel.shards.shard_groups` would do it."""
     factors = {each.name: each for each in problem.trainables if each.factor in (Factor.A, Factor.B)}
-    every_run = [run for runs_of_rank in layout for runs in runs_of_rank for run in runs]
+    every_run = [segment for runs_of_rank in placement for segments in runs_of_rank for segment in segments]
     cut_rows = [(factors[name], row) for name, row in rows_cut_by(every_run) if name in factors]
-    ranks, optimizers = Ranks(len(layout)), []
-    for runs_of_rank in layout:
+    ranks, optimizers = Ranks(len(placement)), []
+    for runs_of_rank in placement:
         optimizer = ShardOptimizer([(each, torch.nn.Parameter(torch.zeros(1))) for each in problem.trainables], config)
         shards = shards_of(problem, runs_of_rank)
         optimizer.param_groups[0]["params"] = [shard.tensor for shard in shards]  # as ZeRO does
@@ -138,18 +142,18 @@ def reference_values(problem: Problem, config: OptimConfig) -> dict[str, Tensor]
     return {name: value - config.lr * grads[name] for name, value in values.items()}
 
 
-def assert_a_step_equals_the_reference(problem: Problem, rule: Rule, layout: list[Runs]) -> None:
+def assert_a_step_equals_the_reference(problem: Problem, rule: Rule, placement: list[Segments]) -> None:
     """How far every tensor comes is right within 1e-5, on whatever ranks its pieces are; padding stays."""
     config = OptimConfig(name="sgd", lr=10.0, lr_router=None, preconditioner=rule, damping=0.1)  # a visible change
-    ranks, optimizers = sharded_optimizers(problem, config, layout)
-    ranks.run([optimizer.step for optimizer in optimizers])
+    ranks, optimizers = sharded_optimizers(problem, config, placement)
+    ranks.segment([optimizer.step for optimizer in optimizers])
     found = {name: torch.full((value.numel(),), torch.nan) for name, value in problem.values.items()}
     for optimizer in optimizers:
         for shard in optimizer.shards:
             unused = torch.ones(len(shard.tensor), dtype=torch.bool)
-            for run in shard.runs:
-                found[run.of.name][run.start : run.stop] = shard.tensor[run.span]
-                unused[run.span] = False
+            for segment in shard.segments:
+                found[segment.of.name][segment.start : segment.stop] = shard.tensor[segment.span]
+                unused[segment.span] = False
             assert (shard.tensor[unused] == PADDING).all()
     for name, expected in reference_values(problem, config).items():
         start = problem.values[name]
@@ -170,17 +174,19 @@ def test_rows_cut_by_shards_are_exact(cut: Any, world_size: int, rule: Rule, mix
 def test_more_ranks_than_rows(rule: Rule) -> None:
     """Rows of 7 numbers in pieces of 2 or 3, and ranks at the end that hold nothing but padding."""
     problem = random_problem([(9, 2), (8, 9)], num_experts=2, rank=7)
-    layout = per_parameter(problem.trainables, world_size=53)
+    placement = per_parameter(problem.trainables, world_size=53)
     pieces_of_rows = Counter(
-        (run.of.name, row)
-        for runs_of_rank in layout
-        for run in runs_of_rank[0]
-        for row in range(run.start // 7, (run.stop - 1) // 7 + 1)
-        if run.of.factor is not Factor.ROUTER
+        (segment.of.name, row)
+        for runs_of_rank in placement
+        for segment in runs_of_rank[0]
+        for row in range(segment.start // 7, (segment.stop - 1) // 7 + 1)
+        if segment.of.factor is not Factor.ROUTER
     )
     assert max(pieces_of_rows.values()) >= 4
-    assert not any(run.of.name.endswith("b") and run.of.layer == "layers.0.proj" for run in layout[-1][0])
-    assert_a_step_equals_the_reference(problem, rule, layout)
+    assert not any(
+        segment.of.name.endswith("b") and segment.of.layer == "layers.0.proj" for segment in placement[-1][0]
+    )
+    assert_a_step_equals_the_reference(problem, rule, placement)
     empty = one_buffer(problem.trainables, world_size=200)
     assert not empty[-1][0]
     assert_a_step_equals_the_reference(problem, rule, empty)

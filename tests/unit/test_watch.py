@@ -26,7 +26,7 @@ def test_a_skipped_step_is_not_recorded() -> None:
             shard.tensor.grad = torch.full_like(shard.tensor, value)
         optimizer.skip = math.isnan(value)
         optimizer.step()
-    sizes = {shard.runs[0].of.name: shard.tensor.numel() for shard in optimizer.shards}
+    sizes = {shard.segments[0].of.name: shard.tensor.numel() for shard in optimizer.shards}
     found = watch.stop()
     assert found.keys() == sizes.keys()
     for name, size in sizes.items():

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsmoelora.adapters.folder_files import CONFIG_FILE, PEFT_TYPE, read_description
+from dsmoelora.adapters.given.experts import GivenExperts, GivenFolder, GivenLayer
 from dsmoelora.adapters.given.ours import open_ours
-from dsmoelora.adapters.given.parts import GivenExperts, GivenFolder, GivenLayer
 from dsmoelora.adapters.given.peft import PEFT_LORA, open_peft
 from dsmoelora.adapters.given.split import split_folders
 from dsmoelora.errors import bad_value

@@ -15,7 +15,7 @@ from dsmoelora.adapters.folder_files import (
     adapter_config,
     read_adapter_config,
 )
-from dsmoelora.adapters.given.parts import GivenExperts, GivenFolder, GivenLayer, shapes_in, tensors_in
+from dsmoelora.adapters.given.experts import GivenExperts, GivenFolder, GivenLayer, shapes_in, tensors_in
 from dsmoelora.adapters.routers.given import constant_gates
 from dsmoelora.adapters.starts.svd import StartFactors, start_names
 from dsmoelora.adapters.targets import layer_config

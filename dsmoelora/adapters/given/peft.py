@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoelora.adapters.folder_files import CONFIG_FILE, WEIGHTS_FILE
-from dsmoelora.adapters.given.parts import GivenExperts, GivenFolder, GivenLayer, shapes_in, tensors_in
+from dsmoelora.adapters.given.experts import GivenExperts, GivenFolder, GivenLayer, shapes_in, tensors_in
 from dsmoelora.errors import CheckpointError, bad_value, listing
 
 PEFT_LORA = "LORA"

@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from dsmoelora.adapters.given.parts import GivenExperts, GivenFolder, GivenLayer
+from dsmoelora.adapters.given.experts import GivenExperts, GivenFolder, GivenLayer
 
 
 def split_folders(folders: Sequence[GivenFolder]) -> list[GivenFolder]:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from dsmoelora.adapters.experts.bank import ExpertBank
 from dsmoelora.adapters.fingerprint import difference, fingerprint
 from dsmoelora.adapters.folder_files import WEIGHTS_FILE
+from dsmoelora.adapters.given.experts import tensors_in
 from dsmoelora.adapters.given.folders import KEY, GivenFolder, GivenLayer, open_folders
-from dsmoelora.adapters.given.parts import tensors_in
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.routers.given import ArrowRouter, prototypes

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from dsmoelora.adapters.routers.base import RouterPlace, TopKRule
 from dsmoelora.adapters.routers.bias import SigmoidBiasRouter
 from dsmoelora.adapters.routers.given import ArrowRouter, ConstantRouter
 from dsmoelora.adapters.routers.linear import LinearRouter, NoisyRouter, SingleExpertRouter, ThresholdRouter
-from dsmoelora.adapters.routers.parts import RouterPlace, TopKRule
 from dsmoelora.adapters.routers.prompt import PromptRouter, unwatch_prompts, watch_prompts
 from dsmoelora.adapters.routers.rules import all_rule, top_p_rule
 from dsmoelora.config import AdapterConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter, TopKRule
+from dsmoelora.adapters.routers.base import Report, RouterPlace, TokenRouter, TopKRule
 from dsmoelora.adapters.routers.rules import largest, softmax_over
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter, TopKRule
+from dsmoelora.adapters.routers.base import Report, RouterPlace, TokenRouter, TopKRule
 from dsmoelora.adapters.routers.rules import Rule, all_rule
 from dsmoelora.config.adapter_options import RouterStart
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.keyed.draws import keyed_normal
-from dsmoelora.adapters.routers.parts import Report, RouterPlace, TokenRouter
+from dsmoelora.adapters.routers.base import Report, RouterPlace, TokenRouter
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.seeds import derive_seed
 

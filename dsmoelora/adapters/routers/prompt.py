@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
 from dsmoelora.adapters.experts.function import product_fp32
-from dsmoelora.adapters.routers.parts import Report, RouterPlace
+from dsmoelora.adapters.routers.base import Report, RouterPlace
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.errors import ModelError
 

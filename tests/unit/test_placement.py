@@ -11,8 +11,8 @@ from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
 from dsmoelora.errors import ConfigError
 from dsmoelora.parallel import zero_config
 from dsmoelora.parallel.exchange import TokenExchange, all_to_all_bytes, gather_bytes
-from dsmoelora.parallel.layout import ExpertLayout, check_layout
-from dsmoelora.parallel.zero import make_layout
+from dsmoelora.parallel.placement import ExpertPlacement, check_placement
+from dsmoelora.parallel.zero import make_placement
 from dsmoelora.parallel.zero_config import merge_config
 
 
@@ -24,12 +24,14 @@ def recipe_with(num_experts: int, ep_size: int) -> Recipe:
 def test_an_expert_parallel_group_is_neighbours_and_has_every_expert_once(
     world_size: int, ep_size: int, num_experts: int
 ) -> None:
-    layouts = [ExpertLayout(num_experts, ep_size, world_size, rank) for rank in range(world_size)]
+    placements = [ExpertPlacement(num_experts, ep_size, world_size, rank) for rank in range(world_size)]
     for first in range(0, world_size, ep_size):
-        held = [expert for layout in layouts[first : first + ep_size] for expert in layout.local_experts]
+        held = [expert for placement in placements[first : first + ep_size] for expert in placement.local_experts]
         assert held == list(range(num_experts))
-    for rank, layout in enumerate(layouts):
-        assert layout.local_experts == layouts[rank % ep_size].local_experts, "those of its expert-data-parallel group"
+    for rank, placement in enumerate(placements):
+        assert placement.local_experts == placements[rank % ep_size].local_experts, (
+            "those of its expert-data-parallel group"
+        )
 
 
 def test_experts_that_do_not_divide_are_refused_with_what_does() -> None:
@@ -41,17 +43,17 @@ def test_experts_that_do_not_divide_are_refused_with_what_does() -> None:
 
 def test_ranks_that_do_not_divide_are_refused_with_what_does() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_layout(recipe_with(num_experts=20, ep_size=4), world_size=6)
+        check_placement(recipe_with(num_experts=20, ep_size=4), world_size=6)
     for words in ("parallel.ep_size", "4", "adapter.num_experts = 20", "ranks = 6", "Possible here: 1, 2."):
         assert words in str(caught.value)
     for ep_size in (1, 2):
-        check_layout(recipe_with(num_experts=20, ep_size=ep_size), world_size=6)
+        check_placement(recipe_with(num_experts=20, ep_size=ep_size), world_size=6)
 
 
 def test_one_process_has_all_experts_and_can_have_no_partner() -> None:
-    assert make_layout(recipe_with(num_experts=6, ep_size=1)).local_experts == range(6)
+    assert make_placement(recipe_with(num_experts=6, ep_size=1)).local_experts == range(6)
     with pytest.raises(ConfigError, match="ranks = 1"):
-        make_layout(recipe_with(num_experts=6, ep_size=2))
+        make_placement(recipe_with(num_experts=6, ep_size=2))
 
 
 def test_partitioned_experts_want_stage_3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,22 +80,22 @@ def share_wanted(num_experts: int, ep_size: int, top_k: int, num_layers: int) ->
 @pytest.mark.parametrize(("num_experts", "ep_size", "top_k"), SIZES)
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_bytes_are_those_of_the_formulas(num_experts: int, ep_size: int, top_k: int, num_layers: int) -> None:
-    layout = ExpertLayout(num_experts, ep_size, ep_size, 0)
+    placement = ExpertPlacement(num_experts, ep_size, ep_size, 0)
     tokens, d, o, itemsize = 10, 7, 5, 2
     gates_and_outputs = num_layers * (4 * num_experts // ep_size + o * itemsize)
-    assert gather_bytes(tokens, layout, d, o, itemsize, num_layers) == pytest.approx(
+    assert gather_bytes(tokens, placement, d, o, itemsize, num_layers) == pytest.approx(
         ep_size * tokens * (d * itemsize + gates_and_outputs)
     )
     once, any_layer = (share_wanted(num_experts, ep_size, top_k, count) for count in (1, num_layers))
     rows = any_layer * d * itemsize + once * gates_and_outputs + once * 4 * (num_layers - 1)
     # an int32 for each rank, told to all ranks: of rows and, after the first layer, of those that are not there yet
     counts = 4 * ep_size * (2 * num_layers - 1)
-    found = all_to_all_bytes(tokens, layout, d, o, itemsize, top_k, num_layers)
+    found = all_to_all_bytes(tokens, placement, d, o, itemsize, top_k, num_layers)
     assert found == pytest.approx(ep_size * (tokens * rows + counts))
 
 
 def chosen(kind: Any, num_experts: int, ep_size: int, top_k: int) -> str:
-    exchange = TokenExchange(ExpertLayout(num_experts, ep_size, ep_size, 0), kind, top_k)
+    exchange = TokenExchange(ExpertPlacement(num_experts, ep_size, ep_size, 0), kind, top_k)
     exchange.num_tokens = [512] * ep_size
     return exchange.kind_for(64, 32, itemsize=2)
 

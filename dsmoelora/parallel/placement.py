@@ -17,7 +17,7 @@ from dsmoelora.optim.rows import Trainable
 
 
 @dataclass(frozen=True)
-class ExpertLayout:
+class ExpertPlacement:
     """Place of this rank and of its experts.
 
     Args:
@@ -63,7 +63,7 @@ class ExpertLayout:
         return f"ep_size_{self.ep_size}"
 
 
-def check_layout(recipe: Recipe, world_size: int) -> None:
+def check_placement(recipe: Recipe, world_size: int) -> None:
     """See that the experts and the ranks of a run divide by `parallel.ep_size`.
 
     Raises:
