@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.study.arms import ARMS, Arm
 from benchmarks.study.halving import budgets
+from dsmoelora.config import AdapterConfig, LossesConfig, OptimConfig
 from dsmoelora.errors import ConfigError
 
 _LONG = 200  # steps, of which an eighth is trained for longer than held-out rows are looked at
@@ -102,6 +103,17 @@ class Cell:
         return task.folder / self.arm / f"lr{self.lr:g}-seed{self.seed}"
 
 
+def _is_same_arm(found: Results, fresh: Results) -> bool:
+    """Whether two cells have the same settings; keys younger than one of them have their defaults in the other."""
+    defaults = {"adapter": AdapterConfig(), "optim": OptimConfig(), "losses": LossesConfig()}
+    for section, config in defaults.items():
+        known, wanted, default = found.settings["arm"][section], fresh.settings["arm"][section], asdict(config)
+        younger = {key for key in wanted.keys() - known.keys() if wanted[key] == default[key]}
+        if {key: value for key, value in wanted.items() if key not in younger} != known:
+            return False
+    return True
+
+
 @dataclass
 class Results:
     """What is known of a cell.
@@ -133,7 +145,7 @@ class Results:
         if not file.exists():
             return fresh
         found = cls(**json.loads(file.read_text()))
-        if found.settings != fresh.settings:
+        if found.settings["task"] != fresh.settings["task"] or not _is_same_arm(found, fresh):
             raise ConfigError(f"{file} was made with other settings. Take another --name, or this folder away.")
         return found
 

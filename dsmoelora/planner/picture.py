@@ -21,7 +21,7 @@ def draw_plan(memory: MemoryPlan, time: TimePlan, device: Device) -> Any:
     """A matplotlib figure: bars of memory for each phase with the device's limit, and bars of seconds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), placement="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
     figure.suptitle(f"{time.world_size} x {device.name}: {verdict(memory, device).text.split(';')[0]}", fontsize=11)
     _draw_memory(upper, memory, device)
