@@ -80,7 +80,8 @@ def run(command: Command) -> None:
         comm.together(lambda: show_samples(command, console))
     else:
         comm.together(lambda: check_trainable(recipe.model))
-        plan.notes += comm.together(lambda: check_memory(recipe, command.deepspeed, world_size))
+        with waiting_for(lambda: "the memory of the run to be planned", speaks=env_rank() == 0):
+            plan.notes += comm.together(lambda: check_memory(recipe, command.deepspeed, world_size))
         print_notes(plan, console)
         console.print(f"Computes in {dtype.why}")
         train(command, console)
