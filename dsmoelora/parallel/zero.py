@@ -151,12 +151,7 @@ def place_experts(found: Iterable[tuple[Trainable, nn.Parameter]], placement: Ex
 def partitions(
     engine: deepspeed.DeepSpeedEngine, found: Sequence[tuple[Trainable, nn.Parameter]], placement: ExpertPlacement
 ) -> list[Partition]:
-    """This rank's flat fp32 partitions under stages 1 to 3, in ZeRO's order (collective).
-
-    Args:
-        engine: from `deepspeed.initialize`
-        found: every trainable tensor and its parameter
-        placement: where experts lie
+    """This rank's flat fp32 partitions under stages 1 to 3, in ZeRO's order (collective); see `shards.shard_groups`.
 
     Raises:
         ConfigError: this DeepSpeed works in another way than those we know
