@@ -175,7 +175,7 @@ def by_peft(recipe: Recipe, num_steps: int) -> dict[str, float]:
 
 # What the profiler calls the parts of a step, with all that runs inside of them; nothing lies in two parts.
 PARTS = {
-    "experts and routers": r"(.*: )?(Projection|RoutedExperts|SoftmaxOverSelected)(Backward)?",
+    "experts and routers": r"(.*: )?(RoutedExperts|RouterLogits|Decided)(Backward)?",
     "frozen linear layers": r"(.*: )?(LinearFunctionForZeroStage3|_Product)(Backward)?",
     "attention": r"aten::_scaled_dot_product\w+",
     "output head and loss": r"(.*: )?ChunkedNll(Backward)?",

@@ -177,7 +177,7 @@ class Engine:
             base = [zero.full_numel(one) for one in self.model.parameters() if id(one) not in known]
             keep_whole_what_fits(config, [parameter.numel() for parameter in adapters], base)
         zero.place_experts([*found, *self._frozen], self.placement)
-        zero.gather_joined_factors(self.model)
+        zero.gather_joined_parameters(self.model)
         self._deepspeed, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, model_parameters=[p for _, p in found], config=config
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dsmoelora.adapters import RoutedLinear
+
 
 class FixedGate(nn.Module):
     """A router that gives every token the same gates."""
@@ -12,6 +14,11 @@ class FixedGate(nn.Module):
         super().__init__()
         self.gate_E = gate_E
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         gate_TE = self.gate_E.expand(x_TD.shape[0], -1)
-        return x_TD, gate_TE, gate_TE > 0
+        return gate_TE, gate_TE > 0
+
+
+def fix_gates(layer: RoutedLinear, gate_E: Tensor) -> None:
+    """Give every token that the layer sees the same gates."""
+    layer.router, layer.context.hooked = FixedGate(gate_E), True

@@ -19,22 +19,15 @@ class PlainContrastive:
 
     def __init__(self, model: Any) -> None:
         self.values: list[dict[str, float]] = []
-        self._inputs: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[Any, Tensor, Tensor]] = {}
         for name, layer in adapted_layers(model):
             if layer.experts.shapes["a"][0] == 1:
                 continue
-            layer.register_forward_pre_hook(partial(self._note, name))
             layer.experts.register_forward_pre_hook(partial(self._remember, name))
 
-    def _note(self, name: str, _: Any, inputs: tuple[Any, ...]) -> None:
-        self._inputs[name] = inputs[0].flatten(0, -2)
-
     def _remember(self, name: str, experts: Any, inputs: tuple[Any, ...]) -> None:
-        """Experts that read no tokens are handed them without their graph; the values are those after dropout."""
-        handed_TD, x_TD = inputs[1], self._inputs[name]
-        cut_off = x_TD.requires_grad and not handed_TD.requires_grad
-        self._seen[name] = experts, x_TD if cut_off else handed_TD, inputs[3]
+        _, x_TD, _, selected_TE = inputs
+        self._seen[name] = experts, x_TD, selected_TE
 
     def of_step(self, keys_BS: Tensor, mask_BS: Tensor, config: LossesConfig) -> Tensor | float:
         """What the step's losses add to that of the text: means over rows and layers."""

@@ -31,7 +31,7 @@ def gradients_of_experts(model: Any, config: AdapterConfig, loss: Callable[[], T
 
         return hook
 
-    handles = [layer.base.register_forward_hook(watch(name)) for name, layer in adapted_layers(model)]
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in adapted_layers(model)]
     loss().backward()
     for handle in handles:
         handle.remove()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsmoelora.adapters import adapter_context
 from dsmoelora.adapters.routers import routers
 from dsmoelora.config import LossesConfig
 
@@ -21,13 +22,14 @@ class PlainRouterLosses:
         self._selected: dict[str, Tensor] = {}
         self._shares: dict[str, Tensor] = {}
         for name, router in routers(model):
+            adapter_context(model).hooked = True
             router.register_forward_hook(partial(self._remember, name))
 
     def _remember(self, name: str, router: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
         is_constant = router.weight.shape[-1] == 1
         weight_DE, x_TD = router.weight.T, inputs[0]
         self._logits[name] = weight_DE.expand(len(x_TD), -1) if is_constant else x_TD @ weight_DE
-        self._selected[name] = output[2]
+        self._selected[name] = output[1]
 
     def move_biases(self, model: Any, mask_BS: Tensor) -> None:
         """Selection biases, where the routers have them, one step towards balance."""

@@ -269,4 +269,5 @@ def _watch_gaps(model: Any, top_k: int) -> list[float]:
     for _, router in routers(model):
         if router.shapes["weight"][0] > top_k:
             router.register_forward_pre_hook(look)
+            adapter_context(model).hooked = True
     return gaps

@@ -2,8 +2,8 @@
 
 from dsmoelora.adapters.context import AdapterContext
 from dsmoelora.adapters.experts.bank import ExpertBank, Factor
-from dsmoelora.adapters.inject import adapter_context, eject, inject
-from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
+from dsmoelora.adapters.inject import eject, inject
+from dsmoelora.adapters.layer import RoutedLinear, adapted_layers, adapter_context
 from dsmoelora.adapters.targets import match_targets, untouched
 
 __all__ = [

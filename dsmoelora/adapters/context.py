@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from dsmoelora.adapters.shared_input import Once
 
@@ -101,12 +102,25 @@ class AdapterContext:
         losses: of the experts' outputs in training
         tokens: of the micro-batch at hand. Whoever runs the model sets them before the forward pass, and they must stay
             until the backward pass is over, for a layer may be computed again there
+        hooked: every router is called by itself and its gates are given to the experts, for those who have hooks there
     """
 
     exchange: Exchange | None = None
     log: RoutingLog | None = None
     losses: ContrastiveLosses | None = None
     tokens: BatchTokens = field(default_factory=BatchTokens)
+    hooked: bool = False
+
+    @contextmanager
+    def hooks(self, handles: Sequence[RemovableHandle]) -> Iterator[None]:
+        """Inside the block modules have these hooks, which look at what goes into routers and experts or comes out."""
+        before, self.hooked = self.hooked, True
+        try:
+            yield
+        finally:
+            self.hooked = before
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def unheard(self) -> Iterator[None]:

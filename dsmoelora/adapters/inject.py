@@ -148,9 +148,3 @@ def _check_head(model: nn.Module, config: AdapterConfig, routed: list[str], plai
         allowed = f"0 for an adapter on the output head ({head})"
         remedy = f"Leave {head} out of {TARGETS if head in routed else LORA}, or set it to 0."
         raise bad_value("adapter.lora_dropout", config.lora_dropout, allowed, remedy)
-
-
-def adapter_context(model: nn.Module) -> AdapterContext:
-    """The context that all adapted layers of the model share."""
-    _, layer = next(adapted_layers(model))
-    return layer.context

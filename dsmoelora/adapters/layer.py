@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from dsmoelora.adapters.context import AdapterContext
 from dsmoelora.adapters.experts.bank import ExpertBank
+from dsmoelora.adapters.experts.function import with_shared
 from dsmoelora.adapters.keyed.draws import keyed_dropout
 from dsmoelora.adapters.precision import compute_dtype, of_base, without_autocast
 from dsmoelora.adapters.routers import RouterPlace, build_router
-from dsmoelora.adapters.routers.base import TokenRouter
 from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
+from dsmoelora.adapters.routers.linear import LinearRouter, SingleExpertRouter
 from dsmoelora.adapters.shared_input import Once, SharedInput, Siblings
 from dsmoelora.adapters.targets.linear import Linear, features
 from dsmoelora.config import AdapterConfig
@@ -22,7 +23,7 @@ from dsmoelora.errors import ModelError
 from dsmoelora.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from dsmoelora.adapters.contrastive.losses import ContrastOfTokens
+    from dsmoelora.adapters.contrastive.losses import ContrastiveLosses, ContrastOfTokens
 
 
 class WeightReadPast(ModelError, AttributeError):
@@ -37,7 +38,7 @@ class RoutedLinear(nn.Module):
     Shared experts come after the routed ones, with gate 1.
 
     The parameters are read only inside `router.forward` and `experts.forward`: ZeRO-3 gathers a parameter when the
-    module that owns it is called.
+    module that owns it, or has said that it reads it, is called.
 
     Args:
         base: the layer to wrap; its parameters stay as they are
@@ -73,37 +74,39 @@ class RoutedLinear(nn.Module):
         self.experts = ExpertBank(in_features, out_features, config, name, like, experts)
         self._num_shared = config.shared_experts
         self._is_partitioned = len(experts) < config.num_in_layer
-        if isinstance(self.router, TokenRouter) and not self.dropout and not self._is_partitioned:
-            self.router.join(self.experts)
+        # experts read the same tokens as the router, and nobody before them asks what it decides
+        self._is_joined = isinstance(self.router, LinearRouter | SingleExpertRouter) and not (
+            self.dropout or self._is_partitioned or config.expert == "dora"
+        )
+        if self._is_joined and isinstance(self.router, LinearRouter):
+            self.experts.join(self.router)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
-        shared = self.siblings.shared_input(x, self.dropout_key)
         dtype = compute_dtype(x)
         with without_autocast(x):
-            return self._forward(x if x.dtype == dtype else x.to(dtype), shared)
+            x_TD = (x if x.dtype == dtype else x.to(dtype)).reshape(-1, x.shape[-1])
+            losses = self.context.losses if self.training else None
+            if self._is_joined and losses is None and not self.context.hooked:
+                y_TO = self.experts(of_base(self.base, x_TD), x_TD)
+            else:
+                y_TO = self._routed_apart(x_TD, self.siblings.shared_input(x, self.dropout_key), losses)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
-    def _forward(self, x: Tensor, shared: SharedInput) -> Tensor:
-        x_TD, gate_TE, selected_TE, *features = self.router(x.reshape(-1, x.shape[-1]))
-        if self._num_shared:  # experts behind the routed ones, which no router knows of
-            gate_TE, selected_TE = (
-                nn.functional.pad(one, (0, self._num_shared), value=1) for one in (gate_TE, selected_TE)
-            )
+    def _routed_apart(self, x_TD: Tensor, shared: SharedInput, losses: ContrastiveLosses | None) -> Tensor:
+        """(T, O), where the router decides first."""
+        gate_TE, selected_TE = self.router(x_TD)
+        if self._num_shared:
+            gate_TE = with_shared(gate_TE, self._num_shared)
+            selected_TE = nn.functional.pad(selected_TE, (0, self._num_shared), value=1)
         drops, tokens_TD = self.training and self.dropout > 0.0, x_TD
         if drops or self._is_partitioned:  # made of the input itself, for all layers that read it
-            tokens_TD = shared.once("dropped", lambda: self._tokens(x, shared.dropout_key, drops))
-        losses = self.context.losses if self.training else None
+            tokens_TD = shared.once("dropped", lambda: self._tokens(x_TD, shared.dropout_key, drops))
         attachment = losses.of_layer(self.name, tokens_TD, selected_TE, self.context.tokens) if losses else None
         if self._is_partitioned:
-            y_TO = self._with_others(x_TD, gate_TE, selected_TE, tokens_TD, shared, attachment)
-        else:
-            base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
-            if features:
-                # Nobody reads the tokens here. ZeRO-3 ends a module's backward pass once all its inputs have their
-                # gradients: one that never gets any would keep its weights, and those computed again, to the end.
-                tokens_TD = tokens_TD.detach()
-            y_TO = experts(base_TO, tokens_TD, gate_TE, selected_TE, attachment=attachment, features=features)
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+            return self._with_others(x_TD, gate_TE, selected_TE, tokens_TD, shared, attachment)
+        base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
+        return experts(base_TO, tokens_TD, gate_TE, selected_TE, attachment=attachment)
 
     def _with_others(
         self,
@@ -148,9 +151,8 @@ class RoutedLinear(nn.Module):
         base_TO, ratio_LO = self.experts.rows(self.base, x_TD, gate_TE, selected_TE, of_all)
         return base_TO, partial(self.experts, ratio_LO=ratio_LO)
 
-    def _tokens(self, x: Tensor, dropout_key: int, drops: bool) -> Tensor:
+    def _tokens(self, x_TD: Tensor, dropout_key: int, drops: bool) -> Tensor:
         """(T, D): what the experts see of the input."""
-        x_TD = x.reshape(-1, x.shape[-1])
         if not drops:
             return x_TD
         keys_BS = self.context.tokens.keys_BS
@@ -164,3 +166,9 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoutedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, RoutedLinear):
             yield name, module
+
+
+def adapter_context(model: nn.Module) -> AdapterContext:
+    """The context that all adapted layers of the model share."""
+    _, layer = next(adapted_layers(model))
+    return layer.context

@@ -28,7 +28,7 @@ def typed(tensor: Tensor, like: Tensor) -> Tensor: ...
 def typed(tensor: None, like: Tensor) -> None: ...
 def typed(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     """The tensor in the dtype of another one; itself where it has it already, and where there is none."""
-    return None if tensor is None else tensor.to(like.dtype)
+    return tensor if tensor is None or tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

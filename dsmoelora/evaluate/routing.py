@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dsmoelora.adapters import adapter_context
 from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.routing.sums import RoutingSums
 from dsmoelora.evaluate.reader import Reader, Tokens
@@ -27,6 +28,7 @@ class RoutingCount:
         self.layers, self._routers = list(found), list(found.values())
         self._sizes = [router.shapes["weight"][0] for router in self._routers]
         device = next(model.parameters()).device
+        self._context = adapter_context(model)
         self._sums = {group: RoutingSums(self._sizes, device) for group in groups}
         self._num_tokens = dict.fromkeys(groups, 0)
 
@@ -64,16 +66,13 @@ class RoutingCount:
 
         def add(place: int) -> Any:
             def hook(_: nn.Module, __: Any, decision: tuple[Tensor, ...]) -> None:
-                self._sums[group].add_decisions(place, decision[1].float(), decision[2], weights_T[0])
+                self._sums[group].add_gates(place, decision[0].float(), weights_T[0])
 
             return hook
 
-        hooks = [router.register_forward_hook(add(place)) for place, router in enumerate(self._routers)]
-        try:
+        handles = [router.register_forward_hook(add(place)) for place, router in enumerate(self._routers)]
+        with self._context.hooks(handles):
             yield weights_T
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def remarks_on(report: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters import adapted_layers, eject, inject
+from dsmoelora.adapters import adapted_layers, adapter_context, eject, inject
 from dsmoelora.adapters.folder import load_adapter
 from dsmoelora.config import AdapterConfig
 from dsmoelora.data import InstructionDataset
@@ -151,13 +151,10 @@ def measured_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return add
 
-    hooks = [layer.experts.register_forward_pre_hook(watch(name)) for name, layer in adapted_layers(model)]
-    try:
+    handles = [layer.experts.register_forward_pre_hook(watch(name)) for name, layer in adapted_layers(model)]
+    with adapter_context(model).hooks(handles):
         yield means
         means.update({name: total_E / counts[name] for name, total_E in sums.items()})
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def mean_loss(model: Any, samples: InstructionDataset, num_samples: int) -> float:

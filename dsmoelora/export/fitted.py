@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters import adapted_layers
-from dsmoelora.adapters.experts.function import side_by_side
+from dsmoelora.adapters import adapted_layers, adapter_context
+from dsmoelora.adapters.experts.products import side_by_side
 
 _RIDGE = 1e-6  # of the mean of the diagonal
 
@@ -90,9 +90,7 @@ def measured_moments(model: nn.Module, wanted: bool = True) -> Iterator[dict[str
 
         return add
 
-    hooks = [layer.experts.register_forward_pre_hook(watch(name)) for name, layer in adapted_layers(model) if wanted]
-    try:
+    layers = adapted_layers(model) if wanted else ()
+    handles = [layer.experts.register_forward_pre_hook(watch(name)) for name, layer in layers]
+    with adapter_context(model).hooks(handles):
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

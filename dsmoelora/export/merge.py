@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.experts.function import side_by_side
+from dsmoelora.adapters.experts.products import side_by_side
 from dsmoelora.adapters.fingerprint import difference, fingerprint
 from dsmoelora.adapters.given import GivenFolder
 from dsmoelora.adapters.targets.linear import features, is_linear, weight_of

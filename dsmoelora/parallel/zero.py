@@ -273,11 +273,11 @@ def gathered(parameters: Iterable[nn.Parameter], rewrite: bool = False) -> Itera
         yield
 
 
-def gather_joined_factors(model: nn.Module) -> None:
-    """Have the parameters that a router reads of its layer's experts gathered for it too, before `initialize`."""
+def gather_joined_parameters(model: nn.Module) -> None:
+    """Have what a layer's experts read of its router gathered for them too, before `initialize`."""
     for _, layer in adapted_layers(model):
-        for parameter in getattr(layer.router, "joined_factors", ()):
-            deepspeed.zero.register_external_parameter(layer.router, parameter)
+        for parameter in layer.experts.joined_parameters:
+            deepspeed.zero.register_external_parameter(layer.experts, parameter)
 
 
 def held_piece(parameter: Any) -> tuple[Tensor, int]:

@@ -133,8 +133,6 @@ class FlopsOfModel:
         """A linear layer, the experts of a base that has some, or a router."""
         x = args[0]
         num_tokens = x.numel() // x.shape[-1]
-        for bank in getattr(module, "_bank", ()):  # a router that makes the experts' features too
-            self._factor(num_tokens, bank.a, x.requires_grad)
         for parameter in module.parameters(recurse=False):
             numel: float = parameter.numel()
             if isinstance(module, FrozenLinear4bit) and parameter is module.weight:
@@ -149,16 +147,18 @@ class FlopsOfModel:
                 source = Source.HEAD
             self._add(source, forward, forward * (x.requires_grad + parameter.requires_grad))
 
-    def _factor(self, num_tokens: int, factor: Tensor, input_learns: bool) -> None:
+    def _factor(self, num_tokens: int, factor: Tensor, input_learns: bool, source: Source = Source.EXPERTS) -> None:
         forward = 2 * num_tokens * factor.numel()
-        self._add(Source.EXPERTS, forward, forward * (input_learns + factor.requires_grad))
+        self._add(source, forward, forward * (input_learns + factor.requires_grad))
 
     def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(module, ExpertBank)
-        tokens_TD = args[1]
-        if not kwargs.get("features"):
-            self._factor(tokens_TD.shape[0], module.a, tokens_TD.requires_grad)
-        self._factor(tokens_TD.shape[0], module.b, input_learns=True)
+        num_tokens, input_learns = args[1].shape[0], args[1].requires_grad
+        self._factor(num_tokens, module.a, input_learns)
+        self._factor(num_tokens, module.b, input_learns=True)
+        if len(args) == 2:  # no gates are given
+            for weight in module.joined_parameters:
+                self._factor(num_tokens, weight, input_learns, Source.ROUTERS)
 
     def _attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -234,8 +234,8 @@ class _Walk:
 
     def _children(self, module: nn.Module) -> list[nn.Module]:
         children = dict(module.named_children())
-        names = self._calls.order.get(type(module), [])
-        return [children[name] for name in sorted(children, key=lambda name: names.index(name) if name in names else 0)]
+        names = self._calls.order.get(type(module))
+        return list(children.values()) if names is None else [children[name] for name in names if name in children]
 
     def _forward(self, module: nn.Module, recomputed_for: int | None = None) -> Iterator[Visit]:
         parts = (part for child in self._children(module) for part in self._forward(child, recomputed_for))
@@ -273,7 +273,7 @@ class _Walk:
         return any(self._own(part) for part in module.modules())
 
     def _own(self, module: nn.Module) -> tuple[ParameterShape, ...]:
-        parameters = [*module.parameters(recurse=False), *getattr(module, "joined_factors", ())]
+        parameters = [*module.parameters(recurse=False), *getattr(module, "joined_parameters", ())]
         if isinstance(module, RoutedLinear):  # it looks at the dtype of this one, which ZeRO-3 takes for a use
             parameters.append(module.base.weight)
         found = {self._shapes.parameters[id(parameter)] for parameter in parameters}

@@ -163,7 +163,10 @@ def _note_calls(model: nn.Module) -> tuple[list[nn.Module], dict[type[nn.Module]
 
 
 def _order(model: nn.Module, called: list[nn.Module]) -> dict[type[nn.Module], list[str]]:
-    """A list of modules is not called itself, and takes the place of the first of those in it."""
+    """A list of modules is not called itself, and takes the place of the first of those in it.
+
+    What is never called, such as a router that the experts read, is left out.
+    """
     first = {id(module): place for place, module in reversed(list(enumerate(called)))}
 
     def place(module: nn.Module) -> int:
@@ -171,9 +174,10 @@ def _order(model: nn.Module, called: list[nn.Module]) -> dict[type[nn.Module], l
 
     order: dict[type[nn.Module], list[str]] = {}
     for module in model.modules():
-        children = dict(module.named_children())
-        if len(children) > len(order.get(type(module), [])) and not isinstance(module, nn.ModuleList):
-            order[type(module)] = sorted(children, key=lambda name: place(children[name]))
+        places = {name: place(child) for name, child in module.named_children()}
+        names = sorted((name for name in places if places[name] < len(called)), key=lambda name: places[name])
+        if len(names) > len(order.get(type(module), [])) and not isinstance(module, nn.ModuleList):
+            order[type(module)] = names
     return order
 
 

@@ -124,7 +124,7 @@ class OnRank:
 
 def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int | None) -> OnRank:
     """The experts of this rank and the tokens of this rank, in fp32, out of the problem of all."""
-    from dsmoelora.adapters.experts.function import routed_experts
+    from dsmoelora.adapters.experts.function import Mixture, RoutedExperts
     from dsmoelora.adapters.shared_input import Once
     from dsmoelora.config import AdapterConfig, ParallelConfig, Recipe
     from dsmoelora.parallel import comm
@@ -149,7 +149,8 @@ def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int
             a, b = (factor[mine].float().requires_grad_() for factor in (layer.a_EDR, layer.b_EOR))
 
             def experts(x_ND: Tensor, gate_NL: Tensor, selected_NL: Tensor, a: Tensor = a, b: Tensor = b) -> Any:
-                return routed_experts(None, x_ND, gate_NL, selected_NL, a, b, None, None, scale=SCALE)
+                gates = None, x_ND, gate_NL, selected_NL, None
+                return RoutedExperts.apply(Mixture(SCALE), None, *gates, a, b, None, None)
 
             y = exchange.depart(of_input, Once(), x, gate, layer.selected_TE[own], b.shape[1]).through(experts)()
             ys.append(y.detach())

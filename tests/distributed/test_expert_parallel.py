@@ -164,10 +164,10 @@ def train_with_one_expert(job: Job, expert: int) -> list[float]:
     from dsmoelora.adapters import adapted_layers
 
     def to_one(_: Any, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x_TD, gate_TE, selected_TE, *features = output
+        gate_TE, selected_TE = output
         only_TE = torch.zeros_like(selected_TE)
         only_TE[:, expert] = True
-        return x_TD, gate_TE.sum(-1, keepdim=True) * only_TE, only_TE, *features
+        return gate_TE.sum(-1, keepdim=True) * only_TE, only_TE
 
     engine = build_engine(job)
     for _, layer in adapted_layers(engine.model):

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dsmoelora import AdapterConfig, inject
 from dsmoelora.adapters.experts.dora import RescaledRows
-from dsmoelora.adapters.experts.function import routed_experts
+from dsmoelora.adapters.experts.function import Mixture, RoutedExperts
 
 NUM_TOKENS, NUM_IN, NUM_OUT, NUM_EXPERTS, RANK = 9, 7, 6, 4, 3
 
@@ -24,8 +24,8 @@ class GivenGates(nn.Module):
         super().__init__()
         self.gate_TE = gate_TE
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x_TD, self.gate_TE, self.gate_TE > 0
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_TE, self.gate_TE > 0
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -119,7 +119,8 @@ def test_gradcheck_of_the_chain_rule() -> None:
 
     def function(base_TO: Tensor, gate_TE: Tensor, ratio_EO: Tensor, b_EOR: Tensor) -> Tensor:
         y_TO = RescaledRows.apply(base_TO, random(NUM_OUT, seed=6), gate_TE, selected_TE, ratio_EO, 1.0)
-        return routed_experts(y_TO, x_TD, gate_TE, selected_TE, a_EDR, b_EOR, None, ratio_EO, scale=1.5)
+        inputs = y_TO, x_TD, gate_TE, selected_TE, None
+        return RoutedExperts.apply(Mixture(1.5), None, *inputs, a_EDR, b_EOR, None, ratio_EO)
 
     assert torch.autograd.gradcheck(function, (base_TO, gate_TE, ratio_EO, b_EOR), rtol=1e-5, atol=1e-6)
 

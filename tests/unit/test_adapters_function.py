@@ -11,14 +11,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.experts.function import Projection, product_fp32, routed_experts
+from dsmoelora.adapters.experts.function import Mixture, RoutedExperts, RouterLogits
+from dsmoelora.adapters.experts.products import product_fp32
 
 SCALE = 1.5
 
 
+def given_gates(
+    mixture: Mixture,
+    base_TO: Tensor,
+    x_TD: Tensor,
+    gate_TE: Tensor,
+    selected_TE: Tensor,
+    a_EDR: Tensor,
+    b_EOR: Tensor,
+    m_ERR: Tensor | None = None,
+) -> Tensor:
+    gates = base_TO, x_TD, gate_TE, selected_TE, None
+    output: Tensor = RoutedExperts.apply(mixture, None, *gates, a_EDR, b_EOR, m_ERR, None)
+    return output
+
+
 @dataclass
 class Case:
-    """The inputs of `routed_experts`, all wanting gradients, and the gradient that comes from above."""
+    """The inputs of `RoutedExperts`, all wanting gradients, and the gradient that comes from above."""
 
     base_TO: Tensor
     x_TD: Tensor
@@ -35,9 +51,9 @@ class Case:
         return leaves if self.m_ERR is None else leaves | {"m": self.m_ERR}
 
     def run(self, gate_power: float = 1.0, scope: str = "factors") -> Tensor:
-        tensors = (self.base_TO, self.x_TD, self.gate_TE, self.selected_TE, self.a_EDR, self.b_EOR, self.m_ERR)
-        forked = gate_power != 1.0 and scope == "factors"
-        return routed_experts(*tensors, None, scale=SCALE, gate_power=gate_power, forked=forked)
+        inputs = (self.base_TO, self.x_TD, self.gate_TE, self.selected_TE)
+        mixture = Mixture(SCALE, gate_power, power_for_input=scope == "factors_and_input")
+        return given_gates(mixture, *inputs, self.a_EDR, self.b_EOR, self.m_ERR)
 
     def gradients(self, gate_power: float = 1.0, scope: str = "factors") -> dict[str, Tensor]:
         grads = torch.autograd.grad(self.run(gate_power, scope), list(self.leaves.values()), self.grad_TO)
@@ -134,8 +150,7 @@ def test_gradcheck_of_the_chain_rule(mixers: bool) -> None:
     case = make_case(num_tokens=4, num_experts=3, top_k=2, mixers=mixers)
 
     def function(base_TO: Tensor, x_TD: Tensor, gate_TE: Tensor, *factors: Tensor) -> Tensor:
-        tensors = base_TO, x_TD, gate_TE, case.selected_TE, *factors, *([] if mixers else [None])
-        return routed_experts(*tensors, None, scale=SCALE)
+        return given_gates(Mixture(SCALE), base_TO, x_TD, gate_TE, case.selected_TE, *factors)
 
     assert torch.autograd.gradcheck(function, tuple(case.leaves.values()), rtol=1e-5, atol=1e-6)
 
@@ -205,7 +220,7 @@ def test_router_logits_are_fp32_products_whatever_the_dtype_of_the_input(dtype: 
     x_TD = torch.randn(9, 16, generator=generator).to(dtype).requires_grad_()
     weight_ED = torch.randn(4, 16, generator=generator).to(dtype).requires_grad_()
     grad_TE = torch.randn(9, 4, generator=generator)
-    *_, logits_TE = Projection.apply(x_TD, False, None, weight_ED)
+    logits_TE = RouterLogits.apply(x_TD, weight_ED)
     assert logits_TE.dtype is torch.float32
     reference_TE = x_TD.double() @ weight_ED.double().T
     torch.testing.assert_close(logits_TE.double(), reference_TE, rtol=1e-5, atol=1e-5)
@@ -231,5 +246,5 @@ def test_router_logits_keep_no_fp32_copy_of_the_input() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        Projection.apply(x_TD, False, None, weight_ED)
+        RouterLogits.apply(x_TD, weight_ED)
     assert [tensor.data_ptr() for tensor in saved] == [x_TD.data_ptr(), weight_ED.data_ptr()]

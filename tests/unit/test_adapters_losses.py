@@ -13,7 +13,7 @@ from dsmoelora import AdapterConfig
 from dsmoelora.adapters import adapted_layers, adapter_context
 from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.routing import RoutingLog, sums
-from dsmoelora.adapters.routing.losses import LossWeights, WithRouterLosses
+from dsmoelora.adapters.routing.losses import LossesOfTokens
 from dsmoelora.config import LossesConfig, Recipe
 from dsmoelora.errors import ConfigError
 from tests.two_layers import NUM_EXPERTS, WIDTH, TwoLayers
@@ -37,12 +37,11 @@ def reference(network: TwoLayers, shares: list[Tensor]) -> tuple[Tensor, Tensor,
     handles = []
     adapter_context(network).log, network.recompute = None, False
     for _, layer in adapted_layers(network):
-        handles.append(layer.router.register_forward_hook(lambda _, __, output: selected.append(output[2])))
+        handles.append(layer.router.register_forward_hook(lambda _, __, output: selected.append(output[1])))
         handles.append(layer.router.register_forward_pre_hook(
             lambda router, inputs: logits.append(inputs[0].double() @ router.weight.double().T)))  # fmt: skip
-    network(x)
-    for handle in handles:
-        handle.remove()
+    with adapter_context(network).hooks(handles):
+        network(x)
     real_T = real_BS.flatten()
     probabilities = [one[real_T].softmax(-1).mean(0) for one in logits]
     of_layers = [NUM_EXPERTS * (share * p).sum() for share, p in zip(shares, probabilities, strict=True)]
@@ -122,12 +121,12 @@ def test_losses_summed_over_layers_and_chosen_experts_are_as_many_times_ours() -
 
     def add(router: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
         share_TE = (inputs[0] @ router.weight.T).softmax(-1)
-        theirs.append(NUM_EXPERTS * (output[2].sum(0) / len(share_TE) * share_TE.mean(0)).sum().item())
+        theirs.append(NUM_EXPERTS * (output[1].sum(0) / len(share_TE) * share_TE.mean(0)).sum().item())
 
     for _, layer in adapted_layers(network):
         layer.router.register_forward_hook(add)
     context = adapter_context(network)
-    context.log, context.tokens = log, BatchTokens(real_BS=torch.ones_like(real_BS))
+    context.log, context.tokens, context.hooked = log, BatchTokens(real_BS=torch.ones_like(real_BS)), True
     log.begin_step(real_BS.numel(), scale=1)
     with log.listening():
         network(x)
@@ -141,7 +140,7 @@ def test_the_gradient_is_the_derivative_of_the_value() -> None:
     num_tokens_N = torch.tensor([1.0, 0, 1, 3, 1, 1, 2], dtype=torch.float64)
     shares_E = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     above = torch.randn(7, 4, dtype=torch.float64, generator=generator)
-    passed = WithRouterLosses.apply(logits_NE, num_tokens_N, shares_E, LossWeights(0.7, 0.3))
+    passed = LossesOfTokens(num_tokens_N, shares_E, balance=0.7, z=0.3).attach(logits_NE)
     (found,) = torch.autograd.grad(passed, logits_NE, above)
     balance_N = (shares_E * logits_NE.softmax(-1)).sum(-1)
     total = (num_tokens_N * (0.7 * balance_N + 0.3 * logits_NE.logsumexp(-1).square())).sum()

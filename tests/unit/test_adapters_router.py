@@ -128,8 +128,7 @@ def test_gates_are_those_of_the_formula_and_so_are_their_gradients(
     reference: Callable[..., Tensor], config: dict[str, Any]
 ) -> None:
     router, x_TD = make_router(reference.__name__, **config), tokens().requires_grad_()
-    passed_TD, gate_TE, selected_TE = router(x_TD)
-    assert torch.equal(passed_TD, x_TD)
+    gate_TE, selected_TE = router(x_TD)
     expected_TE = reference(x_TD, router, config)
     assert gate_TE.dtype is torch.float32
     torch.testing.assert_close(gate_TE.double(), expected_TE, rtol=1e-5, atol=1e-6)
@@ -153,7 +152,7 @@ def test_every_router_has_a_builder_and_knows_its_parameters() -> None:
 
 def test_unselected_experts_have_a_gate_of_exactly_zero_and_no_gradient() -> None:
     router = make_router(top_k=2)
-    _, gate_TE, selected_TE = router(tokens(1))
+    gate_TE, selected_TE = router(tokens(1))
     gate_TE.square().sum().backward()
     (unselected,) = (~selected_TE).nonzero(as_tuple=True)[1:]
     assert len(unselected) == 4
@@ -164,7 +163,7 @@ def test_unselected_experts_have_a_gate_of_exactly_zero_and_no_gradient() -> Non
 
 
 def test_equal_logits_still_select_k_experts() -> None:
-    _, gate_TE, selected_TE = make_router(top_k=3)(torch.zeros(5, 16))
+    gate_TE, selected_TE = make_router(top_k=3)(torch.zeros(5, 16))
     assert selected_TE.sum(-1).tolist() == [3] * 5
     torch.testing.assert_close(gate_TE[selected_TE], torch.full((15,), 1 / 3))
 
@@ -173,8 +172,8 @@ def test_equal_logits_still_select_k_experts() -> None:
 def test_top_p_takes_one_expert_of_a_sure_token_and_many_of_an_unsure_one(p: float) -> None:
     router = make_router("top_p", top_p=p)
     sure_TD = 100 * tokens(5)
-    assert router(sure_TD)[2].sum(-1).tolist() == [1] * 5
-    assert router(torch.zeros(5, 16))[2].sum(-1).tolist() == [-(-p * 6 // 1)] * 5, "of equal ones as many as it takes"
+    assert router(sure_TD)[1].sum(-1).tolist() == [1] * 5
+    assert router(torch.zeros(5, 16))[1].sum(-1).tolist() == [-(-p * 6 // 1)] * 5, "of equal ones as many as it takes"
 
 
 def test_a_threshold_that_nobody_passes_gives_no_expert_and_no_nan() -> None:
@@ -182,7 +181,7 @@ def test_a_threshold_that_nobody_passes_gives_no_expert_and_no_nan() -> None:
     with torch.no_grad():
         router.threshold_bias.fill_(100.0)  # type: ignore[operator, union-attr]
     x_TD = torch.zeros(3, 16, requires_grad=True)
-    _, gate_TE, selected_TE = router(x_TD)
+    gate_TE, selected_TE = router(x_TD)
     gate_TE.sum().backward()
     assert not gate_TE.any()
     assert not selected_TE.any()
@@ -192,7 +191,7 @@ def test_a_threshold_that_nobody_passes_gives_no_expert_and_no_nan() -> None:
 
 def test_noise_is_off_in_evaluation() -> None:
     router, x_TD = make_router("noisy_topk", top_k=2).eval(), tokens()
-    torch.testing.assert_close(router(x_TD)[1].double(), softmax_topk(x_TD, router, {"top_k": 2}), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(router(x_TD)[0].double(), softmax_topk(x_TD, router, {"top_k": 2}), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["softmax_topk", "threshold", "noisy_topk", "sigmoid_bias", "prompt"])
@@ -201,12 +200,12 @@ def test_a_bf16_router_computes_in_fp32(name: str) -> None:
     router, x_TD = make_router(name, **options).bfloat16(), tokens().bfloat16()
     reference: Callable[..., Tensor] = globals()[name]
     expected_TE = reference(x_TD, router, {"top_k": 3})
-    torch.testing.assert_close(router(x_TD)[1].double(), expected_TE, rtol=1e-4, atol=1e-5)  # bf16: 4e-3
+    torch.testing.assert_close(router(x_TD)[0].double(), expected_TE, rtol=1e-4, atol=1e-5)  # bf16: 4e-3
 
 
 def test_one_expert_needs_no_router() -> None:
     router = make_router(num_experts=1)
-    _, gate_TE, selected_TE = router(tokens(3).bfloat16())
+    gate_TE, selected_TE = router(tokens(3).bfloat16())
     assert torch.equal(gate_TE, torch.ones(3, 1))
     assert selected_TE.all()
     assert not list(router.parameters())
@@ -222,7 +221,7 @@ def test_every_parameter_gets_a_gradient_when_all_tokens_go_to_the_same_experts(
     with torch.no_grad():
         layer.experts.b.normal_(generator=torch.Generator().manual_seed(2))
     same_TD = tokens(1).expand(12, 16)
-    _, _, selected_TE, *_ = layer.router(same_TD)
+    _, selected_TE = layer.router(same_TD)
     layer(same_TD).square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -277,12 +276,12 @@ def test_the_bias_selects_and_never_enters_the_gate() -> None:
     router, x_TD = make_router("sigmoid_bias", top_k=2), tokens()
     with torch.no_grad():
         router.bias_steps.zero_()  # type: ignore[operator, union-attr]
-        before_TE = router(x_TD)[1]
+        before_TE = router(x_TD)[0]
         router.bias_steps.fill_(-7)  # type: ignore[operator, union-attr]
-    assert torch.equal(router(x_TD)[1], before_TE), "a bias of all experts alike changes nothing"
+    assert torch.equal(router(x_TD)[0], before_TE), "a bias of all experts alike changes nothing"
     with torch.no_grad():
         router.bias_steps[3] = 10**6  # type: ignore[operator, index]
-    _, gate_TE, selected_TE = router(x_TD)
+    gate_TE, selected_TE = router(x_TD)
     assert selected_TE[:, 3].all()
     score_TE = (x_TD @ router.weight.T).sigmoid()  # type: ignore[operator, union-attr]
     torch.testing.assert_close(gate_TE, renormalised(score_TE, selected_TE))
@@ -301,8 +300,8 @@ def test_the_bias_balances_tokens_that_all_want_the_same_experts() -> None:
     router: Any = make_router("sigmoid_bias", top_k=2, bias_rate=0.01)
     router.bias_steps.zero_()
     x_TD = tokens(512) + 1.5
-    first_E = router(x_TD)[2].float().mean(0)
+    first_E = router(x_TD)[1].float().mean(0)
     for _ in range(200):
-        move_biases([router], [router(x_TD)[2].float().sum(0)])
+        move_biases([router], [router(x_TD)[1].float().sum(0)])
     assert first_E.max() > 0.7, "two of six experts would be 1/3"
-    assert (router(x_TD)[2].float().mean(0) - 1 / 3).abs().max() < 0.05
+    assert (router(x_TD)[1].float().mean(0) - 1 / 3).abs().max() < 0.05

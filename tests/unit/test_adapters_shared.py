@@ -54,7 +54,8 @@ def test_a_layer_adds_them_with_gate_1(settings: dict[str, Any], lora_dropout: f
     model, layer = adapted(**settings, top_k=2 if "top_k" in options else None, lora_dropout=lora_dropout)
     model.train(not lora_dropout)
     gates: list[Tensor] = []
-    layer.router.register_forward_hook(lambda _, __, routed: gates.append(routed[1]))
+    layer.context.hooked = True
+    layer.router.register_forward_hook(lambda _, __, routed: gates.append(routed[0]))
     x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(2, 5, 12, dtype=torch.float64)
     wanted = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]

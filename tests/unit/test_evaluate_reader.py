@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, load_adapter
-from dsmoelora.adapters import adapted_layers
+from dsmoelora.adapters import adapted_layers, adapter_context
 from dsmoelora.config import DataSource
 from dsmoelora.data.chat import Prompt
 from dsmoelora.errors import DataError
@@ -156,7 +156,8 @@ def test_routing_counts_real_tokens_of_each_group(base_path: Path, tmp_path: Pat
     name = report["layers"][0]
     decisions: list[list[Tensor]] = []
     router = model.get_submodule(name).router
-    router.register_forward_hook(lambda _, __, found: decisions.append(found[1:3]))
+    router.register_forward_hook(lambda _, __, found: decisions.append(found))
+    adapter_context(model).hooked = True
     for ids, labels in texts:
         plain_nlls(model, ids, labels)
     for group, rows in (("right", decisions[:2]), ("wrong", decisions[2:])):

@@ -21,7 +21,7 @@ from dsmoelora.cli import parse_command
 from dsmoelora.config.adapter_options import RouterName
 from dsmoelora.errors import CheckpointError, ConfigError
 from tests.architectures import save_model
-from tests.fixed_gate import FixedGate
+from tests.fixed_gate import fix_gates
 from tests.given_adapters import (
     dense_updates,
     expert_updates,
@@ -141,7 +141,7 @@ def test_experts_take_along_what_was_taken_off_their_base(base_path: Path, tmp_p
     if num_experts > 1:
         for model in (trained, started):
             for _, layer in adapted_layers(model):
-                layer.router = FixedGate(torch.tensor([0.5, 0.2, 0.3]))
+                fix_gates(layer, torch.tensor([0.5, 0.2, 0.3]))
     torch.testing.assert_close(logits(started), logits(trained), rtol=1e-4, atol=1e-5)
 
 

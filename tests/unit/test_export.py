@@ -28,7 +28,7 @@ from dsmoelora.export.average import measured_gates, truncated, weighted_sum
 from dsmoelora.model import load_tokenizer
 from launch import export
 from tests.architectures import save_model
-from tests.fixed_gate import FixedGate
+from tests.fixed_gate import fix_gates
 from tests.helpers import bring_own_code, tiny_llama
 
 CONFIG = AdapterConfig(
@@ -92,7 +92,7 @@ def with_gates(base_path: Path, adapter: Path, gates: Tensor | dict[str, Tensor]
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base_path), adapter)
     for name, layer in adapted_layers(model):
         if layer.experts.shapes["a"][0] > 1:
-            layer.router = FixedGate(gates[name].float() if isinstance(gates, dict) else gates)
+            fix_gates(layer, gates[name].float() if isinstance(gates, dict) else gates)
     return model
 
 
@@ -243,7 +243,8 @@ def test_the_average_is_the_mixture_with_each_gate_at_its_mean(
     losses = {"mixture": 0.0, "base model": 0.0, "average": 0.0}
     num_targets = 0
     for name, layer in adapted_layers(model):
-        layer.router.register_forward_hook(lambda _, __, out, name=name: gates[name].append(out[1]))
+        layer.router.register_forward_hook(lambda _, __, out, name=name: gates[name].append(out[0]))
+        layer.context.hooked = True
     chats = [chat_of(tokenizer, row) for row in ROWS]
     for ids, answer in chats:
         losses["mixture"] += nll(model, ids, answer)

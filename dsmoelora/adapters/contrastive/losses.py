@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dsmoelora.adapters.context import BatchTokens
 from dsmoelora.adapters.contrastive.formula import coactive_together, experts_apart, unit_features
 from dsmoelora.adapters.contrastive.sample import TokenSample, sample_tokens
-from dsmoelora.adapters.experts.function import outgoing, side_by_side
+from dsmoelora.adapters.experts.function import outgoing
+from dsmoelora.adapters.experts.products import side_by_side
 from dsmoelora.adapters.experts.similarity import cross_grams
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.config import LossesConfig

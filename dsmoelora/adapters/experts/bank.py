@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.experts.dora import DoraRows
-from dsmoelora.adapters.experts.function import RoutedExperts, routed_experts
+from dsmoelora.adapters.experts.function import Mixture, RoutedExperts
 from dsmoelora.adapters.precision import typed
 from dsmoelora.adapters.starts.draws import draw_a, draw_b, draw_m, drawn
 from dsmoelora.config import AdapterConfig
 
 if TYPE_CHECKING:
     from dsmoelora.adapters.contrastive.losses import ContrastOfTokens
+    from dsmoelora.adapters.routers.linear import LinearRouter
 
 
 class Factor(Enum):
@@ -46,7 +47,7 @@ class ExpertBank(nn.Module):
 
     Attributes:
         held: `experts`
-        is_forked: `a` and the input get other gradients of the features, see `Projection`
+        mixture: how they are mixed
         shapes: of each parameter by name, over the experts of all ranks (ZeRO-3 empties a parameter's own shape)
     """
 
@@ -61,8 +62,9 @@ class ExpertBank(nn.Module):
         }
         self.held = experts
         self.scale = config.scale
-        self.gate_power = config.gate_power
-        self.is_forked = config.gate_power != 1.0 and config.gate_power_scope == "factors"
+        power_for_input = config.gate_power_scope == "factors_and_input"
+        self.mixture = Mixture(config.scale, config.gate_power, power_for_input, config.shared_experts)
+        self._router: tuple[LinearRouter, ...] = ()  # no module of this one
 
         def start(name: str, num_rows: int, draw: Callable[[Tensor, torch.Generator], None]) -> nn.Parameter:
             start_LXR = drawn((config.seed, layer_name, name), experts, num_rows, rank, draw)
@@ -80,29 +82,35 @@ class ExpertBank(nn.Module):
             self.magnitude = nn.Parameter(torch.ones_like(self.b[..., 0]))
             self.rows = DoraRows(self.a, self.b, self.magnitude, config.scale, config.gate_power)
 
+    def join(self, router: LinearRouter) -> None:
+        """Have this router decide, for the tokens that the experts themselves read, where no gates are given."""
+        self._router = (router,)
+
+    @property
+    def joined_parameters(self) -> list[nn.Parameter]:
+        """Of another module, which this one reads."""
+        return [router.weight for router in self._router]
+
     def forward(
         self,
         base_TO: Tensor | None,
         x_TD: Tensor,
-        gate_TL: Tensor,
-        selected_TL: Tensor,
+        gate_TL: Tensor | None = None,
+        selected_TL: Tensor | None = None,
         attachment: ContrastOfTokens | None = None,
         ratio_LO: Tensor | None = None,
-        features: Sequence[Tensor | None] = (),
     ) -> Tensor:
         """(T, O): `base_TO + s sum_e gate_e (x a_e) m_e b_e^T` over the experts that lie here; see `RoutedExperts`.
 
         Args:
-            base_TO, x_TD, gate_TL, selected_TL, ratio_LO: as of `routed_experts`
+            base_TO, x_TD, ratio_LO: as of `RoutedExperts`
+            gate_TL, selected_TL: the same; None where the router that was joined decides, or all gates are 1
             attachment: what else is done to the output
-            features: of `x_TD`, as `Projection` gives them, where the router has made them
         """
-        a, *outgoing = typed(self.a, x_TD), typed(self.b, x_TD), typed(self.m, x_TD), ratio_LO
-        output: Tensor
-        if features:
-            gates = (gate_TL, selected_TL)
-            output = RoutedExperts.apply(base_TO, *features, *gates, *outgoing, self.scale, self.gate_power)
-        else:
-            options: dict[str, Any] = {"gate_power": self.gate_power, "forked": self.is_forked}
-            output = routed_experts(base_TO, x_TD, gate_TL, selected_TL, a, *outgoing, scale=self.scale, **options)
-        return output if attachment is None else attachment.attach(output, a, *outgoing)
+        router = self._router[0] if gate_TL is None and self._router else None
+        weight = None if router is None else typed(router.weight, x_TD)
+        factors = typed(self.a, x_TD), typed(self.b, x_TD), typed(self.m, x_TD), ratio_LO
+        output: Tensor = RoutedExperts.apply(
+            self.mixture, router, base_TO, x_TD, gate_TL, selected_TL, weight, *factors
+        )
+        return output if attachment is None else attachment.attach(output, *factors)

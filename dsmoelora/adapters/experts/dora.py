@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.experts.function import product_fp32, side_by_side
+from dsmoelora.adapters.experts.products import product_fp32, side_by_side
 from dsmoelora.adapters.precision import of_base, typed
 from dsmoelora.adapters.targets.linear import Linear
 

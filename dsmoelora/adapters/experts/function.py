@@ -1,7 +1,7 @@
-"""What an adapted layer computes, as two autograd functions: down to the experts' features, and up from them.
+"""What an adapted layer adds to its base, as one autograd function.
 
-    Projection    x (T, D)         -> features x a (T, F) and router logits x W^T (T, E), in one product
-    RoutedExperts features, gates  -> base + s sum_e gate_e features_e m_e b_e^T (T, O)
+    features = x a (T, F)    logits = x W^T (T, E)    gate = the router's rule of the logits
+    y = base + s sum_e gate_e features_e m_e b_e^T (T, O)
 
 Shapes: `T` tokens, `D` in-features, `O` out-features, `E` experts, `R` rank, `F = E * R` (the rank dims of all
 experts side by side). All experts take part for every token, unselected ones with gate 0, so shapes never depend on the
@@ -11,253 +11,205 @@ would keep the gathered weight alive.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch import Tensor, nn
+
+from dsmoelora.adapters.experts.products import (
+    columns,
+    exact_parts,
+    features_and_logits,
+    joined,
+    per_expert,
+    product_fp32,
+    scaled_product,
+    side_by_side,
+    sum_of_parts,
+)
+
+if TYPE_CHECKING:
+    from dsmoelora.adapters.routers.linear import LinearRouter
 
 
-def routed_experts(
-    base_TO: Tensor | None,
-    x_TD: Tensor,
-    gate_TE: Tensor,
-    selected_TE: Tensor,
-    a_EDR: Tensor,
-    *outgoing_factors: Tensor | None,
-    scale: float,
-    gate_power: float = 1.0,
-    forked: bool = False,
-) -> Tensor:
-    """(T, O): `base + s sum_e gate_e (x a_e) m_e b_e^T`, where the features have not been made yet.
+@dataclass(frozen=True)
+class Mixture:
+    """How a layer mixes its experts, the same in every call.
 
-    The arguments are those of `Projection` and `RoutedExperts`.
-    """
-    _, *features, _ = Projection.apply(x_TD, forked, a_EDR)
-    mixed: Tensor = RoutedExperts.apply(base_TO, *features, gate_TE, selected_TE, *outgoing_factors, scale, gate_power)
-    return mixed
-
-
-def side_by_side(factor_EXR: Tensor) -> Tensor:
-    """(E, X, R) -> (X, F): the experts' columns next to one another, for one dense product."""
-    return _joined(factor_EXR.unbind(0))
-
-
-def _per_expert(grad_FX: Tensor, num_experts: int) -> Tensor:
-    """(F, X) -> (E, X, R): a gradient on its way back to the factor."""
-    num_features, num_rows = grad_FX.shape
-    return grad_FX.view(num_experts, num_features // num_experts, num_rows).transpose(1, 2).contiguous()
-
-
-class Projection(torch.autograd.Function):
-    """`x a` of all experts and `x W^T` of the router, both or one of them, and `x` itself for the base layer.
-
-    Who takes `x` from here has this gradient added inside the product of the backward pass, where autograd would make
-    another pass over a tensor of the size of `x`.
+    Args:
+        scale: s
+        gate_power: the gate enters the gradients of `a`, `b`, `m` and the ratios as
+            `where(selected, gate ** gate_power, 0)`
+        power_for_input: those of `x` too, as in the code that Sun et al. released
+        num_shared: experts behind the routed ones, whose gate is 1
     """
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x_TD: Tensor, forked: bool, a_EDR: Tensor | None, *weights_ED: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """`x_TD`, features (T, F), the same again for `a`, logits (T, all E) fp32; None for what is not asked for.
-
-        Args:
-            x_TD: any dtype
-            forked: two gradients of the features come back: through the first what `x` gets, through the second what
-                `a` gets
-            a_EDR: (E, D, R)
-            weights_ED: whose logits are wanted, side by side; in fp32 (or wider, as `x`), see `product_fp32`
-        """
-        _, _, *is_trained = ctx.needs_input_grad  # type: ignore[attr-defined]
-        ctx.dtype = x_TD.dtype  # type: ignore[attr-defined]
-        ctx.save_for_backward(x_TD if any(is_trained) else None, a_EDR, *weights_ED)  # type: ignore[arg-type]  # takes None
-        ctx.set_materialize_grads(False)
-        features_TF, logits_TE = _down(x_TD, a_EDR, weights_ED)
-        for_a_TF = features_TF.view_as(features_TF) if forked and features_TF is not None else None
-        return x_TD.view_as(x_TD), features_TF, for_a_TF, logits_TE
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of x, `a` and weights in their dtypes, from the whole fp32 gradient of the logits."""
-        x_TD, a_EDR, *weights_ED = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_TD, grad_TF, for_a_TF, grad_TE = grads
-        need_x, _, need_a, *need_weights = ctx.needs_input_grad  # type: ignore[attr-defined]
-        parts = [] if grad_TE is None else _exact_parts(grad_TE, ctx.dtype)  # type: ignore[attr-defined]
-        to_x, to_a = ([] if grad is None else [grad] for grad in (grad_TF, grad_TF if for_a_TF is None else for_a_TF))
-        grad_x, grad_a, grad_weights = grad_TD, None, [None] * len(weights_ED)
-        reads = [*to_x, *parts]
-        columns_TP = _joined(reads) if reads else None
-        if need_x and columns_TP is not None:
-            rows_PD = _columns(a_EDR if to_x else None, weights_ED, len(parts)).t()
-            grad_x = columns_TP @ rows_PD if grad_TD is None else torch.addmm(grad_TD, columns_TP, rows_PD)
-        to_a, parts = to_a if need_a else [], parts if any(need_weights) else []
-        learns = [*to_a, *parts]
-        if learns:
-            # `a` may have another gradient than `x`, and not all may be trained
-            if columns_TP is None or [*map(id, learns)] != [*map(id, reads)]:
-                columns_TP = _joined(learns)
-            found_PD = columns_TP.t() @ x_TD
-            num_features = to_a[0].shape[1] if to_a else 0
-            if to_a:
-                grad_a = _per_expert(found_PD[:num_features], a_EDR.shape[0])
-            if parts:
-                grad_ED = found_PD[num_features:]
-                if len(parts) > 1:
-                    grad_ED = grad_ED.unflatten(0, (len(parts), -1)).sum(0)
-                pieces = grad_ED.split([weight.shape[0] for weight in weights_ED])
-                grad_weights = [piece if need else None for piece, need in zip(pieces, need_weights, strict=True)]
-        return grad_x, None, grad_a, *grad_weights
-
-
-def _down(x_TD: Tensor, a_EDR: Tensor | None, weights_ED: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """Features in the dtype of `x` and logits in fp32, of one product where the device lets it be."""
-    if a_EDR is None:
-        return None, product_fp32(x_TD, _columns(None, weights_ED))
-    if not weights_ED:
-        return x_TD @ side_by_side(a_EDR), None
-    is_wide = x_TD.dtype.itemsize >= torch.float32.itemsize
-    if not is_wide and (x_TD.dtype == torch.float16 or _leaves_rounding_out(x_TD.device, x_TD.dtype)):
-        return x_TD @ side_by_side(a_EDR), product_fp32(x_TD, _columns(None, weights_ED))
-    columns_DP = _columns(a_EDR, weights_ED)
-    num_features = a_EDR.shape[0] * a_EDR.shape[2]
-    both_TP = x_TD @ columns_DP
-    features_TF, rounded_TE = both_TP[:, :num_features], both_TP[:, num_features:]
-    if is_wide:
-        return features_TF, rounded_TE
-    return features_TF, _with_remainder(rounded_TE, x_TD, columns_DP[:, num_features:])
-
-
-def _columns(a_EDR: Tensor | None, weights_ED: Sequence[Tensor], num_parts: int = 1) -> Tensor:
-    """(D, P): what `x` meets on its way to features and logits, and their gradients on the way back, in one copy."""
-    of_features = () if a_EDR is None else a_EDR.unbind(0)
-    return _joined([*of_features, *num_parts * [weight_ED.t() for weight_ED in weights_ED]])
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim=1)
-
-
-def product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:
-    """`x W` with an fp32 result (or wider, as `x`) and without an fp32 copy of `x`, dearer than the product itself.
-
-    Low-precision products accumulate in fp32 and round once at the end. Where the device cannot leave that rounding
-    out, a second product returns what the first one rounded away: 16 bits of mantissa in all for bf16.
-    """
-    if x_TD.dtype.itemsize >= torch.float32.itemsize:
-        return x_TD @ weight_DE
-    if _leaves_rounding_out(x_TD.device, x_TD.dtype):
-        return torch.mm(x_TD, weight_DE, out_dtype=torch.float32)
-    if x_TD.dtype == torch.float16:  # above 65,504 the first product is infinite, and its remainder no number
-        return x_TD.float() @ weight_DE.float()
-    return _with_remainder(x_TD @ weight_DE, x_TD, weight_DE)
-
-
-def _with_remainder(rounded_TE: Tensor, x_TD: Tensor, weight_DE: Tensor) -> Tensor:
-    """`x W` in fp32 from its rounding, by the product that is left when that is taken away."""
-    remainder_TE = torch.addmm(rounded_TE, x_TD, weight_DE, beta=-1)
-    return rounded_TE.float() + remainder_TE
-
-
-@functools.cache
-def _leaves_rounding_out(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch has, on this device, products of `dtype` with an fp32 result; asked once by trying."""
-    x_11 = torch.ones(1, 1, device=device, dtype=dtype)
-    try:
-        return torch.mm(x_11, x_11, out_dtype=torch.float32).dtype == torch.float32
-    except (RuntimeError, TypeError):  # TypeError: this torch does not know the argument
-        return False
-
-
-def _exact_parts(grad_TE: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """An fp32 tensor in `dtype`: itself, or its rounding and the remainder; products with both lose nothing to it."""
-    if grad_TE.dtype == dtype:
-        return [grad_TE]
-    rounded_TE = grad_TE.to(dtype)
-    return [rounded_TE, (grad_TE - rounded_TE).to(dtype)]
+    scale: float
+    gate_power: float = 1.0
+    power_for_input: bool = False
+    num_shared: int = 0
 
 
 class RoutedExperts(torch.autograd.Function):
-    """`y = base + s * sum_e gate_e features_e m_e b_e^T`, with the gate's power of choice in the factors' gradients.
+    """`y = base + s * sum_e gate_e (x a_e) m_e b_e^T`, with the gate's power of choice in the factors' gradients.
 
+    Gates come from a router that reads the same `x`, whose logits are then columns of the same products, or are given.
     The mixers `m_e` are those of MoSLoRA (Wu et al. 2024, arXiv 2406.11909); `diag(ratio_e) b_e` takes the place of
     `b_e` for DoRA (see `dora`).
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
+        mixture: Mixture,
+        router: LinearRouter | None,
         base_TO: Tensor | None,
-        features_TF: Tensor,
-        for_a_TF: Tensor | None,
-        gate_TE: Tensor,
-        selected_TE: Tensor,
+        x_TD: Tensor,
+        gate_TE: Tensor | None,
+        selected_TE: Tensor | None,
+        weight_ED: Tensor | None,
+        a_EDR: Tensor,
         b_EOR: Tensor,
         m_ERR: Tensor | None,
         ratio_EO: Tensor | None,
-        scale: float,
-        gate_power: float,
     ) -> Tensor:
         """(T, O): `base_TO` plus the experts' output.
 
         Args:
+            mixture: of the layer
+            router: makes gates of the logits; None where they are given, or all 1
             base_TO: output of the frozen layer; None stands for 0
-            features_TF: `x a` of all experts
-            for_a_TF: the same, through which `a` gets its gradient where that of `features_TF` is for `x` alone
-            gate_TE: fp32, 0 where not selected
-            selected_TE: bool, which experts a token uses
+            x_TD: any dtype
+            gate_TE: given, fp32, 0 where not selected; None stands for ones where there is no router
+            selected_TE: given, bool, which experts a token uses
+            weight_ED: of the router
+            a_EDR: (E, D, R)
             b_EOR: (E, O, R)
             m_ERR: (E, R, R); None stands for identities
             ratio_EO: fp32, where there is no `m_ERR`; None stands for ones
-            scale: s of the layer
-            gate_power: the gate enters the gradients of `a`, `b`, `m` and the ratios as
-                `where(selected, gate ** gate_power, 0)`; without `for_a_TF` those of `x` too, as in the code that
-                Sun et al. released
         """
-        mask_TE = None if gate_power == 1.0 else selected_TE  # otherwise the gates say it all
-        ctx.save_for_backward(gate_TE, mask_TE, features_TF, b_EOR, m_ERR, ratio_EO)  # type: ignore[arg-type]
-        ctx.scale, ctx.gate_power, ctx.is_forked = scale, gate_power, for_a_TF is not None  # type: ignore[attr-defined]
+        features_TF, logits_TE = features_and_logits(x_TD, a_EDR, weight_ED)
+        losses = None
+        if router is not None:
+            assert logits_TE is not None, "they are made with the weight"
+            gate_TE, losses = router.decide(logits_TE)
+            gate_TE = with_shared(gate_TE, mixture.num_shared)
+            if losses is None and not router.rule.looks_back:
+                logits_TE = None
+        if mixture.gate_power == 1.0 or gate_TE is None:
+            selected_TE = None  # the gates say it all
+        elif selected_TE is None:
+            selected_TE = gate_TE != 0
+        ctx.mixture, ctx.router, ctx.losses = mixture, router, losses
+        learns = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]  # the router's weight or `a`, from x
+        made = (x_TD if learns else None, gate_TE, selected_TE, features_TF, logits_TE)
+        ctx.save_for_backward(*made, weight_ED, a_EDR, b_EOR, m_ERR, ratio_EO)
         out_OF = side_by_side(outgoing(b_EOR, m_ERR, ratio_EO))
-        return _scaled_product(_weigh(features_TF, gate_TE), out_OF.t(), scale, base_TO)
+        return scaled_product(_weigh(features_TF, gate_TE), out_OF.t(), mixture.scale, base_TO)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of base, features, gate and factors; exact for gate_power 1, and that of the gate always."""
-        gate_TE, selected_TE, features_TF, b_EOR, m_ERR, ratio_EO = ctx.saved_tensors
-        need_base, need_features, _, need_gate, _, *need_out = ctx.needs_input_grad
-        grad_gate = grad_features = grad_for_a = grad_b = grad_m = grad_ratio = None
+        """Of what `forward` takes; exact for gate_power 1, and that of gates and router always."""
+        x_TD, gate_TE, selected_TE, features_TF, logits_TE, weight_ED, a_EDR, b_EOR, m_ERR, ratio_EO = ctx.saved_tensors
+        _, _, need_base, need_x, need_gate, _, need_weight, need_a, *need_out = ctx.needs_input_grad
+        mixture: Mixture = ctx.mixture
+        weights = () if weight_ED is None else (weight_ED,)
 
-        grad_TF = _scaled_product(grad_TO, side_by_side(outgoing(b_EOR, m_ERR, ratio_EO)), ctx.scale)
-        if need_gate:
-            grad_gate = (grad_TF.float() * features_TF).unflatten(-1, (gate_TE.shape[-1], -1)).sum(-1)
+        grad_TF = scaled_product(grad_TO, side_by_side(outgoing(b_EOR, m_ERR, ratio_EO)), mixture.scale)
         weight_TE = gate_TE
-        if ctx.gate_power != 1.0:
-            weight_TE = torch.where(selected_TE, gate_TE**ctx.gate_power, 0.0)
+        if gate_TE is not None and selected_TE is not None:
+            weight_TE = torch.where(selected_TE, gate_TE**mixture.gate_power, 0.0)
+        grad_b = grad_m = grad_ratio = None
         if any(need_out):
             hidden_TF = _weigh(features_TF, weight_TE)
-            grad_EOR = _per_expert(_scaled_product(hidden_TF.t(), grad_TO, ctx.scale), b_EOR.shape[0])
+            grad_EOR = per_expert(scaled_product(hidden_TF.t(), grad_TO, mixture.scale), b_EOR.shape[0])
             grad_b, grad_m, grad_ratio = _outgoing_backward(grad_EOR, b_EOR, m_ERR, ratio_EO)
-        if ctx.is_forked:
-            grad_for_a = _weigh(grad_TF, weight_TE)
-        if need_features:
-            grad_features = _weigh(grad_TF, gate_TE if ctx.is_forked else weight_TE)
-        of_inputs = (grad_TO if need_base else None, grad_features, grad_for_a, grad_gate, None)
-        return *of_inputs, grad_b, grad_m, grad_ratio, None, None
+
+        grad_gate: Tensor | None = None
+        to_logits: list[Tensor] = []
+        if gate_TE is not None and (need_gate or (weights and (need_x or need_weight))):
+            grad_gate = _of_experts(_wide(grad_TF) * features_TF, gate_TE).sum(-1)
+            if weights:
+                to_logits = exact_parts(_through_the_router(ctx, grad_gate, gate_TE, logits_TE), features_TF.dtype)
+
+        to_a_TF = to_x_TF = _weigh(grad_TF, weight_TE)
+        if selected_TE is not None and not mixture.power_for_input and need_x:
+            to_x_TF = _weigh(grad_TF, gate_TE)
+        read = [to_x_TF, *to_logits]
+        learn = [*([to_a_TF] if need_a else ()), *(to_logits if need_weight else ())]
+        columns_TP = joined(read)
+        grad_x = columns_TP @ columns(a_EDR, weights, len(to_logits)).t() if need_x else None
+        grad_a = grad_weight = None
+        if learn:
+            # `a` may have another gradient than `x`, and not all may be trained
+            if [*map(id, learn)] != [*map(id, read)]:
+                columns_TP = joined(learn)
+            found_PD = columns_TP.t() @ x_TD
+            num_features = features_TF.shape[1] if need_a else 0
+            grad_a = per_expert(found_PD[:num_features], a_EDR.shape[0]) if need_a else None
+            grad_weight = sum_of_parts(found_PD[num_features:], len(to_logits)) if need_weight else None
+        of_inputs = (grad_TO if need_base else None, grad_x, grad_gate if need_gate else None, None)
+        return None, None, *of_inputs, grad_weight, grad_a, grad_b, grad_m, grad_ratio
 
 
-def _weigh(features_TF: Tensor, weight_TE: Tensor) -> Tensor:
-    """Each expert's features times its weight (fp32), rounded once to the dtype of the features."""
-    features_TER = features_TF.unflatten(-1, (weight_TE.shape[-1], -1))
-    return (features_TER * weight_TE.unsqueeze(-1)).to(features_TF.dtype).flatten(1)
+class RouterLogits(torch.autograd.Function):
+    """`x W^T` in fp32 (or wider, as `x`), see `product_fp32`, for a router that stands by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, *weights_ED: Tensor) -> Tensor:
+        """(T, all E), the logits of all weights side by side."""
+        ctx.dtype = x_TD.dtype
+        ctx.save_for_backward(x_TD if any(ctx.needs_input_grad[1:]) else None, *weights_ED)
+        return product_fp32(x_TD, columns(None, weights_ED))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
+        """Of x and weights in their dtypes, from the whole fp32 gradient."""
+        x_TD, *weights_ED = ctx.saved_tensors
+        need_x, *need_weights = ctx.needs_input_grad
+        parts = exact_parts(grad_TE, ctx.dtype)
+        columns_TP = joined(parts)
+        grad_x = columns_TP @ columns(None, weights_ED, len(parts)).t() if need_x else None
+        if not any(need_weights):
+            return grad_x, *(None for _ in weights_ED)
+        grad_ED = sum_of_parts(columns_TP.t() @ x_TD, len(parts))
+        pieces = grad_ED.split([len(weight) for weight in weights_ED])
+        return grad_x, *(piece if need else None for piece, need in zip(pieces, need_weights, strict=True))
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float, plus: Tensor | None = None) -> Tensor:
-    """`plus + scale * left @ right` in one kernel, the scale inside its fp32 sums; None stands for 0."""
-    if plus is None:
-        return torch.addmm(left.new_empty(()), left, right, beta=0.0, alpha=scale)
-    return torch.addmm(plus, left, right, alpha=scale)
+def _through_the_router(ctx: Any, grad_gate: Tensor, gate_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
+    """(T, E) fp32, of the logits from that of the gates, with the router's losses."""
+    if ctx.mixture.num_shared:  # whose gates are no router's
+        grad_gate, gate_TE = (one[:, : -ctx.mixture.num_shared] for one in (grad_gate, gate_TE))
+    grad_TE: Tensor = ctx.router.rule.gradient(grad_gate, gate_TE, logits_TE)
+    return grad_TE if ctx.losses is None else ctx.losses.add_to(grad_TE, logits_TE)
+
+
+def with_shared(gate_TE: Tensor, num_shared: int) -> Tensor:
+    """Gates with those of the shared experts behind them, which no router knows of."""
+    return nn.functional.pad(gate_TE, (0, num_shared), value=1) if num_shared else gate_TE
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In fp32, or as it is where that is wider."""
+    return tensor if tensor.dtype.itemsize >= torch.float32.itemsize else tensor.float()
+
+
+def _weigh(features_TF: Tensor, weight_TE: Tensor | None) -> Tensor:
+    """Each expert's features times its weight (fp32), rounded once to the dtype of the features; None stands for 1."""
+    if weight_TE is None:
+        return features_TF
+    weighed_TER = _of_experts(features_TF, weight_TE) * weight_TE.unsqueeze(-1)
+    if weighed_TER.dtype != features_TF.dtype:
+        weighed_TER = weighed_TER.to(features_TF.dtype)
+    return weighed_TER.view(features_TF.shape)
+
+
+def _of_experts(features_TF: Tensor, gate_TE: Tensor) -> Tensor:
+    """(T, E, R), a view."""
+    num_tokens, num_experts = gate_TE.shape
+    return features_TF.view(num_tokens, num_experts, features_TF.shape[1] // num_experts)
 
 
 def outgoing(b_EOR: Tensor, m_ERR: Tensor | None, ratio_EO: Tensor | None = None) -> Tensor:

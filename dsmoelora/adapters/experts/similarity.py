@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoelora.adapters.experts.function import side_by_side
+from dsmoelora.adapters.experts.products import side_by_side
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """Routers: which experts a token uses, and how much of each.
 
 A router maps tokens (T, D) to gates (T, E) in fp32 and a bool mask of the selected experts. Unselected experts have a
-gate of exactly 0 and get no gradient. The tokens come back with them, to be used in place of those that went in (see
-`Projection`), and so do the features of the experts that a router was joined with (see `TokenRouter`). `shapes` has the
-shape of each of its parameters, which ZeRO-3 empties.
+gate of exactly 0 and get no gradient. `shapes` has the shape of each of its parameters, which ZeRO-3 empties.
 """
 
 from __future__ import annotations
@@ -13,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from dsmoelora.adapters.routers.base import RouterPlace, TopKRule
+from dsmoelora.adapters.routers.base import RouterPlace, TopK
 from dsmoelora.adapters.routers.bias import SigmoidBiasRouter
 from dsmoelora.adapters.routers.given import ArrowRouter, ConstantRouter
 from dsmoelora.adapters.routers.linear import LinearRouter, NoisyRouter, SingleExpertRouter, ThresholdRouter
 from dsmoelora.adapters.routers.prompt import PromptRouter, unwatch_prompts, watch_prompts
-from dsmoelora.adapters.routers.rules import all_rule, top_p_rule
+from dsmoelora.adapters.routers.rules import SoftmaxRule, all_experts, top_p
 from dsmoelora.config import AdapterConfig
 from dsmoelora.config.adapter_options import RouterName
 
@@ -26,15 +24,15 @@ __all__ = ["BUILDERS", "RouterPlace", "build_router", "routers", "unwatch_prompt
 
 # The options that a router reads are there: see `adapter_options`.
 BUILDERS: dict[RouterName, Callable[[RouterPlace, Any], nn.Module]] = {
-    "softmax_topk": lambda place, config: LinearRouter(place, TopKRule(config.top_k, place.context)),
-    "softmax": lambda place, config: LinearRouter(place, all_rule),
-    "noisy_topk": lambda place, config: NoisyRouter(place, TopKRule(config.top_k, place.context)),
-    "top_p": lambda place, config: LinearRouter(place, top_p_rule(config.top_p)),
+    "softmax_topk": lambda place, config: LinearRouter(place, SoftmaxRule(TopK(config.top_k, place.context))),
+    "softmax": lambda place, config: LinearRouter(place, SoftmaxRule(all_experts)),
+    "noisy_topk": lambda place, config: NoisyRouter(place, SoftmaxRule(TopK(config.top_k, place.context))),
+    "top_p": lambda place, config: LinearRouter(place, SoftmaxRule(top_p(config.top_p))),
     "threshold": lambda place, config: ThresholdRouter(place),
     "sigmoid_bias": lambda place, config: SigmoidBiasRouter(place, config.top_k, config.bias_rate),
     "constant": lambda place, config: ConstantRouter(place, config.router_start),
     "arrow": lambda place, config: ArrowRouter(place, config.top_k, config.router_temperature),
-    "prompt": lambda place, config: PromptRouter(place, TopKRule(config.top_k, place.context)),
+    "prompt": lambda place, config: PromptRouter(place, SoftmaxRule(TopK(config.top_k, place.context))),
 }
 
 

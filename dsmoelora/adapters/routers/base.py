@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters.context import AdapterContext
-from dsmoelora.adapters.experts.function import Projection
+from dsmoelora.adapters.experts.function import RouterLogits
 from dsmoelora.adapters.precision import typed
-from dsmoelora.adapters.routers.rules import Rule, largest, softmax_over
+from dsmoelora.adapters.routers.rules import Rule, largest
 from dsmoelora.seeds import empty_start, generator
+
+if TYPE_CHECKING:
+    from dsmoelora.adapters.routing.losses import LossesOfTokens
 
 
 @dataclass(frozen=True)
@@ -51,56 +54,20 @@ class RouterPlace:
         return nn.Parameter(torch.zeros(shape, dtype=self.like.dtype, device=self.like.device))
 
 
-class TokenRouter(nn.Module):
-    """A router that looks at each token by itself, so that its logits may come out of the experts' own product.
-
-    Where the experts of its layer read the input that it reads, it makes their features too (`Projection`): one pass
-    over the input, forward and backward, instead of two.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bank: tuple[Any, ...] = ()  # no module of this one
-
-    def join(self, bank: Any) -> None:
-        """Make the features of this `ExpertBank` from now on, and give them back beside the decision."""
-        self._bank = (bank,)
-
-    @property
-    def joined_factors(self) -> list[nn.Parameter]:
-        """Parameters of another module that this one reads."""
-        return [bank.a for bank in self._bank]
-
-    def project(self, x_TD: Tensor, *weights_ED: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """`x_TD` to go on with, the logits of all weights (T, F) fp32, and the features, if these are made here."""
-        factors = [typed(a_EDR, x_TD) for a_EDR in self.joined_factors]
-        is_forked = any(bank.is_forked for bank in self._bank)
-        weights = (typed(weight_ED, x_TD) for weight_ED in weights_ED)
-        x_TD, *features, logits_TF = Projection.apply(x_TD, is_forked, factors[0] if factors else None, *weights)
-        return x_TD, logits_TF, tuple(features) if factors else ()
-
-
-@dataclass(frozen=True)
-class TopKRule:
-    """Softmax over the K largest, 0 for the rest: the full softmax renormalised over its K largest entries.
+class TopK:
+    """The K experts with the largest logits.
 
     Args:
         top_k: K
         context: of the model, which knows how many more experts than K a token of the call at hand uses
     """
 
-    top_k: int
-    context: AdapterContext
+    def __init__(self, top_k: int, context: AdapterContext) -> None:
+        self._top_k, self._context = top_k, context
 
-    @property
-    def num_used(self) -> int:
-        """Experts of a token in the call at hand."""
-        return self.top_k + self.context.tokens.more_experts
-
-    def __call__(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """A `Rule`."""
-        selected_TE = largest(logits_TE, self.num_used)
-        return softmax_over(logits_TE, selected_TE), selected_TE
+    def __call__(self, logits_TE: Tensor) -> Tensor:
+        """A `Selection`."""
+        return largest(logits_TE, self._top_k + self._context.tokens.more_experts)
 
 
 class Report:
@@ -119,6 +86,22 @@ class Report:
         if log is None or not training:
             return rule(logits_NE)
         num_tokens_N = self._context.tokens.counts(logits_NE)
-        gate_NE, selected_NE = rule(log.with_losses(self._layer, logits_NE, num_tokens_N))
-        log.add(self._layer, gate_NE, selected_NE, num_tokens_N)
+        losses = log.losses_of(self._layer, logits_NE, num_tokens_N)
+        gate_NE, selected_NE = rule(logits_NE if losses is None else losses.attach(logits_NE))
+        log.add(self._layer, gate_NE, num_tokens_N)
         return gate_NE, selected_NE
+
+    def losses_of(self, logits_NE: Tensor, gate_NE: Tensor, training: bool) -> LossesOfTokens | None:
+        """Have the log hear a decision on logits; and the losses whose gradient is still to be added to theirs."""
+        log = self._context.log
+        if log is None or not training:
+            return None
+        num_tokens_N = self._context.tokens.counts(logits_NE)
+        log.add(self._layer, gate_NE, num_tokens_N)
+        return log.losses_of(self._layer, logits_NE, num_tokens_N)
+
+
+def logits_of(x_TD: Tensor, *weights_ED: Tensor) -> Tensor:
+    """(T, all E): `x W^T` of all weights side by side, in fp32 or wider."""
+    logits_TE: Tensor = RouterLogits.apply(x_TD, *(typed(weight_ED, x_TD) for weight_ED in weights_ED))
+    return logits_TE

@@ -7,11 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.routers.base import Report, RouterPlace, TokenRouter, TopKRule
-from dsmoelora.adapters.routers.rules import largest, softmax_over
+from dsmoelora.adapters.routers.base import RouterPlace, TopK
+from dsmoelora.adapters.routers.linear import LinearRouter
+from dsmoelora.adapters.routers.rules import SoftmaxRule
 
 
-class SigmoidBiasRouter(TokenRouter):
+class SigmoidRule(SoftmaxRule):
+    """Gates are the selected experts' sigmoids, divided by their sum.
+
+    That is a softmax of logarithms, so it holds also where the sigmoids are too small for fp32.
+    """
+
+    looks_back = True
+
+    def gradient(self, grad_TE: Tensor, gate_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
+        """Of the logits."""
+        assert logits_TE is not None, "they were kept"
+        return super().gradient(grad_TE, gate_TE, None) * (-logits_TE).sigmoid()
+
+
+class SigmoidBiasRouter(LinearRouter):
     """The K experts with the largest score plus bias, weighted by their scores alone.
 
         score = sigmoid(x W^T)    selected = top-k of (score + bias)    gate_e = score_e / sum over selected of score
@@ -27,23 +42,15 @@ class SigmoidBiasRouter(TokenRouter):
     """
 
     def __init__(self, place: RouterPlace, top_k: int, rate: float) -> None:
-        super().__init__()
-        self.shapes: dict[str, tuple[int, ...]] = {"weight": place.shape}
-        self.weight = place.uniform_start()
+        super().__init__(place, SigmoidRule(self._select))
         self.bias_steps: Tensor
         steps_E = torch.zeros(place.num_experts, dtype=torch.int32, device=place.like.device)
         self.register_buffer("bias_steps", steps_E)
-        self._top_k, self._rate, self._report = TopKRule(top_k, place.context), rate, Report(place)
+        self._top_k, self._rate = TopK(top_k, place.context), rate
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
-        """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
-        x_TD, logits_TE, features = self.project(x_TD, self.weight)
-        return x_TD, *self._report.decide(logits_TE, self._rule, self.training), *features
-
-    def _rule(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        selected_TE = largest(logits_TE.detach().sigmoid() + self._rate * self.bias_steps, self._top_k.num_used)
-        # a softmax of logarithms: the scores divided by their sum, also where they are too small for fp32
-        return softmax_over(nn.functional.logsigmoid(logits_TE), selected_TE), selected_TE
+    def _select(self, logits_TE: Tensor) -> Tensor:
+        is_selected_TE = self._top_k(logits_TE.sigmoid() + self._rate * self.bias_steps) > -torch.inf
+        return torch.where(is_selected_TE, nn.functional.logsigmoid(logits_TE), -torch.inf)
 
 
 def move_biases(routers: Sequence[SigmoidBiasRouter], counts: Sequence[Tensor]) -> None:

@@ -65,8 +65,8 @@ class BlockGates:
             )
         return self._decision
 
-    def _route(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        """The block's arguments, the first of which has been through the router (see `Projection`)."""
+    def _route(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decide for the tokens that the block is called with, its first argument."""
         x = args[0] if args else next(iter(kwargs.values()))
         num_inputs = self._in_features
         if x.shape[-1] != num_inputs:
@@ -74,10 +74,7 @@ class BlockGates:
                 f"{self.name} is called with {x.shape[-1]} features, but its first linear layer reads {num_inputs}: it "
                 "is no feed-forward block that adapter.style ffn_block can route. Set adapter.style to per_linear."
             )
-        x_TD, *decision = block.router(x.reshape(-1, num_inputs))
-        self._decision, self.once = tuple(decision), Once()
-        routed = x_TD.view(x.shape)
-        return ((routed, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): routed})
+        self._decision, self.once = block.router(x.reshape(-1, num_inputs)), Once()
 
     def _forget(self, *_: Any) -> None:
         self._decision, self.once = None, Once()
@@ -96,6 +93,6 @@ class BlockRouter(nn.Module):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.gates, self._layer = gates, layer
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x_TD`, gates (T, E) fp32 and the selected experts (T, E) bool."""
-        return x_TD, *self.gates.read(self._layer, len(x_TD))
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates (T, E) fp32 and the selected experts (T, E) bool."""
+        return self.gates.read(self._layer, len(x_TD))

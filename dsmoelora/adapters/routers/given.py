@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.routers.base import Report, RouterPlace, TokenRouter, TopKRule
-from dsmoelora.adapters.routers.rules import Rule, all_rule
+from dsmoelora.adapters.routers.base import Report, RouterPlace, TopK, logits_of
+from dsmoelora.adapters.routers.rules import Rule, SoftmaxRule, all_experts
 from dsmoelora.config.adapter_options import RouterStart
 
 
@@ -15,7 +15,7 @@ def free_rule(weight_TE: Tensor) -> tuple[Tensor, Tensor]:
     return weight_TE, torch.ones_like(weight_TE, dtype=torch.bool)
 
 
-class ConstantRouter(TokenRouter):
+class ConstantRouter(nn.Module):
     """The same gates for every token: E trained numbers, so that the mixture is exactly one LoRA.
 
         softmax    g = softmax(w), w from 0 on: gates start at 1 / E and sum to 1
@@ -34,26 +34,27 @@ class ConstantRouter(TokenRouter):
         self.shapes: dict[str, tuple[int, ...]] = {"weight": (place.num_experts, 1)}
         first = {"softmax": 0.0, "mean": 1 / place.num_experts, "sum": 1.0}[start]
         self.weight = nn.Parameter(place.zero_start(place.num_experts, 1).detach() + first)
-        self._rule: Rule = all_rule if start == "softmax" else free_rule
+        self._rule = _rule(start)
         self._report = Report(place)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
-        """`x_TD`, gates (T, E) fp32, and all experts (T, E) bool."""
-        features: tuple[Tensor | None, ...] = ()
-        if self.joined_factors:
-            x_TD, _, features = self.project(x_TD)
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates (T, E) fp32, and all experts (T, E) bool."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         weight_TE = self.weight.to(wide).t().expand(len(x_TD), -1)
-        return x_TD, *self._report.decide(weight_TE, self._rule, self.training), *features
+        return self._report.decide(weight_TE, self._rule, self.training)
 
 
 def constant_gates(weight_E1: Tensor, start: RouterStart) -> Tensor:
     """(E,) fp64: the gates of a `ConstantRouter` with this weight."""
-    gate_1E, _ = (all_rule if start == "softmax" else free_rule)(weight_E1.double().t())
+    gate_1E, _ = _rule(start)(weight_E1.double().t())
     return gate_1E[0]
 
 
-class ArrowRouter(TokenRouter):
+def _rule(start: RouterStart) -> Rule:
+    return SoftmaxRule(all_experts) if start == "softmax" else free_rule
+
+
+class ArrowRouter(nn.Module):
     """Gates by how much of a token lies along each expert's strongest direction; nothing is trained.
 
         l_e = |x p_e^T| / temperature    gate = softmax of l over its K largest
@@ -71,14 +72,13 @@ class ArrowRouter(TokenRouter):
         super().__init__()
         self.shapes: dict[str, tuple[int, ...]] = {"weight": place.shape}
         self.weight = place.zero_start(*place.shape)
-        self._rule, self._temperature = TopKRule(top_k, place.context), temperature
+        self._rule, self._temperature = SoftmaxRule(TopK(top_k, place.context)), temperature
         self._report = Report(place)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor | None, ...]:
-        """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
-        x_TD, along_TE, features = self.project(x_TD, self.weight)
-        logits_TE = along_TE.abs() / self._temperature
-        return x_TD, *self._report.decide(logits_TE, self._rule, self.training), *features
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
+        logits_TE = logits_of(x_TD, self.weight).abs() / self._temperature
+        return self._report.decide(logits_TE, self._rule, self.training)
 
 
 def prototypes(a_EDR: Tensor, b_EOR: Tensor) -> Tensor:

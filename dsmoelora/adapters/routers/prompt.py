@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
-from dsmoelora.adapters.experts.function import product_fp32
+from dsmoelora.adapters.experts.products import product_fp32
 from dsmoelora.adapters.routers.base import Report, RouterPlace
 from dsmoelora.adapters.routers.rules import Rule
 from dsmoelora.errors import ModelError
@@ -40,26 +40,27 @@ def prompt_tokens(attention_mask_BS: Tensor, labels_BS: Tensor | None) -> Tensor
 
 
 class PromptLogits(torch.autograd.Function):
-    """`logits_BE = mean over the prompt of x, times W^T`, in fp32, and `x` itself (see `Projection`)."""
+    """`logits_BE = mean over the prompt of x, times W^T`, in fp32."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor, prompt_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """`x_TD` (T = B S) and the logits (B, E) fp32."""
+    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor, prompt_BS: Tensor) -> Tensor:
+        """(B, E), for `x_TD` with T = B S."""
         num_B1 = prompt_BS.sum(-1, keepdim=True).clamp(min=1).float()
         pooled_BD = product_fp32(x_TD.t(), _of_sequence(prompt_BS, x_TD)).t() / num_B1
+        ctx.dtype = x_TD.dtype  # type: ignore[attr-defined]
         ctx.save_for_backward(pooled_BD, weight_ED, prompt_BS)
-        return x_TD.view_as(x_TD), pooled_BD @ weight_ED.to(pooled_BD.dtype).t()
+        return pooled_BD @ weight_ED.to(pooled_BD.dtype).t()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_TD: Tensor, grad_BE: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: FunctionCtx, grad_BE: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients of x and of the weight in their dtypes."""
         pooled_BD, weight_ED, prompt_BS = ctx.saved_tensors  # type: ignore[attr-defined]
         need_x, need_weight, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
         grad_x = grad_weight = None
         if need_x:
             num_B1 = prompt_BS.sum(-1, keepdim=True).clamp(min=1).float()
-            grad_pooled_BD = (grad_BE @ weight_ED.to(grad_BE.dtype) / num_B1).to(grad_TD.dtype)
-            grad_x = torch.addmm(grad_TD, _of_sequence(prompt_BS, grad_TD), grad_pooled_BD)
+            grad_pooled_BD = (grad_BE @ weight_ED.to(grad_BE.dtype) / num_B1).to(ctx.dtype)  # type: ignore[attr-defined]
+            grad_x = _of_sequence(prompt_BS, grad_pooled_BD) @ grad_pooled_BD
         if need_weight:
             grad_weight = (grad_BE.t() @ pooled_BD).to(weight_ED.dtype)
         return grad_x, grad_weight, None
@@ -109,18 +110,18 @@ class PromptRouter(nn.Module):
         self._rule, self._report = rule, Report(place)
         self.memory = PromptMemory()
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x_TD`, gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool, the same for a sequence."""
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool, the same for a sequence."""
         memory = self.memory
         if self._context.tokens.prompt_BS is None and memory.goes_on:
             gate_BE, selected_BE = memory.gates[self._layer]
         else:
-            x_TD, logits_BE = PromptLogits.apply(x_TD, self.weight, self._prompt(x_TD))
+            logits_BE = PromptLogits.apply(x_TD, self.weight, self._prompt(x_TD))
             gate_BE, selected_BE = self._report.decide(logits_BE, self._rule, self.training)
             if not self.training:
                 memory.gates[self._layer] = gate_BE.detach(), selected_BE
         num_tokens = len(x_TD) // len(gate_BE)
-        return x_TD, _for_all_tokens(gate_BE, num_tokens), _for_all_tokens(selected_BE, num_tokens)
+        return _for_all_tokens(gate_BE, num_tokens), _for_all_tokens(selected_BE, num_tokens)
 
     def _prompt(self, x_TD: Tensor) -> Tensor:
         prompt_BS = self._context.tokens.prompt_BS

@@ -16,50 +16,77 @@ from torch import Tensor
 Rule = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class SoftmaxOverSelected(torch.autograd.Function):
-    """The softmax over the selected experts. An unselected one has gate 0, and with it a gradient of 0 by itself."""
+# logits (T, E) -> scores (T, E) whose softmax the gates are: -inf where an expert is not selected
+Selection = Callable[[Tensor], Tensor]
+
+
+class SoftmaxRule:
+    """Gates are the softmax over the selected experts' scores, with its gradient written out.
+
+    A function calls `forward` and `gradient` where it has a gradient of its own around them; elsewhere the rule is a
+    function itself.
+
+    Args:
+        select: from logits to scores; a score is the logit itself, or -inf
+    """
+
+    looks_back = False  # whether `gradient` reads the logits
+
+    def __init__(self, select: Selection) -> None:
+        self.select = select
+
+    def __call__(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """A `Rule`."""
+        gate_TE: Tensor = Decided.apply(logits_TE, self)
+        return gate_TE, gate_TE != 0
+
+    def forward(self, logits_TE: Tensor) -> Tensor:
+        """Gates, without a gradient."""
+        return self.select(logits_TE).softmax(-1)
+
+    def gradient(self, grad_TE: Tensor, gate_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
+        """Of the logits. An unselected expert has gate 0, and with it a gradient of 0 by itself."""
+        return torch.ops.aten._softmax_backward_data(grad_TE, gate_TE, -1, gate_TE.dtype)
+
+
+class Decided(torch.autograd.Function):
+    """A `SoftmaxRule` by itself."""
 
     @staticmethod
-    def forward(ctx: Any, scores_TE: Tensor, selected_TE: Tensor) -> Tensor:
-        """(T, E)."""
-        gate_TE = torch.where(selected_TE, scores_TE, -torch.inf).softmax(-1)
-        ctx.save_for_backward(gate_TE)
+    def forward(ctx: Any, logits_TE: Tensor, rule: SoftmaxRule) -> Tensor:
+        """Gates (T, E)."""
+        gate_TE = rule.forward(logits_TE)
+        ctx.rule = rule
+        ctx.save_for_backward(gate_TE, logits_TE if rule.looks_back else None)
         return gate_TE
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, None]:
-        """Of the scores."""
-        (gate_TE,) = ctx.saved_tensors
-        return torch.ops.aten._softmax_backward_data(grad_TE, gate_TE, -1, gate_TE.dtype), None
+        """Of the logits."""
+        return ctx.rule.gradient(grad_TE, *ctx.saved_tensors), None
 
 
-def softmax_over(scores_TE: Tensor, selected_TE: Tensor) -> Tensor:
-    """(T, E): softmax over the selected experts of each token, 0 for the rest."""
-    gate_TE: Tensor = SoftmaxOverSelected.apply(scores_TE, selected_TE)
-    return gate_TE
+def largest(logits_TE: Tensor, top_k: int) -> Tensor:
+    """A `Selection`: the K largest of each token; among equal ones some, never more than K."""
+    value_TK, chosen_TK = logits_TE.detach().topk(top_k, dim=-1)
+    return torch.full_like(logits_TE, -torch.inf).scatter_(-1, chosen_TK, value_TK)
 
 
-def largest(scores_TE: Tensor, top_k: int) -> Tensor:
-    """(T, E) bool: the K largest scores of each token; among equal ones some, never more than K."""
-    chosen_TK = scores_TE.detach().topk(top_k, dim=-1).indices
-    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-1, chosen_TK, True)
+def all_experts(logits_TE: Tensor) -> Tensor:
+    """A `Selection`: every one of them (LoRAMoE, Dou et al. 2024, arXiv 2312.09979)."""
+    return logits_TE
 
 
-def all_rule(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Every expert, weighted by the softmax (LoRAMoE, Dou et al. 2024, arXiv 2312.09979)."""
-    return logits_TE.softmax(-1), torch.ones_like(logits_TE, dtype=torch.bool)
+def top_p(share: float) -> Selection:
+    """The fewest experts whose probabilities reach `share` together (Huang et al. 2024, arXiv 2403.07652).
 
-
-def top_p_rule(top_p: float) -> Rule:
-    """The fewest experts whose probabilities reach `top_p` together (Huang et al. 2024, arXiv 2403.07652).
-
-    Their probabilities are renormalised. The best expert is always among them.
+    The best expert is always among them.
     """
 
-    def rule(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def select(logits_TE: Tensor) -> Tensor:
         share_TE, order_TE = logits_TE.detach().softmax(-1).sort(dim=-1, descending=True, stable=True)
         before_TE = share_TE.cumsum(-1) - share_TE  # what the better experts have already
-        selected_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, order_TE, before_TE < top_p)
-        return softmax_over(logits_TE, selected_TE), selected_TE
+        value_TE = torch.where(before_TE < share, logits_TE.gather(-1, order_TE), -torch.inf)
+        return torch.empty_like(logits_TE).scatter_(-1, order_TE, value_TE)
 
-    return rule
+    return select

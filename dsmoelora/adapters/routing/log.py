@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.routers.bias import SigmoidBiasRouter, move_biases
 from dsmoelora.adapters.routing.health import HealthWindow, Routing
-from dsmoelora.adapters.routing.losses import RouterLosses
+from dsmoelora.adapters.routing.losses import LossesOfTokens, RouterLosses
 from dsmoelora.adapters.routing.sums import RoutingSums
 from dsmoelora.config import LossesConfig
 
@@ -69,19 +69,19 @@ class RoutingLog:
             self._is_open = False
             self._sums.finish_forward()
 
-    def with_losses(self, layer: str, logits_NE: Tensor, num_tokens_N: Tensor) -> Tensor:
-        """The logits, through whose gradient the losses speak. Recomputed layers must come by here as well."""
-        if not self.loss_names:
-            return logits_NE
+    def losses_of(self, layer: str, logits_NE: Tensor, num_tokens_N: Tensor) -> LossesOfTokens | None:
+        """What is to be added to the gradient of these logits. Recomputed layers must come by here as well."""
+        if not self._losses.names:
+            return None
         place = self._place[layer]
         if self._is_open:
             self._sums.add_logits(place, logits_NE, num_tokens_N)
-        return self._losses.attach(place, logits_NE, num_tokens_N)
+        return self._losses.of_tokens(place, num_tokens_N)
 
-    def add(self, layer: str, gate_NE: Tensor, selected_NE: Tensor, num_tokens_N: Tensor) -> None:
+    def add(self, layer: str, gate_NE: Tensor, num_tokens_N: Tensor) -> None:
         """Count what a router decided for N tokens or sequences."""
         if self._is_open:
-            self._sums.add_decisions(self._place[layer], gate_NE, selected_NE, num_tokens_N)
+            self._sums.add_gates(self._place[layer], gate_NE, num_tokens_N)
 
     def loss_values(self, sums: Tensor) -> Tensor:
         """The losses of the step at hand, those of `loss_names`, with the counts of this very step.

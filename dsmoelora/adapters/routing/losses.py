@@ -14,64 +14,66 @@ in the backward pass, and no graph beside the model's own is kept; layers that a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from dsmoelora.adapters.routing.sums import ExpertsOfRouters, Totals
 from dsmoelora.config import LossesConfig
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """What one token's term of a layer counts in the loss that is handed to the backward pass.
+class LossesOfTokens:
+    """What the losses of a router make of N tokens or sequences.
 
     Args:
-        balance: of `sum_e f_e p_e`
-        z: of `logsumexp^2`
+        num_tokens_N: fp32, how many real tokens each of them stands for: 0 for padding
+        shares_E: fp32, `f_e`
+        balance: what `sum_e f_e p_e` of one token counts in the loss that is handed to the backward pass
+        z: the same of `logsumexp^2`
     """
 
-    balance: float = 0.0
-    z: float = 0.0
+    num_tokens_N: Tensor
+    shares_E: Tensor
+    balance: float
+    z: float
+
+    def add_to(self, grad_NE: Tensor, logits_NE: Tensor) -> Tensor:
+        """A gradient of the logits, and `p_e (balance (f_e - sum_f f_f p_f) + 2 z logsumexp)` for every token.
+
+        The first term is what a softmax gives back for the gradient `balance f_e` of its outputs.
+        """
+        num_tokens_N1, share_NE = self.num_tokens_N.unsqueeze(-1), logits_NE.softmax(-1)
+        if self.balance:
+            of_shares_NE = num_tokens_N1 * self.shares_E
+            of_logits_NE = torch.ops.aten._softmax_backward_data(of_shares_NE, share_NE, -1, share_NE.dtype)
+            grad_NE = torch.add(grad_NE, of_logits_NE, alpha=self.balance)
+        if self.z:
+            log_total_N1 = logits_NE.logsumexp(-1, keepdim=True)
+            grad_NE = torch.addcmul(grad_NE, share_NE, log_total_N1 * num_tokens_N1, value=2 * self.z)
+        return grad_NE
+
+    def attach(self, logits_NE: Tensor) -> Tensor:
+        """The logits, on whose way back this is added."""
+        logits: Tensor = WithRouterLosses.apply(logits_NE, self)
+        return logits
 
 
 class WithRouterLosses(torch.autograd.Function):
     """The logits as they are; on the way back the losses' gradient is added to theirs."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, logits_NE: Tensor, num_tokens_N: Tensor, shares_E: Tensor, weights: LossWeights
-    ) -> Tensor:
-        """`logits_NE`.
-
-        Args:
-            logits_NE: fp32, of N tokens or sequences
-            num_tokens_N: fp32, how many real tokens each of them stands for: 0 for padding
-            shares_E: fp32, `f_e`
-            weights: of the two terms
-        """
-        ctx.save_for_backward(logits_NE, num_tokens_N, shares_E)
-        ctx.weights = weights  # type: ignore[attr-defined]
+    def forward(ctx: Any, logits_NE: Tensor, losses: LossesOfTokens) -> Tensor:
+        """`logits_NE`, fp32."""
+        ctx.save_for_backward(logits_NE)
+        ctx.losses = losses
         return logits_NE.view_as(logits_NE)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_NE: Tensor) -> tuple[Tensor, None, None, None]:
-        """`p_e (balance (f_e - sum_f f_f p_f) + 2 z logsumexp)` for every token, added to what comes from above.
-
-        The first term is what a softmax gives back for the gradient `balance f_e` of its outputs.
-        """
-        logits_NE, num_tokens_N, shares_E = ctx.saved_tensors  # type: ignore[attr-defined]
-        weights: LossWeights = ctx.weights  # type: ignore[attr-defined]
-        num_tokens_N1, share_NE = num_tokens_N.unsqueeze(-1), logits_NE.softmax(-1)
-        if weights.balance:
-            of_shares_NE = num_tokens_N1 * shares_E
-            of_logits_NE = torch.ops.aten._softmax_backward_data(of_shares_NE, share_NE, -1, share_NE.dtype)
-            grad_NE = torch.add(grad_NE, of_logits_NE, alpha=weights.balance)
-        if weights.z:
-            log_total_N1 = logits_NE.logsumexp(-1, keepdim=True)
-            grad_NE = torch.addcmul(grad_NE, share_NE, log_total_N1 * num_tokens_N1, value=2 * weights.z)
-        return grad_NE, None, None, None
+    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, None]:
+        """See `LossesOfTokens.add_to`."""
+        return ctx.losses.add_to(grad_NE, *ctx.saved_tensors), None
 
 
 class RouterLosses:
@@ -105,12 +107,10 @@ class RouterLosses:
         """
         self._per_token = scale / (max(1, len(self._sizes)) * num_tokens)
 
-    def attach(self, router: int, logits_NE: Tensor, num_tokens_N: Tensor) -> Tensor:
-        """The logits, through whose gradient the losses of a router speak."""
+    def of_tokens(self, router: int, num_tokens_N: Tensor) -> LossesOfTokens:
+        """What they make of tokens that a router looks at."""
         balance, z = (weight * self._per_token for weight in (self._config.balance, self._config.z))
-        weights = LossWeights(balance * self._sizes[router], z)
-        logits: Tensor = WithRouterLosses.apply(logits_NE, num_tokens_N, self._shares_of_router[router], weights)
-        return logits
+        return LossesOfTokens(num_tokens_N, self._shares_of_router[router], balance * self._sizes[router], z)
 
     def values(self, totals: Totals, num_tokens: int) -> list[Tensor]:
         """Of those in `names`, without weights, with the counts of the step at hand."""

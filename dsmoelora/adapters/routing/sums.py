@@ -37,12 +37,12 @@ class _Heard:
     Args:
         num_tokens_N: fp32, how many real tokens each of them stands for
         routers: places in the order of the model
-        said: of each router, tensors (N, E)
+        said: of each router (N, E)
     """
 
     num_tokens_N: Tensor
     routers: list[int] = field(default_factory=list)
-    said: list[tuple[Tensor, ...]] = field(default_factory=list)
+    said: list[Tensor] = field(default_factory=list)
 
 
 class _Places(NamedTuple):
@@ -75,7 +75,7 @@ class RoutingSums:
         places = self.totals(torch.arange(len(self.flat), device=device))
         choices, gates, probabilities, entropy = (part.split(sizes) for part in places[:4])
         self._places = _Places(choices, gates, probabilities, entropy, places.z.split(1))
-        self._decisions: dict[tuple[int, int], _Heard] = {}
+        self._gates: dict[tuple[int, int], _Heard] = {}
         self._scores: dict[tuple[int, int], _Heard] = {}
         self._num_kept = 0
 
@@ -83,44 +83,42 @@ class RoutingSums:
         """A tensor as `flat`, such as the sum over all ranks, by kind."""
         return Totals(*flat.split(self._lengths))
 
-    def add_decisions(self, router: int, gate_NE: Tensor, selected_NE: Tensor, num_tokens_N: Tensor) -> None:
+    def add_gates(self, router: int, gate_NE: Tensor, num_tokens_N: Tensor) -> None:
         """Count what a router decided.
 
         Args:
             router: its place in the order of the model
-            gate_NE: fp32, of N tokens or sequences
-            selected_NE: bool
+            gate_NE: fp32, of N tokens or sequences; 0 where an expert is not used
             num_tokens_N: fp32, how many real tokens each of them stands for
         """
-        self._keep(self._decisions, router, num_tokens_N, gate_NE, selected_NE)
+        self._keep(self._gates, router, num_tokens_N, gate_NE)
 
     def add_logits(self, router: int, logits_NE: Tensor, num_tokens_N: Tensor) -> None:
-        """Count what a router's logits were (arguments as of `add_decisions`)."""
+        """Count what a router's logits were (arguments as of `add_gates`)."""
         self._keep(self._scores, router, num_tokens_N, logits_NE)
 
     @torch.no_grad()
     def finish_forward(self) -> None:
         """Move what has been kept to `flat`."""
-        for heard in self._decisions.values():
-            gates, selected = zip(*heard.said, strict=True)
-            self._add(heard, torch.stack(selected, 1).float(), self._places.choices)
-            gate_NKE = torch.stack(gates, 1)
+        for heard in self._gates.values():
+            gate_NKE = torch.stack(heard.said, 1)
+            self._add(heard, (gate_NKE != 0).float(), self._places.choices)
             self._add(heard, gate_NKE, self._places.gates)
             self._add(heard, torch.special.entr(gate_NKE), self._places.entropy)
         for heard in self._scores.values():
-            logits_NKE = torch.stack([logits_NE for (logits_NE,) in heard.said], 1)
+            logits_NKE = torch.stack(heard.said, 1)
             self._add(heard, logits_NKE.softmax(-1), self._places.probabilities)
             self._add(heard, logits_NKE.logsumexp(-1, keepdim=True).square(), self._places.z)
-        self._decisions.clear()
+        self._gates.clear()
         self._scores.clear()
         self._num_kept = 0
 
-    def _keep(self, kept: dict[tuple[int, int], _Heard], router: int, num_tokens_N: Tensor, *said_NE: Tensor) -> None:
-        key = (said_NE[0].shape[-1], id(num_tokens_N))
+    def _keep(self, kept: dict[tuple[int, int], _Heard], router: int, num_tokens_N: Tensor, said_NE: Tensor) -> None:
+        key = (said_NE.shape[-1], id(num_tokens_N))
         heard = kept.setdefault(key, _Heard(num_tokens_N))
         heard.routers.append(router)
-        heard.said.append(tuple(one.detach() for one in said_NE))
-        self._num_kept += said_NE[0].numel()
+        heard.said.append(said_NE.detach())
+        self._num_kept += said_NE.numel()
         if self._num_kept > _MOST_KEPT:
             self.finish_forward()
 

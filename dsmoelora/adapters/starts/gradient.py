@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.experts.function import side_by_side
+from dsmoelora.adapters.experts.products import side_by_side
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.adapters.starts.draws import draw_a, drawn
 from dsmoelora.config import AdapterConfig, SpreadName

@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dsmoelora.adapters.experts.function import side_by_side
-from dsmoelora.adapters.layer import RoutedLinear, adapted_layers
+from dsmoelora.adapters.experts.products import side_by_side
+from dsmoelora.adapters.layer import RoutedLinear, adapted_layers, adapter_context
 from dsmoelora.adapters.routers import routers
 from dsmoelora.adapters.targets import layer_config
 from dsmoelora.adapters.targets.linear import Linear, features, weight_of
@@ -196,15 +196,11 @@ def uniform_gates(model: nn.Module) -> Iterator[None]:
     """Inside the block every expert has the gate 1 / E for every token: the base as it was, before the first step."""
 
     def even_out(_: nn.Module, __: object, routed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x_TD, gate_TE, selected_TE, *features = routed
-        return x_TD, torch.full_like(gate_TE, 1 / gate_TE.shape[-1]), torch.ones_like(selected_TE), *features
+        gate_TE, selected_TE = routed
+        return torch.full_like(gate_TE, 1 / gate_TE.shape[-1]), torch.ones_like(selected_TE)
 
-    hooks = [router.register_forward_hook(even_out) for _, router in routers(model)]
-    try:
+    with adapter_context(model).hooks([router.register_forward_hook(even_out) for _, router in routers(model)]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def check_svd_start(model: nn.Module, config: AdapterConfig, names: list[str]) -> None:
