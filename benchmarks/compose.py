@@ -28,15 +28,12 @@ from benchmarks.machine import setting
 from benchmarks.study.bench import Bench
 from benchmarks.study.cells import Task
 from benchmarks.study.tasks import task_files
-from dsmoelora.adapters import adapter_context, eject, inject
-from dsmoelora.adapters.fingerprint import fingerprint
-from dsmoelora.adapters.folder import router_buffers, write_adapter
+from dsmoelora.adapters import adapter_context
 from dsmoelora.adapters.given import settings_of
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.config import AdapterConfig, LossesConfig, OptimConfig
 from dsmoelora.errors import ConfigError, UserError
 from dsmoelora.optim import build_optimizer, build_schedule
-from dsmoelora.optim.rows import adapter_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ("gcd", "chain_sum", "number_filtering", "letter_counting")
@@ -121,24 +118,17 @@ class Comparison:
         return np.array(json.loads(file.read_text()))
 
     def _run(self, arm: Arm, rate: float | None, folder: Path) -> list[float]:
-        bench, model = self._bench, self._bench.model
-        base, settings = fingerprint(model.named_parameters()), dict(arm.adapter)
+        settings = dict(arm.adapter)
         if arm in _MADE:
             given = [str(self._folder / f"seed-{self._seed}" / each.name / "adapter") for each in _EACH]
             settings = {"experts_from": given, **settings_of(given, settings), **settings}
             settings["freeze"] = [role for role in ("a", "b") if arm.rows != "none"]
-        config = AdapterConfig(**settings, seed=self._seed)
-        layers = inject(model, config)
-        try:
+        with self._bench.adapted(AdapterConfig(**settings, seed=self._seed)) as write_folder:
             if arm.rows != "none":
                 self._train(self._rows[arm.rows], rate)
             if arm in _EACH:
-                tensors = {of.name: parameter.detach() for of, parameter in adapter_tensors(model)}
-                tensors |= router_buffers(model)
-                write_adapter(folder / "adapter", config, layers, tensors, str(bench.task.model), base)
-            return bench.held_out_nll()
-        finally:
-            eject(model)
+                write_folder(folder / "adapter")
+            return self._bench.held_out_nll()
 
     def _train(self, rows: Sequence[int], rate: float | None) -> None:
         bench, size = self._bench, self._bench.task.batch_size

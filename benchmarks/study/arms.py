@@ -23,6 +23,7 @@ class Arm:
         name: in tables and folders
         adapter, optim, losses: what it sets in these sections of a recipe beside what all arms have; routers learn at
             the experts' rate unless it says `lr_router`
+        one_first: one expert learns alone in the first quarter of the steps, then all start as copies of it
         why: what it is there for
     """
 
@@ -30,6 +31,7 @@ class Arm:
     adapter: Mapping[str, Any] = field(default_factory=dict)
     optim: Mapping[str, Any] = field(default_factory=dict)
     losses: Mapping[str, Any] = field(default_factory=dict)
+    one_first: bool = False
     why: str = ""
 
     @property
@@ -60,6 +62,7 @@ class Arm:
             "adapter": asdict(self.adapter_config(0)),
             "optim": asdict(self.optim_config(1.0, _WARMUP_SHARE)),
             "losses": asdict(self.losses_config),
+            "one_first": self.one_first,
         }
 
 
@@ -80,6 +83,7 @@ _ALL = [
     Arm("gradient", {"init": "gradient"}, why="directions of the gradient, dealt out among experts"),
     Arm("gradient-per-expert", {"init": "gradient", "init_spread": "per_expert"}, why="... each expert by itself"),
     Arm("lora-gradient", _lora(32) | {"init": "gradient"}, why="the same start without experts"),
+    Arm("one-first", one_first=True, why="one expert alone for a quarter of the steps, then all as its copies"),
     Arm("shared", {"shared_experts": 1}, why="one more expert for every token"),
     Arm("shared-of-8", {"num_experts": 7, "shared_experts": 1}, why="one of the eight for every token"),
     Arm("slow-routers", optim={"lr_router": 1e-4}, why="routers at 1e-4, as in Sun et al."),
@@ -97,6 +101,7 @@ _ALL = [
     Arm("experts-20-10", _experts(20, 10), why="E=20 R=4 K=10"),
     Arm("short-betas", optim=_SHORT, why="betas 0.7, 0.8"),
     Arm("betas-0.99", optim={"betas": [0.9, 0.99]}, why="betas 0.9, 0.99"),
+    Arm("lora-betas-0.99", _lora(32), {"betas": [0.9, 0.99]}, why="plain LoRA with betas 0.9, 0.99"),
     Arm("lora-plus", optim={"lr_b_ratio": 16.0}, why="LoRA+: `b` at 16 times the rate of `a`"),
     Arm("scaled", optim={"preconditioner": "scaled"}, why="Riemannian, scaled"),
     Arm("tangent", optim={"preconditioner": "tangent"}, why="Riemannian, tangent"),

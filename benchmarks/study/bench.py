@@ -6,23 +6,25 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import DTYPE
 from benchmarks.study.cells import Cell, Results, Task
+from benchmarks.study.stages import Stage, stages
+from benchmarks.study.state import State, alone, forget_states
 from benchmarks.study.upper import HiddenStates, cached, hidden_below, keep_upper, layers_of
 from dsmoelora.adapters import adapter_context, eject, inject
 from dsmoelora.adapters.context import BatchTokens
+from dsmoelora.adapters.fingerprint import fingerprint
+from dsmoelora.adapters.folder import router_buffers, write_adapter
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.adapters.starts.gradient import gradient_start
 from dsmoelora.config import AdapterConfig, DataSource, ModelConfig
@@ -31,6 +33,7 @@ from dsmoelora.data.loader import Row, collate
 from dsmoelora.errors import ModelError
 from dsmoelora.model import load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_optimizer, build_schedule, trainables
+from dsmoelora.optim.rows import adapter_tensors
 from dsmoelora.seeds import derive_seed
 
 _PARTS = {"sixth": 6, "third": 3, "half": 2}
@@ -138,45 +141,59 @@ class Bench:
         if results.is_done(until):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = cell.of.adapter_config(cell.seed)
-        with self._adapted(adapter):
-            self._train_cell(cell, adapter, results, folder, until)
+        for stage in stages(cell, self.task):
+            if results.step < min(stage.end, until) and results.diverged_at is None:
+                with self.adapted(stage.adapter) as write_folder:
+                    self._train_cell(cell, stage, results, write_folder, until)
 
     @contextmanager
-    def _adapted(self, adapter: AdapterConfig) -> Iterator[None]:
-        """Inside the block the model has experts; after it, it is the base as it was."""
+    def adapted(self, adapter: AdapterConfig) -> Iterator[Callable[[Path], None]]:
+        """Inside the block the model has experts; after it, it is the base as it was.
+
+        Yields:
+            what writes a folder of the adapter as it is then
+        """
         shifts = adapter.init == "svd"
         before = {name: value.clone() for name, value in self.model.named_parameters()} if shifts else {}
-        inject(self.model, adapter)
+        base = fingerprint(self.model.named_parameters())
+        layers = inject(self.model, adapter)
+
+        def write(folder: Path) -> None:
+            tensors = {of.name: parameter.detach() for of, parameter in adapter_tensors(self.model)}
+            tensors |= router_buffers(self.model)
+            write_adapter(folder, adapter, layers, tensors, str(self.task.model), base)
+
         try:
-            yield
+            yield write
         finally:
             eject(self.model)
             with torch.no_grad():
                 for name, value in before.items():
                     self.model.get_parameter(name).copy_(value)
 
-    def _train_cell(self, cell: Cell, adapter: AdapterConfig, results: Results, folder: Path, until: int) -> None:
-        config = cell.of.optim_config(cell.lr, self.task.num_steps)
+    def _train_cell(
+        self, cell: Cell, stage: Stage, results: Results, write_folder: Callable[[Path], None], until: int
+    ) -> None:
+        config, folder = cell.of.optim_config(cell.lr, self.task.num_steps), cell.folder(self.task)
         optimizer = build_optimizer(self.model, config)
         log = adapter_context(self.model).log = RoutingLog(self.model, cell.of.losses_config, torch.device("cpu"))
-        state = _State(self.model, optimizer, log, folder)
+        state = State(self.model, optimizer, log, folder)
         results.num_trained = sum(math.prod(of.shape) for of, _ in trainables(self.model))
         order = self.order(cell.seed, self.task.num_steps)
         begin = time.process_time()
         spent = results.evaluations[-1]["seconds"] if results.evaluations else 0.0
-        if results.step:
-            state.load(results.step)
-        elif adapter.init == "gradient":
-            self._start(adapter, order)
+        if results.step > stage.begin:
+            state.load(results.step, stage.begin)
+        elif stage.adapter.init == "gradient":
+            self._start(stage.adapter, order)
         schedule = build_schedule(optimizer, config, self.task.num_steps)
         if results.step:  # the optimizer must have had a schedule before it can go on with one
             schedule = build_schedule(optimizer, config, self.task.num_steps, results.step)
         self.model.train()
-        for step in range(results.step, until):
+        for step in range(results.step, min(until, stage.end)):
             rows = order[step * self.task.batch_size : (step + 1) * self.task.batch_size]
             torch.manual_seed(derive_seed("study", cell.seed, step))
-            if not self.step(rows, adapter.more_experts(step), optimizer, log, config.max_grad_norm):
+            if not self.step(rows, stage.adapter.more_experts(step), optimizer, log, config.max_grad_norm):
                 results.diverged_at = step + 1
                 break
             schedule.step()
@@ -186,14 +203,17 @@ class Bench:
                 if not np.isfinite(nll_N).all():
                     results.diverged_at = step + 1
                     break
-                state.save(step + 1)
+                if step + 1 == stage.end < self.task.num_steps:
+                    write_folder(alone(folder))
+                else:
+                    state.save(step + 1)
                 results.evaluations.append({"step": step + 1, "seconds": spent, "nll": np.round(nll_N, 4).tolist()})
                 results.write(folder)
-                state.forget(all_but=step + 1)
+                forget_states(folder, all_but=step + 1)
                 begin = time.process_time()
         results.write(folder)
         if results.is_done(self.task.num_steps):
-            state.forget()
+            forget_states(folder)
 
     def _start(self, adapter: AdapterConfig, order: Sequence[int]) -> None:
         for begin in range(0, adapter.init_samples, self.task.batch_size):
@@ -218,52 +238,6 @@ class Bench:
         log.finish_step(log.sums)
         log.take_window()
         return True
-
-
-class _State:
-    """Values, moments and what routers' losses and biases go by, of a cell that has not come to its end.
-
-    Args:
-        model: adapted
-        optimizer: of its adapters
-        log: of its routers
-        folder: where they lie between two times, under the number of the step
-    """
-
-    def __init__(self, model: nn.Module, optimizer: ShardOptimizer, log: RoutingLog, folder: Path) -> None:
-        self._model, self._optimizer, self._log, self._folder = model, optimizer, log, folder
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for of, parameter in trainables(self._model):
-            yield of.name, parameter.detach()
-            for name, moment in self._optimizer.state[parameter].items():
-                yield f"{of.name}.{name}", moment
-
-    def save(self, step: int) -> None:
-        """As a whole or not at all."""
-        partial = self._folder / "state.partial"
-        tensors = {name: tensor.contiguous() for name, tensor in self._tensors()}
-        save_file(tensors, partial, {"routing": json.dumps(self._log.state())})
-        partial.replace(self._folder / f"state-{step}.safetensors")
-
-    def forget(self, all_but: int | None = None) -> None:
-        """Remove what will not be gone on with."""
-        forget_states(self._folder, all_but)
-
-    def load(self, step: int) -> None:
-        """Go on where it stood after so many steps."""
-        with safe_open(self._folder / f"state-{step}.safetensors", "pt") as found:
-            for name, tensor in self._tensors():
-                tensor.copy_(found.get_tensor(name))
-            self._log.load_state(json.loads(found.metadata()["routing"]))
-        self._optimizer.num_steps = step
-
-
-def forget_states(folder: Path, all_but: int | None = None) -> None:
-    """Remove the states of a cell, or all of them but that of a step."""
-    for file in folder.glob("state-*.safetensors"):
-        if file.name != f"state-{all_but}.safetensors":
-            file.unlink()
 
 
 @functools.cache

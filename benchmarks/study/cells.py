@@ -111,7 +111,7 @@ def _is_same_arm(found: Results, fresh: Results) -> bool:
         younger = {key for key in wanted.keys() - known.keys() if wanted[key] == default[key]}
         if {key: value for key, value in wanted.items() if key not in younger} != known:
             return False
-    return True
+    return found.settings["arm"].get("one_first", False) == fresh.settings["arm"]["one_first"]
 
 
 @dataclass

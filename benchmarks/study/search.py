@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study.bench import forget_states
 from benchmarks.study.cells import Cell, Results, Task
 from benchmarks.study.halving import choose_rate
 from benchmarks.study.paired import halves
+from benchmarks.study.state import forget_states
 
 # Trains these cells up to a step, several at a time, and returns when all are there.
 Train = Callable[[Sequence[Cell], int], object]

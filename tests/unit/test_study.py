@@ -24,8 +24,10 @@ from benchmarks.study.halving import budgets, choose_rate, survivors
 from benchmarks.study.paired import difference, halves, interval, mean_loss, steps_to_reach
 from benchmarks.study.report import table
 from benchmarks.study.search import Chosen, search
+from benchmarks.study.stages import stages
 from benchmarks.study.tasks import CONFLICTING, task_files
 from dsmoelora.adapters import inject
+from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import ConfigError
 from dsmoelora.model import load_tokenizer
@@ -245,7 +247,7 @@ def test_full_depth_adapts_all_layers_and_keeps_nothing(task: Task) -> None:
     assert not (task.folder / "hidden").exists()
 
 
-@pytest.mark.parametrize("arm", ["experts", "gradient", "balance", "sigmoid-bias", "falling-k", "svd"])
+@pytest.mark.parametrize("arm", ["experts", "gradient", "one-first", "balance", "sigmoid-bias", "falling-k", "svd"])
 def test_a_cell_that_stops_goes_on_to_the_same_numbers(task: Task, arm: str) -> None:
     cell = Cell(arm, 4e-3, 1)
     straight = replace(task, folder=task.folder.with_name("straight"))
@@ -257,7 +259,30 @@ def test_a_cell_that_stops_goes_on_to_the_same_numbers(task: Task, arm: str) -> 
     assert [one["step"] for one in found.evaluations] == task.evaluated_at == [2, 4, 8]
     first, last = (sum(found.evaluations[place]["nll"]) for place in (0, -1))
     assert last < first and found.num_trained > 0
-    assert not list(cell.folder(task).glob("state*")), "a cell at its end needs no state"
+    assert [file.name for file in cell.folder(task).iterdir()] == ["results.json"], "a cell at its end needs no state"
+
+
+def test_one_expert_learns_alone_and_then_all_are_its_copies(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same budget: two steps of eight alone, as plain LoRA of one expert's rank does them; then six together."""
+    monkeypatch.setitem(ARMS, "lora", replace(ARMS["lora"], adapter={"num_experts": 1, "top_k": 1, "r": 4}))
+    bench, cell = Bench(task), Cell("one-first", 4e-3, 1)
+    for one in (cell, Cell("lora", 4e-3, 1)):
+        bench.run(one, 2)
+    reached = Results.read(cell, task).nll_at(2)
+    np.testing.assert_array_equal(reached, Results.read(Cell("lora", 4e-3, 1), task).nll_at(2))
+    first, then = stages(cell, task)
+    assert (first.begin, first.end, then.begin, then.end) == (0, 2, 2, 8)
+    with bench.adapted(then.adapter):
+        np.testing.assert_allclose(bench.held_out_nll(), reached, rtol=1e-4)
+        for _, layer in adapted_layers(bench.model):
+            a_EDR, b_EOR = layer.experts.a, layer.experts.b
+            assert len(a_EDR) == 8 and (a_EDR == a_EDR[:1]).all() and (b_EOR == b_EOR[:1]).all() and b_EOR.any()
+    bench.run(cell, 8)
+    experts = Cell("experts", 4e-3, 1)
+    bench.run(experts, 2)
+    found = Results.read(cell, task)
+    assert found.step == 8 and found.num_trained == Results.read(experts, task).num_trained
+    assert found.nll_at(8).sum() < reached.sum()
 
 
 def test_every_cell_finds_the_base_as_it_was(task: Task) -> None:
