@@ -22,6 +22,7 @@ from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").rglob("*.yaml"))
+STARTING_POINTS = [path for path in RECIPES if path.parent.name == "recipes"]
 DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
@@ -135,3 +136,13 @@ def test_recipe_opens_with_its_launch_command(recipe: Path) -> None:
     assert f"--config {recipe.relative_to(ROOT)}" in head
     named = re.findall(r"--deepspeed (\S+)", head)
     assert named and all((ROOT / path).is_file() for path in named)
+
+
+@pytest.mark.parametrize("recipe", STARTING_POINTS, ids=lambda path: path.name)
+def test_a_starting_point_names_the_plain_lora_of_its_size(recipe: Path) -> None:
+    """With as many numbers in its factors, at the same scale."""
+    head = recipe.read_text().partition("\nrun:")[0]
+    (flags,) = re.findall(r"^# Or plain LoRA: +(.*)$", head, re.MULTILINE)
+    experts, plain = (parse_command(["--config", str(recipe), *more]).recipe.adapter for more in ([], flags.split()))
+    assert plain.num_experts == 1 and plain.r == experts.num_experts * experts.r
+    assert plain.lora_alpha / plain.r == experts.lora_alpha / experts.r
