@@ -100,6 +100,7 @@ _ALL = [
     Arm("experts-20-2", _experts(20, 2), why="E=20 R=4 K=2"),
     Arm("experts-20-10", _experts(20, 10), why="E=20 R=4 K=10"),
     Arm("short-betas", optim=_SHORT, why="betas 0.7, 0.8"),
+    Arm("lora-short-betas", _lora(32), _SHORT, why="plain LoRA with betas 0.7, 0.8"),
     Arm("betas-0.99", optim={"betas": [0.9, 0.99]}, why="betas 0.9, 0.99"),
     Arm("lora-betas-0.99", _lora(32), {"betas": [0.9, 0.99]}, why="plain LoRA with betas 0.9, 0.99"),
     Arm("lora-plus", optim={"lr_b_ratio": 16.0}, why="LoRA+: `b` at 16 times the rate of `a`"),
