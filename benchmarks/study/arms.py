@@ -82,7 +82,7 @@ _ALL = [
     Arm("lora-active", _lora(8), why="plain LoRA with as many numbers as a token uses"),
     Arm("gradient", {"init": "gradient"}, why="directions of the gradient, dealt out among experts"),
     Arm("gradient-per-expert", {"init": "gradient", "init_spread": "per_expert"}, why="... each expert by itself"),
-    Arm("lora-gradient", _lora(32) | {"init": "gradient"}, why="the same start without experts"),
+    Arm("lora-gradient", _lora(32) | {"init": "gradient"}, why="plain LoRA from directions of the gradient"),
     Arm("one-first", one_first=True, why="one expert alone for a quarter of the steps, then all as its copies"),
     Arm("shared", {"shared_experts": 1}, why="one more expert for every token"),
     Arm("shared-of-8", {"num_experts": 7, "shared_experts": 1}, why="one of the eight for every token"),

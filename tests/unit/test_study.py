@@ -33,11 +33,10 @@ from dsmoelora.errors import ConfigError
 from dsmoelora.model import load_tokenizer
 from tests.helpers import tiny_llama
 
-# The tables of docs/choosing.md: arms, the control first, and seeds
-# Arms of each table of docs/choosing.md.
+# Arms of each table of docs/choosing.md, the control first.
 SHOWN = {
     "conflicting": ("lora", "experts", "gradient"),
-    "demo": ("lora", "experts"),
+    "demo": ("lora", "experts", "slow-routers", "lora-gradient"),
     "qa": ("lora", "experts", "dense", "shared"),
 }
 
