@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
@@ -32,12 +32,12 @@ def train_and_measure(recipe: Recipe, zero: dict[str, Any]) -> Held:
     """Three steps of one micro-batch: ZeRO-3 learns the order of the modules in the first two."""
     from dsmoelora.engine import Engine
 
-    before = _bytes_of_tensors()
+    before = bytes_of_tensors()
     engine = Engine.build(recipe, {"zero_optimization": zero})
     batch = padded_batch(recipe)
     for _ in range(3):
         engine.train_step([batch])
-    at_rest = _bytes_of_tensors() - before
+    at_rest = bytes_of_tensors() - before
     coordinator = getattr(engine._deepspeed.optimizer, "_get_param_coordinator", lambda: None)()
     with _Gathering(coordinator) as gathering:
         peak = allocated_peak(lambda: engine.train_step([batch]))
@@ -57,18 +57,27 @@ def padded_batch(recipe: Recipe) -> MicroBatch:
 
 
 def allocated_peak(run: Any) -> int:
-    """The most bytes that torch's allocator of the CPU has given out inside the call, beside what it had."""
+    """The most bytes that torch's allocator of the CPU has given out inside the call, beside what it had.
+
+    The call is made twice, for the allocator cannot tell the size of what it gave out unobserved and gets back.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+        with record_function("second call"):
+            run()
+    events = sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    for event in events:
+        if event.name() == "second call":
+            now = peak = 0
+        elif event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
     return peak
 
 
-def _bytes_of_tensors() -> int:
+def bytes_of_tensors() -> int:
+    """Of all tensors that Python knows of."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():

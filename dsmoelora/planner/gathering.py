@@ -77,11 +77,11 @@ class Gathered:
     """What a micro-batch gathers.
 
     Args:
-        peak: the most numbers that are there at a time
+        there: numbers that are there when a module begins, in the forward pass (False) and the backward pass (True)
         gathers: all of them, in order
     """
 
-    peak: int = 0
+    there: dict[bool, list[int]] = field(default_factory=lambda: {False: [], True: []})
     gathers: list[Gather] = field(default_factory=list)
     _live: dict[str, ParameterShape] = field(default_factory=dict)
     _users: dict[str, set[int]] = field(default_factory=dict)
@@ -94,7 +94,12 @@ class Gathered:
             numel = sum(one.padded for one in absent.values() if one.num_pieces == num_pieces)
             self.gathers.append(Gather(in_backward, numel, num_pieces))
         # a piece that is all of a parameter takes the place of the whole
-        self.peak = max(self.peak, sum(one.padded for one in self._live.values() if one.num_pieces > 1))
+        self.there[in_backward].append(sum(one.padded for one in self._live.values() if one.num_pieces > 1))
+
+    @property
+    def peak(self) -> int:
+        """The most numbers that are there at a time."""
+        return max((numel for passed in self.there.values() for numel in passed), default=0)
 
     def hold(self, parameters: Iterable[ParameterShape], module: int) -> None:
         """A module that has begun needs them."""

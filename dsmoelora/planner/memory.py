@@ -19,6 +19,7 @@ from dsmoelora.config import Recipe
 from dsmoelora.planner.cut_rows import step_buffer_bytes
 from dsmoelora.planner.rehearsal import Rehearsal, num_moments, rehearse
 from dsmoelora.planner.shapes import ParameterShape
+from dsmoelora.planner.worst_moment import Moment, worst_moment
 
 _FP32 = 4
 
@@ -108,6 +109,7 @@ def memory_of(run: Rehearsal) -> MemoryPlan:
         _noise_part(run),
         *_adapter_parts(run),
         *_optimizer_parts(run),
+        *_gradient_parts(run),
         *_pass_parts(run),
     ]
     return MemoryPlan([part for part in parts if part.num_bytes], _left_out(run.recipe))
@@ -168,24 +170,47 @@ def _adapter_parts(run: Rehearsal) -> list[Part]:
 def _optimizer_parts(run: Rehearsal) -> list[Part]:
     recipe, own, trained = run.recipe, run.own_numel, run.shapes.trained
     stage, away = run.zero.stage, run.offloads("offload_optimizer")
-    accumulated = run.string_numel if stage == 1 and not away else own
-    # elsewhere gradients are there from the backward pass to the step alone
-    stays = stage == 3 or away or (stage == 1 and recipe.model.dtype == "bf16")
-    comes, flattened = Phase.ALWAYS if stays else Phase.PASS, Phase.ALWAYS if away else Phase.STEP
     groups = [[one for one in trained if one.num_pieces == ranks] for ranks in {one.num_pieces for one in trained}]
     buffer = sum(step_buffer_bytes(group, recipe.optim, run.num_cut_rows(group)) for group in groups)
     return [
         Part("masters, fp32", own * _FP32 if stage else 0, on_host=away),
         Part("moments, fp32", own * _FP32 * num_moments(recipe.optim), on_host=away),
-        Part("gradients, fp32", accumulated * _FP32, comes, on_host=away),
         Part("buffer of the preconditioner", buffer, on_host=away),
-        Part("gradients, flattened for the step", own * _FP32 if stage == 3 else 0, flattened, on_host=away),
         Part("adapters, a copy for the host", own * run.itemsize if away and stage < 3 else 0, on_host=True),
     ]
 
 
+def _gradient_parts(run: Rehearsal) -> list[Part]:
+    away, phase = run.offloads("offload_optimizer"), Phase.ALWAYS if _gradients_stay(run) else Phase.STEP
+    parts = [Part("gradients, fp32", _gradient_bytes(run), phase, on_host=away)]
+    if not _gradients_stay(run):
+        several = run.num_micro_batches > 1  # then they are there in the passes of all but the first
+        so_far = _gradient_bytes(run) if several else _worst_moment(run).gradients
+        parts.append(Part("gradients so far, fp32", so_far, Phase.PASS, is_exact=several))
+    flattened = run.own_numel * _FP32 if run.zero.stage == 3 else 0
+    needed = Phase.ALWAYS if away else Phase.STEP
+    return [*parts, Part("gradients, flattened for the step", flattened, needed, on_host=away)]
+
+
+def _gradients_stay(run: Rehearsal) -> bool:
+    """Between steps; elsewhere they are there from the backward pass to the step alone."""
+    stage = run.zero.stage
+    is_stage_1_in_bf16 = stage == 1 and run.recipe.model.dtype == "bf16"
+    return stage == 3 or run.offloads("offload_optimizer") or is_stage_1_in_bf16
+
+
+def _gradient_bytes(run: Rehearsal) -> int:
+    in_stage_1 = run.zero.stage == 1 and not run.offloads("offload_optimizer")
+    return _FP32 * (run.string_numel if in_stage_1 else run.own_numel)
+
+
+def _worst_moment(run: Rehearsal) -> Moment:
+    come = 0 if _gradients_stay(run) or run.num_micro_batches > 1 else _gradient_bytes(run)
+    return worst_moment(run.gathered, run.itemsize, run.passed.kept, come)
+
+
 def _pass_parts(run: Rehearsal) -> list[Part]:
-    zero, recipe, passed = run.zero, run.recipe, run.passed
+    zero, recipe, passed, worst = run.zero, run.recipe, run.passed, _worst_moment(run)
     bucket = zero.reduce_bucket_size * _FP32 if zero.stage and zero.contiguous_gradients else 0
     buckets = {1: 0 if recipe.model.dtype == "bf16" else 1, 2: 1}.get(zero.stage, 1)
     if zero.stage in (1, 2) and zero.overlap_comm:
@@ -193,8 +218,8 @@ def _pass_parts(run: Rehearsal) -> list[Part]:
     kept = "inputs of the layers, kept" if recipe.train.activation_checkpointing else "activations, kept"
     return [
         Part("reduce bucket", bucket * buckets, Phase.ALWAYS if zero.stage == 3 else Phase.PASS),
-        Part("base, gathered", run.gathered.peak * run.itemsize, Phase.PASS, is_exact=False),
-        Part(kept, passed.kept, Phase.PASS, is_exact=False),
+        Part("base, gathered", worst.gathered, Phase.PASS, is_exact=False),
+        Part(kept, worst.kept, Phase.PASS, is_exact=False),
         Part("activations, at work", passed.peak - passed.kept, Phase.PASS, is_exact=False),
     ]
 
