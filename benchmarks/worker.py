@@ -22,7 +22,8 @@ def run_ranks(benchmark: str, world_size: int, *args: str, threads: int = 1, qui
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     pipe = subprocess.PIPE if quiet else None
-    argv = [*command, __file__, Path(benchmark).stem, *args]
+    module = ".".join(Path(benchmark).resolve().relative_to(ROOT).with_suffix("").parts)
+    argv = [*command, __file__, module, *args]
     return subprocess.run(argv, env=env, check=True, stdout=pipe, stderr=pipe, text=True).stdout or ""
 
 

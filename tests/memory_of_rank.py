@@ -65,13 +65,13 @@ def allocated_peak(run: Any) -> int:
         run()
         with record_function("second call"):
             run()
-    events = sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    events = found.profiler.kineto_results.events()
+    begin = next(event.start_ns() for event in events if event.name() == "second call")
+    memory = ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     now = peak = 0
-    for event in events:
-        if event.name() == "second call":
-            now = peak = 0
-        elif event.name() == "[memory]":
-            now += event.nbytes()
+    for start, num_bytes in sorted(memory, key=lambda one: one[0]):
+        if start >= begin:
+            now += num_bytes
             peak = max(peak, now)
     return peak
 

@@ -13,6 +13,7 @@ import deepspeed.comm as dist
 import torch
 
 from dsmoelora.config import Recipe
+from dsmoelora.data import MicroBatch
 from tests.memory_of_rank import padded_batch
 
 # the argument that is the whole tensor and that of the process group, by name and place; what the planner calls it
@@ -83,6 +84,11 @@ def train_and_record(recipe: Recipe, zero: dict[str, Any]) -> Recorder:
     batches = [padded_batch(recipe) for _ in range(recipe.train.accumulation_steps(dist.get_world_size()))]
     for _ in range(3):
         engine.train_step(batches)
+    return recorded_step(engine, batches)
+
+
+def recorded_step(engine: Any, batches: list[MicroBatch]) -> Recorder:
+    """What an engine sends in its next step."""
     found, inner = Recorder(), engine._deepspeed
     forward, backward = inner.forward, inner.backward
 
