@@ -17,7 +17,7 @@ from tests.conftest import thorough
 ROOT = Path(__file__).parents[2]
 KEPT = Cells(ROOT / "benchmarks/planner/measured")
 MEASURED = [name for name in ROWS if KEPT.read(name, "held")]
-QUICK = ("stage 0", "stage 3, W 2")  # the others guard a release
+QUICK = ("stage 0", "stage 3, W 2, ep_size 2, gather")  # the others guard a release
 STAGE_0 = {"at_rest": 100 << 20, "peak": 160 << 20, "resident": 300 << 20, "messages": 0, "sent": 0}
 
 
