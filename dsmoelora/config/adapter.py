@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dsmoelora.config.adapter_options import ROUTERS, ExpertName, MixerInit, RouterName, RouterStart, settle_options
+from dsmoelora.config.adapter_options import (
+    ROUTERS,
+    ExpertName,
+    MixerInit,
+    Pooling,
+    RouterName,
+    RouterStart,
+    settle_options,
+)
 from dsmoelora.config.checks import expanded, require, require_known, require_positive, require_unset
 from dsmoelora.config.freeze import Role, check_freeze
 
@@ -52,6 +60,8 @@ class AdapterConfig:
         router_start: of router `constant`: gates are a softmax that starts at 1/E (`softmax`), or free numbers from 1/E
             (`mean`) or from 1 (`sum`) on; `null` means `mean`, or `softmax` with init `svd`
         router_temperature: of router `arrow`: divides the similarities; `null` means 1
+        pooling: of router `prompt`: what it sees of a prompt, the mean of its states (`mean`), the last of them
+            (`last`), or their mean weighed by a learned softmax (`attention`); `null` means `mean`
         init: what the factors start from; `b` starts at 0 and `a` at random: uniform in +-1/sqrt(in-features)
             (`kaiming`), or normal with standard deviation 1/R (`gaussian`). With `svd` both start from singular vectors
             of the base weight, which is shifted to make up for it (PiSSA; with more than one expert GOAT's segments).
@@ -90,6 +100,7 @@ class AdapterConfig:
     bias_rate: float | None = None
     router_start: RouterStart | None = None
     router_temperature: float | None = None
+    pooling: Pooling | None = None
     init: InitName = "kaiming"
     init_spread: SpreadName = "joint"
     init_samples: int = 16
@@ -180,7 +191,7 @@ class AdapterConfig:
     def plain(self) -> AdapterConfig:
         """The same with one expert and no router."""
         routing: dict[str, Any] = {"router": "softmax_topk", "top_k": 1, "top_k_warmup": None}
-        routing |= {"top_p": None, "bias_rate": None, "router_start": None, "router_temperature": None}
+        routing |= {"top_p": None, "bias_rate": None, "router_start": None, "router_temperature": None, "pooling": None}
         routing |= {"gate_power": 1.0, "gate_power_scope": "factors"}
         return replace(self, num_experts=1, shared_experts=0, style="per_linear", lora_modules=[], freeze=[], **routing)
 

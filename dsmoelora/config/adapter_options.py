@@ -12,6 +12,7 @@ RouterName = Literal[
     "softmax_topk", "softmax", "noisy_topk", "top_p", "threshold", "sigmoid_bias", "prompt", "constant", "arrow"
 ]
 RouterStart = Literal["softmax", "mean", "sum"]
+Pooling = Literal["mean", "last", "attention"]
 ExpertName = Literal["lora", "moslora", "dora"]
 MixerInit = Literal["kaiming", "orthogonal"]
 
@@ -28,6 +29,7 @@ class AdapterSettings(Protocol):
     bias_rate: float | None
     router_start: RouterStart | None
     router_temperature: float | None
+    pooling: Pooling | None
     expert: ExpertName
     mixer_init: MixerInit | None
 
@@ -64,7 +66,7 @@ ROUTERS: dict[RouterName, Kind] = {
     "top_p": Kind(("top_p",)),
     "threshold": Kind(),
     "sigmoid_bias": Kind((*_TOP_K, "bias_rate"), no_balance="its selection bias balances the experts already"),
-    "prompt": Kind(_TOP_K),
+    "prompt": Kind((*_TOP_K, "pooling")),
     "constant": Kind(("router_start",), no_balance=_ALWAYS_EVEN, uses_all=True),
     "arrow": Kind(("top_k", "router_temperature"), no_balance="it learns nothing", is_trained=False),
 }
@@ -83,6 +85,7 @@ _DEFAULTS = {
     "mixer_init": "kaiming",
     "router_start": "mean",
     "router_temperature": 1.0,
+    "pooling": "mean",
 }
 
 

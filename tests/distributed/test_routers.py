@@ -26,6 +26,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "threshold": {"top_k": None},
     "sigmoid_bias": {"bias_rate": 0.05},
     "prompt": {},
+    "attention": {"router": "prompt", "pooling": "attention"},
     "falling_k": {"router": "sigmoid_bias", "bias_rate": 0.05, "top_k_warmup": 5},
     "constant": {"top_k": None, "router_start": "mean"},
 }

@@ -18,7 +18,7 @@ from dsmoelora.adapters.layer import RoutedLinear
 from dsmoelora.adapters.routers import BUILDERS, RouterPlace, build_router
 from dsmoelora.adapters.routers.bias import move_biases
 from dsmoelora.adapters.shared_input import Siblings
-from dsmoelora.config.adapter_options import RouterName
+from dsmoelora.config.adapter_options import Pooling, RouterName
 from dsmoelora.errors import ConfigError
 from dsmoelora.seeds import derive_seed
 
@@ -98,12 +98,20 @@ def sigmoid_bias(x_TD: Tensor, router: Any, config: dict[str, Any]) -> Tensor:
     return renormalised(score_TE, best(score_TE + 0.05 * router.bias_steps, config["top_k"]))
 
 
+def pooled(x_SD: Tensor, router: Any, pooling: str) -> Tensor:
+    """(1, D) of a prompt: its mean, its last state, or its mean weighed by a softmax."""
+    if pooling == "attention":
+        return (x_SD @ router.pooling_weight.double().T).softmax(0).T @ x_SD
+    return x_SD[-1:] if pooling == "last" else x_SD.mean(0, keepdim=True)
+
+
 def prompt(x_TD: Tensor, router: Any, config: dict[str, Any]) -> Tensor:
-    """Sequence by sequence: the mean of the prompt decides for all its tokens."""
+    """Sequence by sequence: the pooled prompt decides for all its tokens."""
     prompts_BS = router._context.tokens.prompt_BS
     gates = []
     for x_SD, prompt_S in zip(x_TD.double().view(*prompts_BS.shape, -1), prompts_BS, strict=True):
-        share_1E = (x_SD[prompt_S].mean(0, keepdim=True) @ router.weight.double().T).softmax(-1)
+        pooled_1D = pooled(x_SD[prompt_S], router, config.get("pooling", "mean"))
+        share_1E = (pooled_1D @ router.weight.double().T).softmax(-1)
         gates.append(renormalised(share_1E, best(share_1E, config["top_k"])).expand(len(x_SD), -1))
     return torch.cat(gates)
 
@@ -120,6 +128,8 @@ CASES: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     (threshold, {}),
     (sigmoid_bias, {"top_k": 2, "bias_rate": 0.05}),
     (prompt, {"top_k": 2}),
+    (prompt, {"top_k": 2, "pooling": "last"}),
+    (prompt, {"top_k": 2, "pooling": "attention"}),
 ]
 
 
@@ -145,8 +155,7 @@ def test_gates_are_those_of_the_formula_and_so_are_their_gradients(
 
 def test_every_router_has_a_builder_and_knows_its_parameters() -> None:
     assert set(BUILDERS) == set(get_args(RouterName))
-    for name in BUILDERS:
-        router = make_router(name)
+    for router in (*map(make_router, BUILDERS), make_router("prompt", pooling="attention")):
         assert {key: tuple(value.shape) for key, value in router.named_parameters()} == router.shapes
 
 
@@ -189,17 +198,36 @@ def test_a_threshold_that_nobody_passes_gives_no_expert_and_no_nan() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in [x_TD, *router.parameters()])
 
 
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_a_row_without_a_prompt_gets_gates_and_no_nan(pooling: str) -> None:
+    """Rows that fill up a batch have no real token."""
+    router, x_TD = make_router("prompt", pooling=pooling), tokens().requires_grad_()
+    router._context.tokens.prompt_BS[0] = False  # type: ignore[index, operator, union-attr]
+    gate_TE, _ = router(x_TD)
+    torch.testing.assert_close(gate_TE[0], torch.zeros(6).masked_fill(gate_TE[0] > 0, 1 / 3))
+    gate_TE.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in [x_TD, *router.parameters()])
+
+
 def test_noise_is_off_in_evaluation() -> None:
     router, x_TD = make_router("noisy_topk", top_k=2).eval(), tokens()
     torch.testing.assert_close(router(x_TD)[0].double(), softmax_topk(x_TD, router, {"top_k": 2}), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["softmax_topk", "threshold", "noisy_topk", "sigmoid_bias", "prompt"])
+IN_BF16: dict[str, dict[str, Any]] = {
+    "softmax_topk": {},
+    "threshold": {},
+    "noisy_topk": {},
+    "sigmoid_bias": {"bias_rate": 0.05},
+    "prompt": {"pooling": "attention"},
+}
+
+
+@pytest.mark.parametrize("name", IN_BF16)
 def test_a_bf16_router_computes_in_fp32(name: str) -> None:
-    options = {"bias_rate": 0.05} if name == "sigmoid_bias" else {}
-    router, x_TD = make_router(name, **options).bfloat16(), tokens().bfloat16()
+    router, x_TD = make_router(name, **IN_BF16[name]).bfloat16(), tokens().bfloat16()
     reference: Callable[..., Tensor] = globals()[name]
-    expected_TE = reference(x_TD, router, {"top_k": 3})
+    expected_TE = reference(x_TD, router, {"top_k": 3, **IN_BF16[name]})
     torch.testing.assert_close(router(x_TD)[0].double(), expected_TE, rtol=1e-4, atol=1e-5)  # bf16: 4e-3
 
 

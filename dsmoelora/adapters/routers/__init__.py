@@ -32,7 +32,7 @@ BUILDERS: dict[RouterName, Callable[[RouterPlace, Any], nn.Module]] = {
     "sigmoid_bias": lambda place, config: SigmoidBiasRouter(place, config.top_k, config.bias_rate),
     "constant": lambda place, config: ConstantRouter(place, config.router_start),
     "arrow": lambda place, config: ArrowRouter(place, config.top_k, config.router_temperature),
-    "prompt": lambda place, config: PromptRouter(place, SoftmaxRule(TopK(config.top_k, place.context))),
+    "prompt": lambda place, config: PromptRouter(place, SoftmaxRule(TopK(config.top_k, place.context)), config.pooling),
 }
 
 

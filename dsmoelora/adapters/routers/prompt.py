@@ -1,9 +1,8 @@
 """Experts are chosen once for a prompt and serve all its tokens and the whole answer.
 
-As in MiLoRA (Zhang et al. 2024, arXiv 2410.18035), whose experts however are the modules of a decoder layer. The router
-sees the mean of the prompt's states. In training the prompt is what comes before the first supervised token; in a call
-without labels it is the whole input; while `generate` runs, or where the call goes on from a key-value cache, the last
-prompt's gates hold.
+The prompt-aware routing of MiLoRA (Zhang et al. 2024, arXiv 2410.18035). The router sees the prompt's states, pooled.
+In training the prompt is what comes before the first supervised token; in a call without labels it is the whole input;
+while `generate` runs, or where the call goes on from a key-value cache, the last prompt's gates hold.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
-from dsmoelora.adapters.experts.products import product_fp32
-from dsmoelora.adapters.routers.base import Report, RouterPlace
+from dsmoelora.adapters.routers.base import Report, RouterPlace, logits_of
+from dsmoelora.adapters.routers.pooling import PooledLogits, last_of, softmax_weights
 from dsmoelora.adapters.routers.rules import Rule
+from dsmoelora.config.adapter_options import Pooling
 from dsmoelora.errors import ModelError
 
 _IGNORED = -100
@@ -37,39 +36,6 @@ def prompt_tokens(attention_mask_BS: Tensor, labels_BS: Tensor | None) -> Tensor
         return real_BS
     before_BS = (labels_BS != _IGNORED).cumsum(-1) == 0
     return real_BS & (before_BS | (real_BS.cumsum(-1) == 1))
-
-
-class PromptLogits(torch.autograd.Function):
-    """`logits_BE = mean over the prompt of x, times W^T`, in fp32."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_TD: Tensor, weight_ED: Tensor, prompt_BS: Tensor) -> Tensor:
-        """(B, E), for `x_TD` with T = B S."""
-        num_B1 = prompt_BS.sum(-1, keepdim=True).clamp(min=1).float()
-        pooled_BD = product_fp32(x_TD.t(), _of_sequence(prompt_BS, x_TD)).t() / num_B1
-        ctx.dtype = x_TD.dtype  # type: ignore[attr-defined]
-        ctx.save_for_backward(pooled_BD, weight_ED, prompt_BS)
-        return pooled_BD @ weight_ED.to(pooled_BD.dtype).t()
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad_BE: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Gradients of x and of the weight in their dtypes."""
-        pooled_BD, weight_ED, prompt_BS = ctx.saved_tensors  # type: ignore[attr-defined]
-        need_x, need_weight, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        grad_x = grad_weight = None
-        if need_x:
-            num_B1 = prompt_BS.sum(-1, keepdim=True).clamp(min=1).float()
-            grad_pooled_BD = (grad_BE @ weight_ED.to(grad_BE.dtype) / num_B1).to(ctx.dtype)  # type: ignore[attr-defined]
-            grad_x = _of_sequence(prompt_BS, grad_pooled_BD) @ grad_pooled_BD
-        if need_weight:
-            grad_weight = (grad_BE.t() @ pooled_BD).to(weight_ED.dtype)
-        return grad_x, grad_weight, None
-
-
-def _of_sequence(mask_BS: Tensor, like: Tensor) -> Tensor:
-    """(T, B): 1 where a token is in the mask, in the column of its sequence."""
-    eye_BB = torch.eye(mask_BS.shape[0], dtype=like.dtype, device=like.device)
-    return (mask_BS.unsqueeze(-1) * eye_BB.unsqueeze(1)).flatten(0, 1)
 
 
 @dataclass
@@ -92,20 +58,25 @@ class PromptMemory:
 
 
 class PromptRouter(nn.Module):
-    """One choice of experts for a sequence, from the mean state of its prompt.
+    """One choice of experts for a sequence, from the pooled states of its prompt.
 
     Args:
         place: where it stands
         rule: from logits to gates
+        pooling: of the prompt's states; the vector of `attention` starts at 0, which is their mean
 
     Attributes:
         memory: set by `watch_prompts`
     """
 
-    def __init__(self, place: RouterPlace, rule: Rule) -> None:
+    def __init__(self, place: RouterPlace, rule: Rule, pooling: Pooling) -> None:
         super().__init__()
         self.shapes: dict[str, tuple[int, ...]] = {"weight": place.shape}
         self.weight = place.uniform_start()
+        if pooling == "attention":
+            self.shapes["pooling_weight"] = (1, place.in_features)
+            self.pooling_weight = place.zero_start(1, place.in_features)
+        self._pooling = pooling
         self._layer, self._context = place.layer, place.context
         self._rule, self._report = rule, Report(place)
         self.memory = PromptMemory()
@@ -116,12 +87,21 @@ class PromptRouter(nn.Module):
         if self._context.tokens.prompt_BS is None and memory.goes_on:
             gate_BE, selected_BE = memory.gates[self._layer]
         else:
-            logits_BE = PromptLogits.apply(x_TD, self.weight, self._prompt(x_TD))
+            prompt_BS = self._prompt(x_TD)
+            logits_BE = PooledLogits.apply(x_TD, self.weight, self._shares(x_TD, prompt_BS))
             gate_BE, selected_BE = self._report.decide(logits_BE, self._rule, self.training)
             if not self.training:
                 memory.gates[self._layer] = gate_BE.detach(), selected_BE
         num_tokens = len(x_TD) // len(gate_BE)
         return _for_all_tokens(gate_BE, num_tokens), _for_all_tokens(selected_BE, num_tokens)
+
+    def _shares(self, x_TD: Tensor, prompt_BS: Tensor) -> Tensor:
+        """(B, S): what each token weighs in the pooled state of its prompt."""
+        if self._pooling == "mean":
+            return prompt_BS
+        if self._pooling == "last":
+            return last_of(prompt_BS)
+        return softmax_weights(logits_of(x_TD, self.pooling_weight).view(prompt_BS.shape), prompt_BS)
 
     def _prompt(self, x_TD: Tensor) -> Tensor:
         prompt_BS = self._context.tokens.prompt_BS
