@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from dsmoelora.adapters import inject, untouched
 from dsmoelora.adapters.four_bit import BITS
 from dsmoelora.adapters.targets import layer_config
-from dsmoelora.config import ModelConfig, Recipe
+from dsmoelora.config import AdapterConfig, ModelConfig, Recipe
 from dsmoelora.data.formats import read_conversations
 from dsmoelora.data.packing_probe import check_takes_positions
 from dsmoelora.data.problems import RowProblem
@@ -46,6 +46,7 @@ from dsmoelora.planner.compared import found_for
 from dsmoelora.run.folder import check_run_folder, existing_parent, is_open_to_all
 
 _FP32_BYTES = 4
+_STANDS = {"per_linear": "", "ffn_block": " of each feed-forward block", "decoder_layer": " of each decoder layer"}
 _TOKENISED_ROWS = 200  # of each training set, whose conversations are looked at
 _STREAMED_ROWS = 1000  # of each streamed set, whose tokens are looked at
 
@@ -275,6 +276,18 @@ def _note_what_is_off(plan: Plan, model: PreTrainedModel) -> None:
         )
 
 
+def _experts(config: AdapterConfig) -> str:
+    """How many there are, and how many are used."""
+    what, user = f"{config.num_experts} of rank {config.r} a layer", "token"
+    if config.style == "decoder_layer":
+        what, user = f"the {config.num_experts} target modules of a decoder layer, of rank {config.r}", "prompt"
+    used = "" if config.top_k is None else f", {config.top_k} for a {user}"
+    if config.top_k_warmup:
+        used += f" (falling from {config.num_experts} in the first {config.top_k_warmup} steps)"
+    shared = f"; {config.shared_experts} more for every token" if config.shared_experts else ""
+    return what + used + shared
+
+
 def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: int, base: int) -> None:
     config = recipe.adapter
     kinds: dict[str, int] = {}
@@ -282,11 +295,7 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         kind = name.rpartition(".")[2]
         kinds[kind] = kinds.get(kind, 0) + 1
     plan.add("adapted layers", f"{len(layers)}: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
-    for_a_token = "" if config.top_k is None else f", {config.top_k} for a token"
-    if config.top_k_warmup:
-        for_a_token += f" (falling from {config.num_experts} in the first {config.top_k_warmup} steps)"
-    shared = f"; {config.shared_experts} more for every token" if config.shared_experts else ""
-    plan.add("experts", f"{config.num_experts} of rank {config.r} a layer{for_a_token}{shared}")
+    plan.add("experts", _experts(config))
     if config.lora_modules:
         num_plain = sum(layer_config(config, name).num_experts == 1 for name in layers)
         plan.add("plain LoRA", f"{num_plain} of the layers have one expert of rank {config.r} and no router")
@@ -296,8 +305,7 @@ def _describe_adapter(plan: Plan, recipe: Recipe, layers: list[str], adapter: in
         plan.add("experts of a rank", f"{held} a layer ({parallel})")
     if config.num_experts > 1:
         losses = [f"{name} loss {weight:g}" for name, weight in recipe.losses.weights.items() if weight]
-        style = " of each feed-forward block" if config.style == "ffn_block" else ""
-        plan.add("router", ", ".join([config.router + style, *losses]))
+        plan.add("router", ", ".join([config.router + _STANDS[config.style], *losses]))
     if config.init == "svd":
         plan.add("start", f"{len(layers)} singular value decompositions before the first step; they shift the base")
     if config.init == "loftq":

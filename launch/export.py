@@ -101,6 +101,13 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 def export_experts(options: argparse.Namespace, base: str) -> None:
     """One adapter for each expert."""
     config, experts = read_experts(options.adapter)
+    if config.style == "decoder_layer":
+        raise bad_value(
+            "--format",
+            options.format,
+            "average for adapter.style decoder_layer, whose experts are the layers of one adapter",
+            "Use --format average --data, or the mixture itself with dsmoelora.load_adapter.",
+        )
     shapes = {name: factors.in_out for name, factors in experts.items()}
     described = peft_base(base, shapes, options.trust_remote_code)
     loras = expert_loras(config, experts)

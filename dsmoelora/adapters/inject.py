@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 
-from torch import nn
+from torch import Tensor, nn
 
 from dsmoelora.adapters.context import AdapterContext, Exchange
 from dsmoelora.adapters.experts.dora import Gathered, start_magnitudes
@@ -18,6 +18,7 @@ from dsmoelora.adapters.shared_input import Siblings
 from dsmoelora.adapters.starts.svd import check_svd_start, start_experts
 from dsmoelora.adapters.targets import LORA, TARGETS, adapted_names, layer_config, output_head_name
 from dsmoelora.adapters.targets.blocks import blocks_of, linears_of_block
+from dsmoelora.adapters.targets.decoder_layers import decoder_layers_of, hidden_size
 from dsmoelora.adapters.targets.linear import features, is_linear
 from dsmoelora.config import AdapterConfig
 from dsmoelora.errors import ModelError, bad_value
@@ -69,10 +70,10 @@ def inject(
     if config.experts_from:
         check_given(model, config, [*routed, *plain])
         start = start or start_from_folders(model, config)
-    block_of = blocks_of(model, routed) if config.style == "ffn_block" else {}
+    block_of = _blocks_of(model, config, routed)
     model.requires_grad_(False)
     context = AdapterContext(exchange=exchange)
-    blocks = _route_blocks(model, config, context, dict.fromkeys(block_of.values()))
+    block_routers = _route_blocks(model, config, context, block_of)
     adapted = {*routed, *plain}
     names = [name for name, _ in model.named_modules() if name in adapted]
     siblings = {_parent(name): Siblings() for name in names}
@@ -82,9 +83,8 @@ def inject(
         base = model.get_submodule(name)
         assert is_linear(base)
         own = layer_config(config, name)
-        experts = range(1) if own.num_experts == 1 else local_experts or range(own.num_in_layer)
-        block = blocks.get(block_of.get(name, ""))
-        wrapped = RoutedLinear(base, own, name, context, experts, siblings[_parent(name)], block)
+        experts = range(1) if own.num_in_layer == 1 else local_experts or range(own.num_in_layer)
+        wrapped = RoutedLinear(base, own, name, context, experts, siblings[_parent(name)], block_routers.get(name))
         wrapped.train(base.training)
         _put(model, name, wrapped)
     watch_prompts(model)
@@ -111,9 +111,8 @@ def eject(model: nn.Module) -> None:
     for name, layer in list(adapted_layers(model)):
         layer.siblings.detach()
         _put(model, name, layer.base)
-        block = model.get_submodule(_parent(name))
-        if isinstance(layer.router, BlockRouter) and hasattr(block, "router"):
-            layer.router.gates.detach(block)
+        if isinstance(layer.router, BlockRouter):
+            layer.router.gates.detach(model)
 
 
 def _parent(name: str) -> str:
@@ -124,18 +123,32 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(_parent(name)), name.rpartition(".")[2], layer)
 
 
+def _blocks_of(model: nn.Module, config: AdapterConfig, routed: list[str]) -> dict[str, str]:
+    """Name of the module whose router serves a layer, by the layer's name; none where each has its own."""
+    if config.style == "ffn_block":
+        return blocks_of(model, routed)
+    if config.style == "decoder_layer":
+        return decoder_layers_of(model, routed, config.num_experts)
+    return {}
+
+
 def _route_blocks(
-    model: nn.Module, config: AdapterConfig, context: AdapterContext, names: Iterable[str]
-) -> dict[str, BlockGates]:
-    """Give each of these feed-forward blocks a router."""
-    blocks = {}
-    for name in names:
-        block = model.get_submodule(name)
-        first = linears_of_block(block)[0]
-        place = RouterPlace(name, features(first)[0], config.num_experts, first.weight, config.seed, context)
-        blocks[name] = BlockGates(name, place.in_features)
-        blocks[name].attach(block, build_router(place, config).train(block.training))
-    return blocks
+    model: nn.Module, config: AdapterConfig, context: AdapterContext, block_of: Mapping[str, str]
+) -> dict[str, BlockRouter]:
+    """Give each block a router, and each of its layers what stands for it."""
+    found = {}
+    for name in dict.fromkeys(block_of.values()):
+        block, layers = model.get_submodule(name), [layer for layer, of in block_of.items() if of == name]
+        is_feed_forward = config.style == "ffn_block"
+        width = features(linears_of_block(block)[0])[0] if is_feed_forward else hidden_size(model)
+        like = model.get_submodule(layers[0]).weight
+        assert isinstance(like, Tensor)
+        place = RouterPlace(name, width, config.num_experts, like, config.seed, context)
+        gates = BlockGates(name, width, config.style)
+        gates.attach(model, build_router(place, config).train(block.training))
+        for number, layer in enumerate(layers):
+            found[layer] = BlockRouter(layer, gates, expert=None if is_feed_forward else number)
+    return found
 
 
 def _check_head(model: nn.Module, config: AdapterConfig, routed: list[str], plain: list[str]) -> None:

@@ -14,7 +14,7 @@ from dsmoelora.adapters.experts.function import with_shared
 from dsmoelora.adapters.keyed.draws import keyed_dropout
 from dsmoelora.adapters.precision import compute_dtype, of_base, without_autocast
 from dsmoelora.adapters.routers import RouterPlace, build_router
-from dsmoelora.adapters.routers.block import BlockGates, BlockRouter
+from dsmoelora.adapters.routers.block import BlockRouter
 from dsmoelora.adapters.routers.linear import LinearRouter, SingleExpertRouter
 from dsmoelora.adapters.shared_input import Once, SharedInput, Siblings
 from dsmoelora.adapters.targets.linear import Linear, features
@@ -47,7 +47,10 @@ class RoutedLinear(nn.Module):
         context: shared by all layers of the model
         experts: which of all experts lie on this rank
         siblings: which may read the same input
-        block: where the layer takes its gates from the router of its block; None for a router of its own
+        block_router: where the layer takes its gates from the router of its block; None for a router of its own
+
+    Attributes:
+        num_routed: E, the experts that its router chooses from, which are not all in this layer where it is one of them
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class RoutedLinear(nn.Module):
         context: AdapterContext,
         experts: range,
         siblings: Siblings,
-        block: BlockGates | None = None,
+        block_router: BlockRouter | None = None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -70,8 +73,9 @@ class RoutedLinear(nn.Module):
         like = base.weight
         in_features, out_features = features(base)
         place = RouterPlace(name, in_features, config.num_experts, like, config.seed, context)
-        self.router = BlockRouter(name, block) if block else build_router(place, config)
+        self.router = block_router or build_router(place, config)
         self.experts = ExpertBank(in_features, out_features, config, name, like, experts)
+        self.num_routed = config.num_experts
         self._num_shared = config.shared_experts
         self._is_partitioned = len(experts) < config.num_in_layer
         # experts read the same tokens as the router, and nobody before them asks what it decides

@@ -70,6 +70,13 @@ class Recipe:
             "Drop it, or the shared experts.",
         )
         require(
+            ep_size == 1 or self.adapter.style != "decoder_layer",
+            "parallel.ep_size",
+            ep_size,
+            "1 with adapter.style = decoder_layer: a layer has one expert, which lies on all ranks",
+            "Drop it, or adapter.style.",
+        )
+        require(
             self.optim.max_grad_norm_router is None or self.adapter.num_experts > 1,
             "optim.max_grad_norm_router",
             self.optim.max_grad_norm_router,

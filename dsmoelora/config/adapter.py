@@ -12,10 +12,12 @@ from dsmoelora.config.adapter_options import (
     Pooling,
     RouterName,
     RouterStart,
+    Style,
     settle_options,
 )
 from dsmoelora.config.checks import expanded, require, require_known, require_positive, require_unset
 from dsmoelora.config.freeze import Role, check_freeze
+from dsmoelora.config.style import check_style
 
 InitName = Literal["kaiming", "gaussian", "svd", "gradient", "loftq"]
 SpreadName = Literal["joint", "per_expert"]
@@ -35,8 +37,9 @@ class AdapterConfig:
         lora_modules: suffixes of the names of other layers, which get one such expert and no router (plain LoRA, where
             the expert is `lora`)
         style: `per_linear` gives each of the target modules a router, `ffn_block` each feed-forward block one, which
-            reads the block's input and serves all target modules in it (MixLoRA)
-        num_experts: E, the experts of one layer
+            reads the block's input and serves all target modules in it (MixLoRA); with `decoder_layer` each decoder
+            layer has one, for which the target modules in it are the experts, with one expert each (MiLoRA)
+        num_experts: E, the experts of one layer; with style `decoder_layer` the target modules of a decoder layer
         shared_experts: more experts of the same kind in each layer with a router, which every token uses with gate 1
         top_k: K, the experts that a token uses, for routers that select a fixed number (softmax_topk, noisy_topk,
             sigmoid_bias, prompt); `null` means half of the experts
@@ -86,7 +89,7 @@ class AdapterConfig:
     use_rslora: bool = False
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     lora_modules: list[str] = field(default_factory=list)
-    style: Literal["per_linear", "ffn_block"] = "per_linear"
+    style: Style = "per_linear"
     num_experts: int = 20
     shared_experts: int = 0
     top_k: int | None = None
@@ -151,8 +154,7 @@ class AdapterConfig:
             require(self.expert != "dora", "adapter.expert", self.expert, "lora or moslora with adapter.experts_from",
                     "Lengths of rows are in none of the adapters that can be given.")  # fmt: skip
         check_freeze(self)
-        require(self.router != "arrow" or self.style == "per_linear", "adapter.style", self.style, "per_linear with "
-                "adapter.router = arrow, which looks at the experts of one layer", "Drop it.")  # fmt: skip
+        check_style(self)
         sum_to_1 = self.router_start in (None, "softmax")
         require(not self.shifts_base or sum_to_1, "adapter.router_start", self.router_start, "softmax where "
                 f"adapter.init is {self.init}, whose base is right for gates that sum to 1", "Drop it.")  # fmt: skip
@@ -167,11 +169,9 @@ class AdapterConfig:
             require_unset("adapter", self, "where adapter.num_experts is 1", "gate_power")
         if self.gate_power == 1:
             require_unset("adapter", self, "where adapter.gate_power is 1", "gate_power_scope")
-        one, more = self.num_experts == 1, "2 or more where "
-        require(not (one and self.lora_modules), "adapter.num_experts", 1, f"{more}adapter.lora_modules names layers",
-                 "Name them in adapter.target_modules: with one expert all of these are plain LoRA.")  # fmt: skip
-        require(not (one and self.style == "ffn_block"), "adapter.num_experts", 1, f"{more}adapter.style is ffn_block",
-                 "Drop adapter.style: one expert needs no router.")  # fmt: skip
+        ok, allowed = self.num_experts > 1 or not self.lora_modules, "2 or more where adapter.lora_modules names layers"
+        remedy = "Name them in adapter.target_modules: with one expert all of these are plain LoRA."
+        require(ok, "adapter.num_experts", 1, allowed, remedy)
 
     def _check_shared(self) -> None:
         """Whether experts with gate 1 can stand beside the routed ones."""
@@ -197,8 +197,11 @@ class AdapterConfig:
 
     @property
     def num_in_layer(self) -> int:
-        """The experts of a routed layer: E that the router chooses from, then those that are shared."""
-        return self.num_experts + self.shared_experts
+        """The experts of a routed layer: E that the router chooses from, then those that are shared.
+
+        With style `decoder_layer` the layer itself is one of the E.
+        """
+        return 1 if self.style == "decoder_layer" else self.num_experts + self.shared_experts
 
     def check_packed_base(self, key: str) -> None:
         """Make sure that experts can be trained on a base in 4 bits.

@@ -13,6 +13,7 @@ RouterName = Literal[
 ]
 RouterStart = Literal["softmax", "mean", "sum"]
 Pooling = Literal["mean", "last", "attention"]
+Style = Literal["per_linear", "ffn_block", "decoder_layer"]
 ExpertName = Literal["lora", "moslora", "dora"]
 MixerInit = Literal["kaiming", "orthogonal"]
 
@@ -22,6 +23,7 @@ class AdapterSettings(Protocol):
 
     num_experts: int
     shared_experts: int
+    style: Style
     router: RouterName
     top_k: int | None
     top_k_warmup: int | None
@@ -166,6 +168,9 @@ def _check_loss(config: AdapterSettings, name: str, weight: float) -> None:
         raise bad_value(key, weight, "0 where adapter.num_experts is 1, for there are no routers", "Drop it.")
     if not name.startswith("contrastive"):
         return
+    if config.style == "decoder_layer":
+        why = "0 with adapter.style = decoder_layer, where a layer has one expert, whose outputs nothing is told from"
+        raise bad_value(key, weight, why, "Drop it.")
     if config.shared_experts:
         why = "0 with adapter.shared_experts, for it tells the experts of a token from others, and these are of all"
         raise bad_value(key, weight, why, "Drop the loss, or the shared experts.")

@@ -88,7 +88,8 @@ def average_experts(
     full = twice * config.num_in_layer * config.r
     if not 0 <= rank <= full:
         count = "(num_experts + shared_experts)" if config.shared_experts else "num_experts"
-        allowed = f"between 1 and {'2 x ' * (twice - 1)}{count} x r = {full}"
+        count = "r" if config.style == "decoder_layer" else f"{'2 x ' * (twice - 1)}{count} x r"
+        allowed = f"between 1 and {count} = {full}"
         raise bad_value("--rank", rank, allowed, "Leave it out for the whole rank.")
     rank = rank or full
     base_loss = mean_loss(model.eval(), samples, num_samples)

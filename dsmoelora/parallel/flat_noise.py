@@ -105,19 +105,20 @@ class FlatNoise:
         num_experts = bank.shapes["a"][0]
         with zero.gathered([*own, *given]):
             a_EDR, b_EOR, *m_ERR = (of_all_experts(one.detach(), num_experts, self._placement).float() for one in own)
-            gates_E = self._gates(num_experts, [one.detach() for one in given]).to(b_EOR)
+            gates_E = self._gates(layer, [one.detach() for one in given]).to(b_EOR)
         for mixer in m_ERR:
             b_EOR = b_EOR @ mixer.mT
         weighed = bank.scale * gates_E[:, None, None] * b_EOR
         return _side_by_side(weighed), _side_by_side(a_EDR)
 
-    def _gates(self, num_experts: int, weights: list[Tensor]) -> Tensor:
+    def _gates(self, layer: RoutedLinear, weights: list[Tensor]) -> Tensor:
         config = self._recipe.adapter
         if weights:
             assert config.router_start is not None, "the router `constant` has it"
             return constant_gates(weights[0], config.router_start)
-        num_routed = max(1, num_experts - config.shared_experts)
-        shares = [1.0 / num_routed] * num_routed + [1.0] * (num_experts - num_routed)
+        num_experts = layer.experts.shapes["a"][0]
+        num_own = min(num_experts, layer.num_routed)
+        shares = [1.0 / layer.num_routed] * num_own + [1.0] * (num_experts - num_own)
         return torch.tensor(shares, device=get_accelerator().current_device_name())
 
 

@@ -87,7 +87,7 @@ def shapes_of(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> Mod
         UserError: there is no such model, its layers do not fit the recipe, or ranks do not divide by `ep_size`
     """
     check_placement(recipe, world_size)
-    placement = ExpertPlacement(recipe.adapter.num_experts, recipe.parallel.ep_size, world_size, rank=0)
+    placement = ExpertPlacement(recipe.adapter.num_in_layer, recipe.parallel.ep_size, world_size, rank=0)
     model = model_without_weights(recipe.model)
     if recipe.model.quantize != "none":
         pack_on_meta(model, recipe.model.torch_dtype)

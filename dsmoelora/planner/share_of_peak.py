@@ -42,7 +42,7 @@ def token_flops(recipe: Recipe) -> TokenFlops | None:
     )
     described = load_model_config(plain.model)
     without_dropout(described)
-    alone = ExpertPlacement(plain.adapter.num_experts, ep_size=1, world_size=1, rank=0)
+    alone = ExpertPlacement(plain.adapter.num_in_layer, ep_size=1, world_size=1, rank=0)
     try:
         flops = pass_bytes(described, plain, alone).flops
     except RuntimeError as error:  # what it computes depends on numbers

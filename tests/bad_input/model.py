@@ -123,6 +123,9 @@ EARLY: dict[str, Case] = {
     ),
     "a start from a weight that two layers share": start_from_shared_weight,
     "a layer outside of any feed-forward block": override("--adapter.style", "ffn_block"),
+    "fewer modules in a decoder layer than experts": override(
+        "--adapter.style", "decoder_layer", "--adapter.router", "prompt"
+    ),
     "an attention that cannot be had": override("--model.attention", "flash_attention_2"),
     "the tokenizer is missing": no_tokenizer,
     "tokenizer.json is damaged": broken_tokenizer,

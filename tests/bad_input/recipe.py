@@ -59,6 +59,10 @@ EARLY: dict[str, Case] = {
     "one expert, and a router for it and others": override(
         "--adapter.num_experts", 1, "--adapter.top_k", 1, "--adapter.style", "ffn_block"
     ),
+    "modules of a decoder layer as experts, chosen by every token": override("--adapter.style", "decoder_layer"),
+    "modules of a decoder layer as experts, on several ranks": override(
+        "--adapter.style", "decoder_layer", "--adapter.router", "prompt", "--parallel.ep_size", 2
+    ),
     "plain LoRA beside plain LoRA": override(
         "--adapter.num_experts", 1, "--adapter.top_k", 1, "--adapter.lora_modules", "[o_proj]"
     ),

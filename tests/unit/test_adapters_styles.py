@@ -347,6 +347,6 @@ def test_a_block_whose_first_layer_reads_something_else_is_an_error() -> None:
     net = nn.Sequential(Backwards())
     inject(net, AdapterConfig(num_experts=3, style="ffn_block", target_modules=["up", "down"]))
     with pytest.raises(
-        ModelError, match=r"0 is called with 7 features, but its first linear layer reads 9.*per_linear"
+        ModelError, match=r"0 is called with 7 features, but adapter\.style ffn_block expects 9.*per_linear"
     ):
         net(tokens())

@@ -32,6 +32,11 @@ STYLES: dict[str, dict[str, Any]] = {
         "target_modules": ["gate_proj", "up_proj", "down_proj"],
         "lora_modules": ["v_proj"],
     },
+    "decoder_layer": {
+        "style": "decoder_layer",
+        "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"],
+        "lora_modules": ["v_proj"],
+    },
 }
 NUM_STEPS = 3
 
@@ -64,8 +69,11 @@ def train(optim: OptimConfig, **settings: Any) -> tuple[list[float], list[str]]:
     ("expert", "router", "style"), list(product(get_args(ExpertName), get_args(RouterName), STYLES))
 )
 def test_every_cell_trains(expert: Any, router: Any, style: str, preconditioner: Any) -> None:
-    if router == "arrow" and style == "ffn_block":
-        with pytest.raises(ConfigError, match=r"per_linear with adapter\.router = arrow"):
+    refused = {("arrow", "ffn_block"): r"per_linear with adapter\.router = arrow"}
+    if style == "decoder_layer" and router != "prompt":
+        refused[router, style] = r"per_linear with adapter\.router = arrow|prompt with adapter\.style = decoder_layer"
+    if (router, style) in refused:
+        with pytest.raises(ConfigError, match=refused[router, style]):
             AdapterConfig(expert=expert, router=router, **STYLES[style])
         return
     damping = {} if preconditioner == "none" else {"damping": 0.1, "damping_abs": 1e-3}

@@ -269,6 +269,16 @@ def test_a_router_for_a_block_is_counted_once_and_plain_lora_has_none(recipe: Re
     assert rows["router"] == "softmax_topk of each feed-forward block"
 
 
+def test_a_router_of_a_decoder_layer_chooses_among_layers_with_one_expert(recipe: Recipe) -> None:
+    modules = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    recipe.adapter = AdapterConfig(r=2, style="decoder_layer", router="prompt", num_experts=4, target_modules=modules)
+    rows = dict(make_plan(recipe, ZERO_3, world_size=2, resume="none").rows)
+    trainable = 2 * (2 * 2 * (64 + 64) + 2 * 2 * (64 + 128) + 4 * 64)
+    assert rows["trainable"].startswith(f"{trainable:,} numbers")
+    assert rows["experts"] == "the 4 target modules of a decoder layer, of rank 2, 2 for a prompt"
+    assert rows["router"] == "prompt of each decoder layer"
+
+
 @pytest.mark.parametrize("world_size", [0, -1])
 def test_a_world_has_at_least_one_rank(recipe: Recipe, world_size: int) -> None:
     with pytest.raises(UserError, match="--world-size"):

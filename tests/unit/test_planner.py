@@ -99,6 +99,23 @@ def test_stage_3_cuts_every_tensor_and_keeps_small_ones_whole(base: Path) -> Non
     assert found["adapters, kept whole"] == 2 * sum(math.ceil(size / ranks) * ranks for size in sizes_of_adapters())
 
 
+@pytest.mark.parametrize(
+    ("settings", "experts_of_a_layer", "routers"),
+    [
+        ({"shared_experts": 2}, EXPERTS + 2, 2 * EXPERTS),
+        ({"style": "decoder_layer", "router": "prompt", "num_experts": 2, "top_k": 1}, 1, 2),
+    ],
+)
+def test_a_layer_has_the_experts_that_it_has(
+    base: Path, settings: dict[str, Any], experts_of_a_layer: int, routers: int
+) -> None:
+    """Which may be more than its router chooses from, or less."""
+    recipe = recipe_of(base, dtype="fp32")
+    recipe.adapter = replace(recipe.adapter, **settings)
+    layer = experts_of_a_layer * RANK * (WIDTH + WIDTH + WIDTH + WIDTH // 2) + routers * WIDTH
+    assert parts_of(recipe, {"stage": 0}, 2)["moments, fp32"] == 8 * NUM_LAYERS * layer
+
+
 def test_other_stages_and_offload(base: Path) -> None:
     ranks, base_bytes, trained = 8, 2 * sum(sizes_of_base()), sum(sizes_of_adapters())
     string = math.ceil(trained / (2 * ranks)) * 2 * ranks

@@ -47,6 +47,9 @@ def open_ours(path: Path, key: str) -> GivenFolder:
             "an adapter of two factors, and this one rescales the rows of the weight (adapter.expert: dora)",
             "Take adapters with adapter.expert lora or moslora.",
         )
+    if config.style == "decoder_layer":
+        allowed = "an adapter whose experts are of one layer each, and its are the modules of decoder layers (MiLoRA)"
+        raise bad_value(key, str(path), allowed, "Make one of it first: launch/export.py --format average --data.")
     if config.shared_experts:
         allowed = "an adapter whose experts all have a gate, and this one has shared experts (adapter.shared_experts)"
         raise bad_value(key, str(path), allowed, "Make one of it first: launch/export.py --format average --data.")
