@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from dsmoelora.adapters.targets import layer_config
 from dsmoelora.callbacks.base import Callback, TrainingRun
+from dsmoelora.config import AdapterConfig
 from dsmoelora.engine import StepResult
 from dsmoelora.errors import listing
 from dsmoelora.parallel import comm
@@ -39,7 +41,11 @@ class Canary(Callback):
     def _look(self, run: TrainingRun) -> None:
         statistics = run.engine.watch.stop()
         # Negated comparisons, so that NaN counts as dead too.
-        without_gradient = [name for name, found in statistics.items() if not found["grad_norm"] > 0]
+        without_gradient = [
+            name
+            for name, found in statistics.items()
+            if not found["grad_norm"] > 0 and not (found["grad_norm"] == 0 and _may_rest(name, run.recipe.adapter))
+        ]
         unmoved = [name for name, found in statistics.items() if found["grad_norm"] > 0 and not found["moved"] > 0]
         run.metrics["canary/dead_tensors"] = float(len(without_gradient) + len(unmoved))
         if comm.rank() > 0:
@@ -51,3 +57,9 @@ class Canary(Callback):
                     "the learning rates, and whether the model uses these layers at all.",
                     *(len(names), len(statistics), what, NUM_WATCHED_STEPS, listing(names)),
                 )
+
+
+def _may_rest(name: str, config: AdapterConfig) -> bool:
+    """Whether a tensor has no gradient where no prompt has chosen its module, which health tells."""
+    layer, is_of_experts, _ = name.partition(".experts.")
+    return bool(is_of_experts) and layer_config(config, layer).style == "decoder_layer"
