@@ -181,6 +181,22 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+class FlagParser(argparse.ArgumentParser):
+    """The command line of a program that has flags alone: what is wrong with it is said like everything else."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program, on all ranks with one message.
+
+        Raises:
+            ConfigError: always
+        """
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown is not None:
+            near = did_you_mean(unknown[1], set(self._option_string_actions))
+            raise ConfigError(f"{unknown[1]} is no known flag.{near} `--help` lists all.")
+        raise ConfigError(f"{message.removeprefix('argument ')}. `--help` lists all flags.")
+
+
 # --- the parser -----------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsmoelora.cli import run_guarded
+from dsmoelora.cli import FlagParser, run_guarded
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.logs import setup_logging
 from dsmoelora.parallel.ranks import adopt_launcher_environment, env_rank
@@ -91,7 +91,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: what is measured cannot be written there
     """
-    parser = argparse.ArgumentParser(description="Look whether everything is ready for a run.", allow_abbrev=False)
+    parser = FlagParser(description="Look whether everything is ready for a run.", allow_abbrev=False)
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="folder for runs: the recipe's run.dir")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which it gives up, with the stacks")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine, for launch/plan.py --gpu")

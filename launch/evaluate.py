@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsmoelora.adapters.folder_files import read_adapter_config
-from dsmoelora.cli import leave, run_guarded
+from dsmoelora.cli import FlagParser, leave, run_guarded
 from dsmoelora.config import DataConfig
 from dsmoelora.config.recipe_file import data_source
 from dsmoelora.config.run import QUANTIZE
@@ -64,7 +64,8 @@ def main() -> None:
     asked = comm.together(lambda: read(options))
     for remark in asked.items.remarks:
         console.print(remark, markup=False)
-    console.print(f"{len(asked.items.items):,} rows, score {asked.score}, ranks: {comm.world_size()}; {options.out}")
+    scored = f"{len(asked.items.items):,} rows, score {asked.score}, ranks: {comm.world_size()}"
+    console.print(f"{scored}; results go to {options.out}", markup=False)
     store = Store(options.out)
     comm.together(lambda: store.open(asked.identity()) if comm.rank() == 0 else None)
     with watched(options.out, options.hang_timeout, REMEDY, ELSEWHERE) as heartbeat:
@@ -148,9 +149,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: a flag is missing, out of range, or has no meaning for the score
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
     add("--data", action="append", help="file, or {path: FILE, format: ...} as in data.eval; may be repeated")
@@ -191,7 +190,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     options.sources = DataConfig(eval=sources, max_length=options.max_length, on_bad_row=options.on_bad_row)
     if options.out is None:
         names = "-".join(Path(source.path).stem for source in options.sources.eval)
-        options.out = options.adapter.parent / "evaluations" / f"{names}-{options.score}"
+        first = f"-{options.num_samples}" if options.num_samples else ""  # a quick look is another evaluation
+        options.out = options.adapter.parent / "evaluations" / f"{names}-{options.score}{first}"
     return options
 
 

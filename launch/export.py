@@ -20,7 +20,7 @@ import transformers
 
 from dsmoelora.adapters.folder_files import adapter_config, read_adapter_config
 from dsmoelora.adapters.given import open_folder
-from dsmoelora.cli import run_guarded
+from dsmoelora.cli import FlagParser, run_guarded
 from dsmoelora.config import DataSource, ModelConfig
 from dsmoelora.data import InstructionDataset, load_instructions
 from dsmoelora.errors import ConfigError, bad_value
@@ -69,9 +69,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: a flag is missing, out of range, or has no meaning for the format
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
     parser.add_argument("--format", choices=("peft", "average"), required=True, help="one adapter an expert, or one")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")

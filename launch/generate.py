@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 import transformers
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from dsmoelora.cli import run_guarded
+from dsmoelora.cli import FlagParser, run_guarded
 from dsmoelora.config.run import QUANTIZE
 from dsmoelora.data.chat import Prompt
 from dsmoelora.data.problems import RowProblem
@@ -47,7 +47,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: no room for an answer, or a file of tools that holds none
     """
-    parser = argparse.ArgumentParser(description="Talk to a trained adapter.", allow_abbrev=False)
+    parser = FlagParser(description="Talk to a trained adapter.", allow_abbrev=False)
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", action="append", help="what the user says; may be repeated")

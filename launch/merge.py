@@ -24,7 +24,7 @@ import transformers
 from dsmoelora.adapters.fingerprint import fingerprint
 from dsmoelora.adapters.folder import write_adapter
 from dsmoelora.adapters.given import open_folders
-from dsmoelora.cli import run_guarded
+from dsmoelora.cli import FlagParser, run_guarded
 from dsmoelora.config import AdapterConfig, ModelConfig
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.export import check_output, peft_base, write_loras
@@ -64,9 +64,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: a flag is missing, out of range, or has no meaning beside another
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--adapters", type=Path, nargs="+", required=True, help="folders of ours or of PEFT's LoRA")
     parser.add_argument("--weights", type=float, nargs="+", help="one for each adapter; default: 1 / n")
     parser.add_argument("--method", choices=("cat", "svd", "average"), default="cat", help="default: cat")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 
 from rich.console import Console
 
-from dsmoelora.cli import parse_command, run_guarded
+from dsmoelora.cli import FlagParser, parse_command, run_guarded
 from dsmoelora.config import Recipe
 from dsmoelora.config.dtype import DtypeName
 from dsmoelora.errors import ConfigError, bad_value
@@ -118,7 +118,7 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         ConfigError: a flag has no such value, or does not go with another
     """
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description="Does a run fit, and what limits it?",
         epilog="Further: --config, --deepspeed and the recipe's keys, as of launch/train.py.",
         allow_abbrev=False,

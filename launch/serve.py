@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
 import transformers
+from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.adapters.folder_files import read_adapter_config
-from dsmoelora.cli import run_guarded
+from dsmoelora.cli import FlagParser, run_guarded
 from dsmoelora.config.run import QUANTIZE
 from dsmoelora.errors import ConfigError, bad_value
-from dsmoelora.model import load_trained
+from dsmoelora.model import find_trained, trained_tokenizer
 from dsmoelora.serving import check_port, check_servable, serve
 
 
@@ -27,8 +28,15 @@ def main() -> None:
     """Load, then answer until Ctrl-C."""
     options = parse_options(sys.argv[1:])
     transformers.logging.disable_progress_bar()
-    print(f"Serving {options.name} at http://{options.host}:{options.port}/v1; Ctrl-C ends it.", flush=True)
-    load = partial(load_trained, options.adapter, options.base, options.trust_remote_code, options.quantize)
+    trained = find_trained(options.adapter, options.base, options.trust_remote_code, options.quantize)
+
+    def load() -> tuple[Any, PreTrainedTokenizerBase]:
+        print(f"Loading {options.adapter} on {trained.base} ...", flush=True)
+        tokenizer = trained_tokenizer(options.adapter, options.trust_remote_code)
+        model = trained.load()
+        print(f"Serving {options.name} at http://{options.host}:{options.port}/v1; Ctrl-C ends it.", flush=True)
+        return model, tokenizer
+
     serve(options.name, load, options.host, options.port, options.continuous_batching)
 
 
@@ -40,9 +48,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         ConfigError: the port is in use, packages are missing, or the adapter cannot be served so
         ModelError: this transformers serves in another way
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, e.g. runs/demo/adapter")
     parser.add_argument("--base", help="folder of the base model; default: the one named in adapter_config.json")
     parser.add_argument("--quantize", choices=QUANTIZE, default="none", help="how the base's weights are kept")

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsmoelora.cli import Command, parse_command, run_guarded
+from dsmoelora.cli import Command, FlagParser, parse_command, run_guarded
 from dsmoelora.config.checks import require
 from dsmoelora.errors import ConfigError
 from dsmoelora.run.files import DONE_FILE, FAILED_FILE, METRICS_FILE, RECIPE_FILE, read_metrics
@@ -59,7 +59,7 @@ def main() -> None:
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and what is left for launch/train.py."""
-    parser = argparse.ArgumentParser(prog="launch/submit.py", description=__doc__, allow_abbrev=False)
+    parser = FlagParser(prog="launch/submit.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--status", action="store_true", help="list the runs below --run-dir and exit")
     parser.add_argument("--run-dir", default="runs", metavar="FOLDER", help="what --status lists (default: runs)")
     parser.add_argument("--dry-run", action="store_true", help="print the command, submit nothing")

@@ -18,7 +18,7 @@ from dsmoelora.evaluate.items import Item, Items, given_answer
 from dsmoelora.evaluate.reader import Reader, Tokens, in_batches
 from dsmoelora.evaluate.routing import RoutingCount, is_routed
 from dsmoelora.evaluate.scores import SCORES, Outcome, ScoreName
-from dsmoelora.evaluate.store import Store
+from dsmoelora.evaluate.store import DIGEST, Store
 from dsmoelora.evaluate.summary import summary_of
 from dsmoelora.model import Trained
 from dsmoelora.parallel import comm
@@ -51,22 +51,24 @@ class Asked:
     max_new_tokens: int = 256
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a later start to go on."""
+        """What must be the same for a later start to go on; what a person can read comes first."""
         with (self.trained.adapter / WEIGHTS_FILE).open("rb") as file:
             adapter = hashlib.file_digest(file, "sha256").hexdigest()
         rows = hashlib.sha256()
         for item in self.items.items:
             prompt = None if item.prompt is None else [item.prompt.messages, item.prompt.tools]
             rows.update(json.dumps([item.path, item.row, prompt, item.wanted, item.texts, item.answers]).encode())
-        identity = {
+        identity: dict[str, Any] = {
             "score": self.score,
-            "adapter": adapter[:16],
-            "data": rows.hexdigest()[:16],
-            "tokenizer": hashlib.sha256(self.tokenizer.get_chat_template().encode()).hexdigest()[:16],
+            "num_rows": len(self.items.items),
             "batch_size": self.batch_size,
             "quantize": self.trained.quantize,
         }
-        return identity | ({"max_new_tokens": self.max_new_tokens} if self.score in ("exact", "number") else {})
+        if self.score in ("exact", "number"):
+            identity["max_new_tokens"] = self.max_new_tokens
+        template = self.tokenizer.get_chat_template().encode()
+        digests = {"adapter": adapter, "data": rows.hexdigest(), "tokenizer": hashlib.sha256(template).hexdigest()}
+        return identity | {name: DIGEST + digest[:16] for name, digest in digests.items()}
 
 
 class Evaluation:

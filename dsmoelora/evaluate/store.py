@@ -21,6 +21,7 @@ from dsmoelora.evaluate.scores import Outcome
 from dsmoelora.run.files import read_json_lines
 
 IDENTITY_FILE, PARTS, RESULTS_FILE, SUMMARY_FILE = "evaluation.json", "parts", "results.jsonl", "summary.json"
+DIGEST = "sha256:"  # before what stands for a content; nobody is told its digits
 
 
 class Store:
@@ -54,10 +55,9 @@ class Store:
     def _check(self, known: Mapping[str, Any], identity: Mapping[str, Any], remedy: str) -> None:
         other = next((key for key in identity if known.get(key) != identity[key]), None)
         if other is not None:
-            raise ConfigError(
-                f"{self.folder} holds another evaluation: its {other} is {known.get(other)!r}, not "
-                f"{identity[other]!r}. {remedy}"
-            )
+            was, now = known.get(other), identity[other]
+            differs = "not the same" if str(now).startswith(DIGEST) else f"{was!r}, not {now!r}"
+            raise ConfigError(f"{self.folder} holds another evaluation: its {other} is {differs}. {remedy}")
 
     def add(self, stage: str, batch: int, outcomes: Sequence[Outcome], rank: int) -> None:
         """Keep what came of a batch."""

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from dsmoelora.adapters.folder import load_adapter, read_preparations
 from dsmoelora.adapters.folder_files import read_adapter_config
 from dsmoelora.config.run import QuantizeName
-from dsmoelora.errors import CheckpointError
+from dsmoelora.data.readers import may_be_hub_name
+from dsmoelora.errors import CheckpointError, ModelError
 from dsmoelora.model.loading import model_for_inference
 
 _REMEDY = "Give its folder with --base, and --trust-remote-code where it brings code that you trust."
@@ -72,8 +73,11 @@ def find_trained(
 
     Raises:
         CheckpointError: the adapter is missing or damaged
+        ModelError: there is no such folder, and no hub has such names
     """
     path = base or read_adapter_config(adapter)["base_model_name_or_path"]
+    if not Path(path).is_dir() and not may_be_hub_name(path):
+        raise ModelError(f"The base model {path!r} is not there. {_REMEDY}")
     return Trained(adapter, path, trust_remote_code, quantize)
 
 

@@ -135,10 +135,10 @@ def evaluated(bench: Bench, score: str, row: object, *more: object) -> list[str]
     return bench.evaluate("--data", file, "--score", score, *more)
 
 
-def another_evaluation(bench: Bench) -> list[str]:
+def another_evaluation(bench: Bench, **known: object) -> list[str]:
     folder = bench.folder / "scores"
     folder.mkdir()
-    (folder / "evaluation.json").write_text('{"score": "exact"}')
+    (folder / "evaluation.json").write_text(json.dumps(known))
     return evaluated(bench, "loss", ROW, "--out", folder)
 
 
@@ -201,8 +201,11 @@ AFTER_A_RUN: dict[str, Case] = {
     "rows that are not there": lambda bench: bench.evaluate("--score", "loss", "--data", bench.folder / "no.jsonl"),
     "choices where none are made": lambda bench: evaluated(bench, "loss", ROW, "--choices", "texts"),
     "routing of the base": lambda bench: evaluated(bench, "loss", ROW, "--base-only", "--routing"),
+    "a flag that this program does not have": lambda bench: bench.evaluate("--data", "x.jsonl", "--scor", "loss"),
+    "a score that is none": lambda bench: bench.evaluate("--data", "x.jsonl", "--score", "bleu"),
+    "other rows than a folder holds": lambda bench: another_evaluation(bench, score="loss", num_rows=2),
     "an empty batch": lambda bench: evaluated(bench, "loss", ROW, "--batch-size", 0),
-    "a folder of another evaluation": another_evaluation,
+    "a folder of another evaluation": lambda bench: another_evaluation(bench, score="exact"),
     "a port that is none": lambda bench: ["serve.py", "--adapter", str(bench.adapter), "--port", "0"],
     "requests mixed for a router of prompts": served_prompts,
     "a rank of the export below 1": lambda bench: bench.export("average", "--data", "x.jsonl", "--rank", 0),

@@ -142,7 +142,12 @@ def test_a_folder_of_another_evaluation_is_refused(
     assert run(monkeypatch, *argv, "exact") == 1
     assert "holds another evaluation: its score is 'loss', not 'exact'. Name another folder" in capsys.readouterr().err
     assert run(monkeypatch, *argv, "loss", "--num-samples", "2") == 1
-    assert "its data is" in capsys.readouterr().err
+    assert "its num_rows is 5, not 2" in capsys.readouterr().err
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path("train.jsonl").read_text().splitlines(keepends=True)[0] * 5)
+    assert run(monkeypatch, *argv[:4], "--data", str(other), "--score", "loss") == 1
+    said = capsys.readouterr().err
+    assert "its data is not the same. Name another folder with --out" in said and "sha256" not in said
     assert results(tmp_path) == before
     assert run(monkeypatch, *argv, "loss") == 0  # all is done: the summary comes again
     assert "left" not in capsys.readouterr().out
