@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
-from dsmoelora.cli import run_guarded
+from dsmoelora.cli import FlagParser, run_guarded
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.run.files import METRICS_FILE, read_metrics
 
@@ -29,6 +29,7 @@ COLOURS = "petroff10"  # of matplotlib: tells ten lines apart, also for colour-b
 SMOOTHED_SHARE = 0.04  # of a run's steps: the window of the running mean that is drawn over a long curve
 MIN_WINDOW = 4  # steps; a shorter mean would hide nothing and lag behind
 GREY = "0.35"
+AROUND_ZERO = "RdBu"  # matplotlib: red below zero, blue above
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: `--out` is no picture
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/demo")
     parser.add_argument("--out", type=Path, default=Path("plot.png"), help="picture to write; default: plot.png")
     options = parser.parse_args(argv)
@@ -203,15 +202,23 @@ def check_matplotlib(who: str) -> None:
 
 
 def draw_routing(report: Mapping[str, Any]) -> Any:
-    """A matplotlib figure: the load of the routers for each group of rows (`RoutingCount.report`)."""
+    """A matplotlib figure: the load of the routers for each group of rows, and the difference of two.
+
+    Args:
+        report: of `RoutingCount.report`
+    """
     from matplotlib.figure import Figure
 
     groups = {name: found for name, found in report.items() if name != "layers" and found["num_tokens"]}
-    figure = Figure(figsize=(5 * len(groups) + 1, 5), layout="constrained")
+    num_maps = 3 if len(groups) == 2 else len(groups)
+    figure = Figure(figsize=(5 * num_maps + 1, 5), layout="constrained")
+    all_axes = [figure.add_subplot(1, num_maps, place) for place in range(1, num_maps + 1)]
     heats = {
         name: Heat(f"{found['num_tokens']:,} tokens", _of_one_width(found["share"])) for name, found in groups.items()
     }
-    _draw_heats([figure.add_subplot(1, len(groups), place) for place in range(1, len(groups) + 1)], MAPS[0], heats)
+    _draw_heats(all_axes[: len(heats)], MAPS[0], heats)
+    if len(heats) == 2:
+        _draw_difference(all_axes[2], heats)
     return figure
 
 
@@ -220,15 +227,30 @@ def _draw_heats(all_axes: Sequence[Any], what: Map, heats: Mapping[str, Heat]) -
     values = [value for heat in heats.values() for row in heat.rows for value in row if not math.isnan(value)]
     lowest, highest = min(0.0, *values), max(1e-9, *values)  # cosines may be negative
     for axes, (name, heat) in zip(all_axes, heats.items(), strict=True):
-        image = axes.imshow(heat.rows, aspect="auto", interpolation="nearest", vmin=lowest, vmax=highest)
-        axes.set_title(f"{what.title}, {heat.where}\n{name}", loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel("expert", color=GREY)
-        axes.tick_params(colors=GREY)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+        image = _draw_map(axes, heat.rows, f"{what.title}, {heat.where}\n{name}", vmin=lowest, vmax=highest)
     all_axes[0].set_ylabel("routed layer, first to last", color=GREY)
     bar = all_axes[0].figure.colorbar(image, ax=list(all_axes))
     bar.set_label(what.unit, color=GREY)
+
+
+def _draw_difference(axes: Any, heats: Mapping[str, Heat]) -> None:
+    """Where the first of two maps is above the second, on a scale of its own."""
+    (one, first), (other, second) = heats.items()
+    rows = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(first.rows, second.rows, strict=True)]
+    largest = max(1e-9, *(abs(value) for row in rows for value in row if not math.isnan(value)))
+    image = _draw_map(axes, rows, f"Difference\n{one} - {other}", vmin=-largest, vmax=largest, cmap=AROUND_ZERO)
+    axes.figure.colorbar(image, ax=axes)
+
+
+def _draw_map(axes: Any, rows: Sequence[Sequence[float]], title: str, **colours: Any) -> Any:
+    """A row for each layer, a column for each expert."""
+    image = axes.imshow(rows, aspect="auto", interpolation="nearest", **colours)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("expert", color=GREY)
+    axes.tick_params(colors=GREY)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    return image
 
 
 def _draw_smoothed(axes: Any, curve: tuple[list[float], list[float]], colour: Any) -> None:

@@ -86,6 +86,19 @@ def test_how_alike_experts_are_is_drawn_below(tmp_path: Path) -> None:
     assert "cosine" in bar.get_ylabel()
 
 
+def test_right_and_wrong_answers_are_drawn_beside_their_difference() -> None:
+    shares = {"right answers": [[0.75, 0.25], [1.0]], "wrong answers": [[0.5, 0.5], [1.0]]}
+    groups = {name: {"num_tokens": 4, "share": share} for name, share in shares.items()}
+    figure = plot.draw_routing({"layers": ["x", "y"], **groups})
+    maps = [axes for axes in figure.axes if axes.get_images()]
+    assert [axes.get_title("left").partition("\n")[2] for axes in maps] == [*shares, "right answers - wrong answers"]
+    (difference,) = maps[2].get_images()
+    assert difference.get_array().tolist() == [[0.25, -0.25], [0.0, None]]  # the second layer has one expert
+    assert difference.get_clim() == (-0.25, 0.25)
+    alone = plot.draw_routing({"layers": ["x", "y"], "all rows": groups["right answers"]})
+    assert len([axes for axes in alone.axes if axes.get_images()]) == 1
+
+
 def test_a_long_curve_gets_its_running_mean() -> None:
     assert plot.running_mean([1.0, 3.0, math.nan, 5.0, 7.0], 2) == [1.0, 2.0, 3.0, 5.0, 6.0]
     assert math.isnan(plot.running_mean([math.nan], 2)[0])
