@@ -18,7 +18,7 @@ from dsmoelora.parallel import comm
 
 
 class HeldOutScore(Callback):
-    """Adds `eval/exact`, `eval/number` or `eval/choice` (and `eval/choice_per_byte`) to the metrics (all ranks).
+    """Adds `eval/exact`, `eval/number` or `eval/choice` to the metrics (all ranks).
 
     Batches are dealt out to the ranks. Under ZeRO-3 every forward pass is collective, so all ranks do equally many: who
     has no batch left does another one's again, which counts once.
@@ -31,6 +31,7 @@ class HeldOutScore(Callback):
 
     def __init__(self, score: ScoreName, items: Sequence[Item], batch_size: int) -> None:
         self._name, self._score = score, SCORES[score]
+        self._shares = self._score.shares_of(items)
         longest_first = sorted(items, key=lambda item: -item.num_tokens)
         self._batches, self._batch_size = in_batches(longest_first, batch_size), batch_size
 
@@ -49,7 +50,7 @@ class HeldOutScore(Callback):
     def on_evaluate(self, run: TrainingRun, loss: float) -> None:
         """Score all rows."""
         reader = _EngineReader(run.engine, self._batch_size, run.recipe.train.sample_max_new_tokens)
-        num_right = dict.fromkeys(self._score.shares, 0)
+        num_right = dict.fromkeys(self._shares, 0)
         for round_ in in_batches(self._batches, comm.world_size()):
             counts = comm.rank() < len(round_)
             outcomes = self._score.outcomes(reader, round_[comm.rank() if counts else 0])

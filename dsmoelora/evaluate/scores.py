@@ -20,6 +20,7 @@ from dsmoelora.evaluate.reader import Tokens
 
 ScoreName = Literal["loss", "exact", "number", "choice"]
 Outcome = dict[str, Any]  # JSON-able
+PER_BYTE = "score_per_byte"
 
 
 class Reads(Protocol):
@@ -44,6 +45,11 @@ class Score:
 
     outcomes: Callable[[Reads, Sequence[Item]], list[Outcome]]
     shares: dict[str, str]
+
+    def shares_of(self, items: Sequence[Item]) -> dict[str, str]:
+        """Those of `shares` that differ: among answers of one length, as letters are, per byte is what it is in all."""
+        even = all(len({len(answer.encode()) for answer in item.answers}) == 1 for item in items)
+        return {key: name for key, name in self.shares.items() if not (even and key == PER_BYTE)}
 
 
 def loss(reader: Reads, items: Sequence[Item]) -> list[Outcome]:
@@ -78,7 +84,7 @@ def choice(reader: Reads, items: Sequence[Item]) -> list[Outcome]:
             {
                 "answer": item.answers[best],
                 "score": int(best == item.right),
-                "score_per_byte": int(per_byte == item.right),
+                PER_BYTE: int(per_byte == item.right),
                 "log_likelihoods": likelihoods,
             }
         )
@@ -89,7 +95,7 @@ SCORES: dict[ScoreName, Score] = {
     "loss": Score(loss, {}),
     "exact": Score(exact, {"score": "exact"}),
     "number": Score(number, {"score": "number"}),
-    "choice": Score(choice, {"score": "choice", "score_per_byte": "choice/byte"}),
+    "choice": Score(choice, {"score": "choice", PER_BYTE: "choice/byte"}),
 }
 
 

@@ -31,15 +31,16 @@ def summary_of(score: Score, items: Sequence[Item], stages: Mapping[str, Sequenc
     if len(groups) > 1:
         groups[ALL] = list(range(len(items)))
     metrics: dict[str, Callable[[Sequence[Outcome]], Interval]] = {"loss": _loss}
-    if score.shares:
-        metrics = {name: _share_of(key) for key, name in score.shares.items()}
+    shares = score.shares_of(items)
+    if shares:
+        metrics = {name: _share_of(key) for key, name in shares.items()}
     rows = []
     for name, places in groups.items():
         chosen = {stage: [found[place] for place in places] for stage, found in stages.items()}
         for metric, value in metrics.items():
             row: dict[str, Any] = {"data": name, "metric": metric, "count": len(places)}
             row |= {stage: asdict(value(found)) for stage, found in chosen.items()}
-            key = next((key for key, called in score.shares.items() if called == metric), None)
+            key = next((key for key, called in shares.items() if called == metric), None)
             if key is not None and "base" in chosen and "adapter" in chosen:
                 row |= _changed(key, chosen["base"], chosen["adapter"])
             rows.append(row)

@@ -210,10 +210,10 @@ def test_a_run_reports_the_choices_that_its_models_make(
         monkeypatch, "--adapter", str(tmp_path / "tiny" / "adapter"), "--data", str(data), "--score", "choice"
     ) == 0  # fmt: skip
     folder = tmp_path / "tiny" / "evaluations" / "choices-choice"
-    summed, per_byte = json.loads((folder / "summary.json").read_text())["scores"]
+    (summed,) = json.loads((folder / "summary.json").read_text())["scores"]
     for line, who in ((said[0], "base"), (said[-1], "adapter")):
         assert line["eval/choice"] == pytest.approx(summed[who]["value"])
-        assert line["eval/choice_per_byte"] == pytest.approx(per_byte[who]["value"])
+        assert "eval/choice_per_byte" not in line, "the letters are all of one byte"
     assert 0 < summed["base"]["value"] < 1, "some are right and some are wrong"
 
 

@@ -79,6 +79,8 @@ def test_the_likeliest_choice_counts_summed_and_per_byte(base_path: Path, tmp_pa
     sources = written(tmp_path, CHOICES)
     for kind in ("letters", "texts"):
         items = choices(sources, Reading(how.tokenizer, choices=kind)).items  # type: ignore[arg-type]
+        shares = SCORES["choice"].shares_of(items)
+        assert list(shares.values()) == ["choice", "choice/byte"][: 1 if kind == "letters" else 2]
         outcomes = SCORES["choice"].outcomes(Reader(model, how.tokenizer), items)
         for row, item, outcome in zip(CHOICES, items, outcomes, strict=True):
             given = row["choices"] if kind == "texts" else list("ABC"[: len(row["choices"])])
