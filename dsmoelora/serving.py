@@ -135,6 +135,8 @@ def prompting_as_in_training(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
         for known in ("add_generation_prompt", "return_dict", "load_audio_from_video"):
             options.pop(known, None)
         try:
+            if not conversation:
+                raise RowProblem("it has no messages.")
             ids = prompt_ids(tokenizer, conversation, tools, **options)
         except RowProblem as problem:
             from fastapi import HTTPException

@@ -149,6 +149,9 @@ def test_what_a_template_refuses_is_a_bad_request(adapter: Path) -> None:
     with pytest.raises(fastapi.HTTPException) as refused:
         serving.prompting_as_in_training(tokenizer).apply_chat_template([{"role": "user", "content": "x"}])
     assert refused.value.status_code == 400 and "no talks" in refused.value.detail
+    with pytest.raises(fastapi.HTTPException) as refused:
+        serving.prompting_as_in_training(trained_tokenizer(adapter)).apply_chat_template([], tokenize=True)
+    assert refused.value.status_code == 400 and "it has no messages" in refused.value.detail
 
 
 def test_a_port_in_use(adapter: Path) -> None:
