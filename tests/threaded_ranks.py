@@ -62,6 +62,9 @@ class ThreadedComm:
     def broadcast_object(self, obj: Any) -> Any:
         return json.loads(self._exchange(json.dumps(obj) if self.rank() == 0 else "")[0])
 
+    def broadcast_tensor(self, tensor: Any) -> Any:
+        return self._exchange(tensor)[0].clone()
+
     def all_reduce_sum(self, values: list[float]) -> list[float]:
         return [sum(column) for column in zip(*self._exchange([float(value) for value in values]), strict=True)]
 

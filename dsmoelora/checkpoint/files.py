@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from dsmoelora.errors import CheckpointError
 
 BLOCK_BYTES = 8 << 20
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, whole or not at all: a reader sees the old file or the new one, also after a crash."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all: a reader sees the old file or the new one, also after a crash."""
     unfinished = path.with_name(f".{path.name}.partial")
     with unfinished.open("wb") as file:
-        file.write(json.dumps(value).encode())
+        file.write(content)
         flush_to_disk(file)
     unfinished.replace(path)
     fsync_folder(path.parent)

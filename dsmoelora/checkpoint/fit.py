@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsmoelora.adapters import Factor
-from dsmoelora.checkpoint.index import Index
-from dsmoelora.checkpoint.layout import ShardLayout, first_gap, parameters_of
-from dsmoelora.checkpoint.rank_file import DTYPE_NAMES, ShardState
+from dsmoelora.checkpoint.layout import DTYPE_NAMES
+from dsmoelora.checkpoint.rank_file import ShardState
+from dsmoelora.checkpoint.table import Table, first_gap
 from dsmoelora.errors import CheckpointError, listing
 from dsmoelora.optim.rows import Trainable
 
@@ -26,20 +25,19 @@ _SHAPE_KEYS = {
 }
 
 
-def check_fit(folder: Path, index: Index, wanted: Iterable[ShardLayout]) -> None:
+def check_fit(folder: Path, saved: Table, wanted: Table) -> None:
     """Compare a checkpoint with what all ranks together want to load.
 
     Raises:
         CheckpointError: parameters, shapes or the optimizer's tensors differ, or the checkpoint has a gap
     """
-    wanted = list(wanted)
-    saved, here = parameters_of(index.layouts), parameters_of(wanted)
-    _check_names(folder, saved, here)
+    before, here = ({of.name: of for of in table.parameters} for table in (saved, wanted))
+    _check_names(folder, before, here)
     for name, parameter in here.items():
-        if parameter.shape != saved[name].shape:
-            raise CheckpointError(_shape_message(folder, saved[name], parameter))
-    _check_tensors(folder, _dtypes_by_parameter(index.layouts), _dtypes_by_parameter(wanted))
-    gap = first_gap(index.layouts)
+        if parameter.shape != before[name].shape:
+            raise CheckpointError(_shape_message(folder, before[name], parameter))
+    _check_tensors(folder, saved.kind_of, wanted.kind_of)
+    gap = first_gap(saved)
     if gap is not None:
         parameter, start, stop = gap
         raise CheckpointError(
@@ -47,20 +45,19 @@ def check_fit(folder: Path, index: Index, wanted: Iterable[ShardLayout]) -> None
         )
 
 
-def check_savable(ranks: list[list[ShardLayout]]) -> None:
+def check_savable(held: Table) -> None:
     """Check that what all ranks hold makes a whole checkpoint.
 
     Raises:
         CheckpointError: there is nothing to save, an element is held by no rank, or ranks keep different tensors
     """
-    layouts = [layout for rank in ranks for layout in rank]
-    if not parameters_of(layouts):
+    if not len(held.rows):
         raise CheckpointError("There is nothing to save: no rank holds a trainable parameter. Check the adapters.")
-    gap = first_gap(layouts)
+    gap = first_gap(held)
     if gap is not None:
         parameter, start, stop = gap
         raise CheckpointError(f"Not saved: no rank holds elements {start} to {stop} of {parameter.name}.")
-    _dtypes_by_parameter(layouts)
+    _ = held.kind_of
 
 
 def check_numbers(shards: list[ShardState]) -> None:
@@ -169,20 +166,6 @@ def _check_tensors(folder: Path, saved: dict[str, dict[str, str]], here: dict[st
                     f"{folder} holds `{tensor}` of {name} as {found[tensor]}, but here it is {dtype}; "
                     f"converting it would change the run. Keep the dtype {_AS_SAVED_OR_NEW}."
                 )
-
-
-def _dtypes_by_parameter(layouts: Iterable[ShardLayout]) -> dict[str, dict[str, str]]:
-    """The tensors kept for each parameter, which must be the same wherever a part of it lies."""
-    found: dict[str, dict[str, str]] = {}
-    for layout in layouts:
-        for segment in layout.segments:
-            known = found.setdefault(segment.of.name, layout.dtypes)
-            if known != layout.dtypes:
-                raise CheckpointError(
-                    f"Parts of {segment.of.name} have different tensors: {known} in one shard, "
-                    f"{layout.dtypes} in another."
-                )
-    return found
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

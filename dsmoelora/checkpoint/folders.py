@@ -57,7 +57,7 @@ def begin(root: Path, step: int) -> None:
 def publish(root: Path, step: int) -> Path:
     """Give the partial folder its name; a former checkpoint of this step goes away only after that.
 
-    Whoever wrote the index, the last file, has synced the partial folder (see `files.write_json`).
+    Whoever wrote the index, the last file, has synced the partial folder (see `files.write_whole`).
 
     Raises:
         OSError: the rename failed; the former checkpoint has its name again
@@ -119,6 +119,6 @@ def _numbered(root: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
 
 def _looks_whole(folder: Path) -> bool:
     try:
-        return not faults_of_sizes(folder, read_index(folder))
+        return not faults_of_sizes(folder, read_index(folder).files)
     except CheckpointError:
         return False

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from dsmoelora.checkpoint.files import BlockChecksums, flush_to_disk
-from dsmoelora.checkpoint.index import Index
-from dsmoelora.checkpoint.layout import ShardLayout
+from dsmoelora.checkpoint.index import RankFile
+from dsmoelora.checkpoint.layout import DTYPE_NAMES, NUM_BYTES, ShardLayout
+from dsmoelora.checkpoint.table import COLUMNS, Table
 from dsmoelora.errors import CheckpointError
 from dsmoelora.optim.rows import Segment
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
-_NUM_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of fp32: what is in flight between a file and a tensor
 
 
@@ -64,7 +55,7 @@ def rank_file_name(rank: int) -> str:
 def payload_bytes(layouts: list[ShardLayout]) -> int:
     """Bytes of the numbers in the segments of these shards."""
     return sum(
-        (segment.stop - segment.start) * _NUM_BYTES[dtype]
+        (segment.stop - segment.start) * NUM_BYTES[dtype]
         for layout in layouts
         for segment in layout.segments
         for dtype in layout.dtypes.values()
@@ -83,7 +74,7 @@ def write_rank_file(
     Args:
         path: the file
         shards: what the rank holds
-        kept: for each shard the segments to write; in the file they lie as `layout.packed` says
+        kept: for each shard the segments to write; in the file they lie as `table.packed` says
         on_progress: called after every chunk
 
     Returns:
@@ -112,19 +103,25 @@ def write_rank_file(
     return num_bytes, checksums.finish()
 
 
-def read_shards(folder: Path, index: Index, shards: list[ShardState]) -> None:
+def read_shards(folder: Path, files: list[RankFile], table: Table, shards: list[ShardState]) -> None:
     """Fill the segments of `shards` from a checkpoint, whatever layout wrote it; reads the overlapping elements only.
 
-    The index must fit the shards (see `fit.check_fit`).
+    The table must fit the shards (see `fit.check_fit`).
+
+    Args:
+        folder: of the checkpoint
+        files: of its index
+        table: what they hold
+        shards: what this rank holds
 
     Raises:
         CheckpointError: a file is not what the index says
     """
     copies = defaultdict(list)
-    sources = _sources_by_parameter(index)
+    sources = Sources(files, table)
     for shard in shards:
         for segment in shard.layout.segments:
-            for copy in _copies_for(segment, shard, sources[segment.of.name]):
+            for copy in sources.copies_for(segment, shard):
                 copies[copy.file].append(copy)
     for name, wanted in copies.items():
         try:
@@ -135,15 +132,6 @@ def read_shards(folder: Path, index: Index, shards: list[ShardState]) -> None:
             raise CheckpointError(
                 f"{folder / name} cannot be read: {error}. Resume from another checkpoint."
             ) from error
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a file holds a segment."""
-
-    file: str
-    shard: int
-    segment: Segment
 
 
 @dataclass(frozen=True)
@@ -164,7 +152,7 @@ def _header(layouts: list[ShardLayout]) -> bytes:
     for k, layout in enumerate(layouts):
         num_elements = sum(segment.stop - segment.start for segment in layout.segments)
         for name, dtype in layout.dtypes.items():
-            stop = position + num_elements * _NUM_BYTES[dtype]
+            stop = position + num_elements * NUM_BYTES[dtype]
             entries[f"shard{k}.{name}"] = {"dtype": dtype, "shape": [num_elements], "data_offsets": [position, stop]}
             position = stop
     header = json.dumps(entries).encode()
@@ -179,33 +167,30 @@ def _chunks(tensor: torch.Tensor, segments: list[Segment]) -> Iterator[memoryvie
             yield chunk.view(torch.uint8).numpy().data
 
 
-def _sources_by_parameter(index: Index) -> dict[str, list[_Source]]:
-    """Where each parameter's segments lie, in the order of their elements."""
-    sources = defaultdict(list)
-    for file in index.files:
-        for k, layout in enumerate(file.shards):
-            for segment in layout.segments:
-                sources[segment.of.name].append(_Source(file.name, k, segment))
-    for found in sources.values():
-        found.sort(key=lambda source: source.segment.start)
-    return sources
+class Sources:
+    """Where the numbers of all parameters lie in the files; segments overlap nowhere."""
 
+    def __init__(self, files: list[RankFile], table: Table) -> None:
+        self._names = [file.name for file in files]
+        first = table.bases
+        self._base = {of.name: int(base) for of, base in zip(table.parameters, first, strict=False)}
+        starts, stops = table.spans
+        order = np.argsort(starts, kind="stable")
+        self._starts, self._stops, self._rows = starts[order], stops[order], table.rows[order]
 
-def _copies_for(segment: Segment, target: ShardState, sources: list[_Source]) -> Iterator[_Copy]:
-    """The copies that fill `segment`; the sources are in order and overlap nowhere."""
-    position = segment.start
-    place = bisect_right(sources, position, key=lambda source: source.segment.start) - 1
-    while position < segment.stop:
-        source = sources[place]
-        assert source.segment.start <= position < source.segment.stop, (
-            f"nothing holds {segment.of.name} from {position} on"
-        )
-        stop = min(segment.stop, source.segment.stop)
-        start = source.segment.offset + position - source.segment.start
-        yield _Copy(
-            source.file, source.shard, start, stop - position, target, segment.offset + position - segment.start
-        )
-        position, place = stop, place + 1
+    def copies_for(self, segment: Segment, target: ShardState) -> Iterator[_Copy]:
+        """What fills a segment."""
+        base = self._base[segment.of.name]
+        position = base + segment.start
+        place = int(np.searchsorted(self._starts, position, side="right")) - 1
+        while position < base + segment.stop:
+            source, source_stop = int(self._starts[place]), int(self._stops[place])
+            assert source <= position < source_stop, f"nothing holds {segment.of.name} from {position - base} on"
+            stop = min(base + segment.stop, source_stop)
+            file, shard, offset = (int(self._rows[place, COLUMNS.index(name)]) for name in ("file", "shard", "offset"))
+            start, target_start = offset + position - source, segment.offset + position - base - segment.start
+            yield _Copy(self._names[file], shard, start, stop - position, target, target_start)
+            position, place = stop, place + 1
 
 
 def _carry_out(copy: _Copy, file: safe_open) -> None:

@@ -10,24 +10,20 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from dsmoelora.checkpoint import folders
 from dsmoelora.checkpoint.files import disk_errors
 from dsmoelora.checkpoint.fit import check_fit, check_lengths, check_numbers, check_savable, check_state
 from dsmoelora.checkpoint.index import Index, RankFile, faults_of_content, faults_of_sizes, read_index, write_index
-from dsmoelora.checkpoint.layout import (
-    ShardLayout,
-    decode_layouts,
-    decode_parameters,
-    encode_layouts,
-    encode_parameters,
-    packed,
-    parameters_of,
-    without_duplicates,
-)
-from dsmoelora.checkpoint.rank_file import ShardState, payload_bytes, rank_file_name, read_shards, write_rank_file
+from dsmoelora.checkpoint.layout import ShardLayout, decode_parameters, encode_parameters
+from dsmoelora.checkpoint.rank_file import ShardState, rank_file_name, read_shards, write_rank_file
+from dsmoelora.checkpoint.table import COLUMNS, Table, as_text, from_text, joined, packed, rows_of, without_duplicates
 from dsmoelora.errors import CheckpointError, listing
 from dsmoelora.parallel import comm
 
@@ -42,7 +38,9 @@ def checkpoint_bytes(shards: list[ShardState]) -> int:
 
     Index and headers come on top: some dozen bytes for each parameter and rank.
     """
-    return sum(payload_bytes(layouts) for layouts in without_duplicates(_gather_layouts(shards)))
+    held = held_by_all(shards)
+    num_bytes = comm.together(lambda: 0 if held is None else without_duplicates(held).num_bytes)
+    return int(comm.broadcast_object(num_bytes))
 
 
 def save_checkpoint(
@@ -76,15 +74,15 @@ def save_checkpoint(
     assert keep >= 1, "a checkpoint that is removed at once is a mistake"
     root = Path(root)
     comm.together(lambda: _check_own(shards, state))
-    held = _gather_layouts(shards)
-    check_savable(held)
-    kept = without_duplicates(held)
-    if comm.rank() == 0:
-        num_bytes = sum(payload_bytes(layouts) for layouts in kept)
-        _logger.info("Saving checkpoint-%d: %.1f MiB from %d ranks.", step, num_bytes / 2**20, len(kept))
+    held = held_by_all(shards)
+    kept = comm.together(lambda: None if held is None else what_is_kept(held))
+    own_kept = _own_part(shards, held, kept)
+    if kept is not None:
+        num_files = len(np.unique(kept.column("file")))
+        _logger.info("Saving checkpoint-%d: %.1f MiB in %d files.", step, kept.num_bytes / 2**20, num_files)
     comm.together(lambda: _on_rank_0(folders.begin, root, step))
     try:
-        own = comm.together(lambda: _write_own_file(root, step, shards, kept[comm.rank()], on_progress))
+        own = comm.together(lambda: _write_own_file(root, step, shards, own_kept, on_progress))
         files = comm.gather_objects(own)
         comm.together(lambda: _on_rank_0(_finish, root, step, state, files, kept))
     except BaseException:
@@ -108,8 +106,7 @@ def newest_whole_checkpoint(root: Path) -> Path | None:
     whole: Path | None = None
     found = comm.together(lambda: [folder.name for folder in folders.candidates(root)] if comm.rank() == 0 else [])
     for name in comm.broadcast_object(found):
-        _, faults = _examine(root / name)
-        if not faults:
+        if not (faults := _examine(root / name)[-1]):
             whole = root / name
             break
         damaged.append((root / name, faults))
@@ -139,43 +136,119 @@ def load_checkpoint(
     """
     folder = Path(folder)
     comm.together(lambda: check_lengths(shards))
-    index, faults = _examine(folder)
-    if index is None or faults:
+    index, files, state, faults = _examine(folder)
+    if faults:
         raise CheckpointError(
             f"{folder} is no whole checkpoint: {listing(faults)}. "
             "Name another folder checkpoint-N, or use `--resume auto`, which takes the newest whole one."
         )
-    check(index.state)
-    wanted = _gather_layouts(shards)
-    check_fit(folder, index, [layout for layouts in wanted for layout in layouts])
-    comm.together(lambda: read_shards(folder, index, shards))
-    return index.state
+    check(state)
+    wanted = held_by_all(shards)
+    misfit = comm.together(lambda: _misfit(folder, index, wanted))
+    if misfit := comm.broadcast_object(misfit):
+        raise CheckpointError(misfit)
+    table = _from_rank_0(None if index is None else index.table)
+    comm.together(lambda: read_shards(folder, files, table, shards))
+    return state
 
 
-def _gather_layouts(shards: list[ShardState]) -> list[list[ShardLayout]]:
-    """What every rank holds, by rank, on every rank."""
+def held_by_all(shards: list[ShardState]) -> Table | None:
+    """What all ranks hold, on rank 0, which looks at it for all; None on the others (collective).
 
-    def encode() -> dict[str, Any]:
-        layouts = [shard.layout for shard in shards]
-        parameters = parameters_of(layouts)
-        return {"parameters": encode_parameters(parameters), "shards": encode_layouts(layouts, parameters)}
+    Names and shapes are long, and most of them the same on all ranks, so each refers to those of rank 0.
+    """
+    layouts = comm.together(lambda: [shard.layout for shard in shards])
+    own = list(dict.fromkeys(segment.of for layout in layouts for segment in layout.segments))
+    known = decode_parameters(comm.broadcast_object(encode_parameters(own)))
+    of_rank_0 = set(known)
+    more = [of for of in own if of not in of_rank_0]
+    places = {of: place for place, of in enumerate([*known, *more])}
+    kinds = [dict(kind) for kind in dict.fromkeys(tuple(layout.dtypes.items()) for layout in layouts)]
+    own_rows = as_text(rows_of(layouts, places, kinds))
+    everyone = comm.gather_objects({"more": encode_parameters(more), "kinds": kinds, "rows": own_rows})
 
-    own = comm.together(encode)
-    everyone = comm.all_gather_objects(own)
-    return [decode_layouts(each["shards"], decode_parameters(each["parameters"])) for each in everyone]
+    def join() -> Table | None:
+        if everyone is None:
+            return None
+        parts = ((decode_parameters(each["more"]), each["kinds"], from_text(each["rows"])) for each in everyone)
+        return joined(known, parts)
+
+    return comm.together(join)
 
 
-def _examine(folder: Path) -> tuple[Index | None, list[str]]:
-    """The index and everything that is wrong with a checkpoint; the faults are the same on every rank."""
-    index: Index | None = None
-    try:
-        index = read_index(folder)
-        faults = faults_of_sizes(folder, index)
-        faults = faults or faults_of_content(folder, index, comm.rank(), comm.world_size())
-    except CheckpointError as error:
-        faults = [str(error)]
-    everyone = comm.all_gather_objects(faults)
-    return index, list(dict.fromkeys(fault for each in everyone for fault in each))
+def what_is_kept(held: Table) -> Table:
+    """Of what all ranks hold that which is written, each element once.
+
+    Raises:
+        CheckpointError: it makes no whole checkpoint
+    """
+    check_savable(held)
+    return without_duplicates(held)
+
+
+def _own_part(shards: list[ShardState], held: Table | None, kept: Table | None) -> list[ShardLayout]:
+    """For each shard of this rank the segments that it writes (collective).
+
+    Args:
+        shards: of this rank
+        held: what all ranks hold, on rank 0
+        kept: what of it is written, on rank 0
+    """
+    pieces = None
+    if held is not None and kept is not None and kept is not held:
+        columns = [COLUMNS.index(name) for name in ("shard", "start", "stop", "offset")]
+        pieces = [kept.rows[kept.column("file") == rank][:, columns].tolist() for rank in range(comm.world_size())]
+    pieces = comm.broadcast_object(pieces)
+    layouts = [shard.layout for shard in shards]
+    if pieces is None:  # all ranks write all that they hold
+        return layouts
+    own = pieces[comm.rank()]
+    return [layout.kept([piece[1:] for piece in own if piece[0] == k]) for k, layout in enumerate(layouts)]
+
+
+def _examine(folder: Path) -> tuple[Index | None, list[RankFile], dict[str, Any], list[str]]:
+    """On rank 0 the index; on all the files, the state, and everything that is wrong with a checkpoint (collective)."""
+
+    def look() -> tuple[Index | None, dict[str, Any]]:
+        if comm.rank() > 0:
+            return None, {}
+        try:
+            index = read_index(folder)
+            files = [astuple(file) for file in index.files]
+            return index, {"state": index.state, "files": files, "faults": faults_of_sizes(folder, index.files)}
+        except CheckpointError as error:
+            return None, {"faults": [str(error)]}
+
+    index, seen = comm.together(look)
+    seen = comm.broadcast_object(seen)
+    if seen["faults"]:
+        return None, [], {}, seen["faults"]
+    files = [RankFile(*each) for each in seen["files"]]
+    everyone = comm.all_gather_objects(faults_of_content(folder, files, comm.rank(), comm.world_size()))
+    return index, files, seen["state"], list(dict.fromkeys(fault for each in everyone for fault in each))
+
+
+def _misfit(folder: Path, index: Index | None, wanted: Table | None) -> str:
+    """Why rank 0 cannot have what all ranks want from a checkpoint; empty where it can."""
+    if index is not None and wanted is not None:
+        try:
+            check_fit(folder, index.table, wanted)
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def _from_rank_0(table: Table | None) -> Table:
+    """Rank 0's table on every rank (collective)."""
+    said: dict[str, Any] = {}
+    if table is not None:
+        parameters = encode_parameters(table.parameters)
+        said = {"parameters": parameters, "kinds": table.kinds, "num_rows": len(table.rows)}
+    said = comm.broadcast_object(said)
+    rows = torch.zeros(said["num_rows"], len(COLUMNS), dtype=torch.int64)
+    if table is not None:
+        rows = torch.from_numpy(table.rows)
+    return Table(decode_parameters(said["parameters"]), said["kinds"], comm.broadcast_tensor(rows).numpy())
 
 
 def _check_own(shards: list[ShardState], state: dict[str, Any]) -> None:
@@ -193,20 +266,12 @@ def _write_own_file(
     return None if written is None else {"name": path.name, "bytes": written[0], "blocks": written[1]}
 
 
-def _finish(
-    root: Path,
-    step: int,
-    state: dict[str, Any],
-    written: list[dict[str, Any] | None],
-    kept: list[list[ShardLayout]],
-) -> None:
+def _finish(root: Path, step: int, state: dict[str, Any], written: list[dict[str, Any] | None], kept: Table) -> None:
     """Write the index of all ranks' files and give the folder its name."""
-    files = [
-        RankFile(file["name"], file["bytes"], file["blocks"], [packed(layout) for layout in layouts])
-        for file, layouts in zip(written, kept, strict=True)
-        if file is not None
-    ]
-    write_index(folders.partial_folder(root, step), Index(step, state, files))
+    files = [RankFile(file["name"], file["bytes"], file["blocks"]) for file in written if file is not None]
+    number = np.cumsum([file is not None for file in written]) - 1  # some ranks have nothing to write
+    table = packed(kept).with_columns(file=number[kept.column("file")])
+    write_index(folders.partial_folder(root, step), Index(step, state, files, table))
     folders.publish(root, step)
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from dsmoelora.adapters import Factor
 from dsmoelora.checkpoint.index import faults_of_content, read_index
-from dsmoelora.checkpoint.layout import Ranges
 from dsmoelora.checkpoint.rank_file import read_shards
+from dsmoelora.checkpoint.table import Ranges
 from dsmoelora.checkpoint.training_state import ShardState, checkpoint_bytes, load_checkpoint, save_checkpoint
 from dsmoelora.optim.rows import Segment, Trainable
 from tests.checkpoints import ADAM, FILLING, PARAMETERS, assert_equal_to_the_bit, load, names_below, on_ranks, save
@@ -99,7 +99,7 @@ def test_every_rank_checks_an_equal_part_of_a_large_file(tmp_path: Path) -> None
     assert len(blocks) == 4
     content[(8 << 20) + 5] ^= 1
     (folder / file.name).write_bytes(content)
-    found = [faults_of_content(folder, index, part, 3) for part in range(3)]
+    found = [faults_of_content(folder, index.files, part, 3) for part in range(3)]
     assert [len(faults) for faults in found] == [0, 1, 0], "block 1 belongs to the middle third alone"
     assert "bytes 8388608 to 16777216" in found[1][0]
 
@@ -206,7 +206,7 @@ def test_every_rank_takes_its_own_elements_out_of_the_files_and_no_others(
     monkeypatch.setattr("dsmoelora.checkpoint.rank_file.safe_open", CountingOpen(taken))
     for segments in over_experts(PARAMETERS, 6, ep_size=2):
         taken.clear()
-        read_shards(folder, index, blank_shards(segments, ADAM, FILLING))
+        read_shards(folder, index.files, index.table, blank_shards(segments, ADAM, FILLING))
         assert sum(taken.values()) == 3 * sum(segment.stop - segment.start for each in segments for segment in each)
 
 
@@ -218,7 +218,7 @@ def test_files_without_wanted_elements_are_not_opened(tmp_path: Path) -> None:
     for name in ("rank-00000.safetensors", "rank-00002.safetensors"):
         (folder / name).unlink()
     shards = blank_shards(layout[1], ADAM, FILLING)
-    read_shards(folder, index, shards)
+    read_shards(folder, index.files, index.table, shards)
     assert_equal_to_the_bit([shards], layout[1:2], numbers)
 
 
@@ -239,7 +239,7 @@ def test_pages_beside_the_wanted_elements_are_never_touched(tmp_path: Path, monk
     part = Segment(parameter, 5_000_000, 5_010_000, 0)
     for segment, low, high in ((part, 40_000, 6 << 20), (whole, 30 << 20, 33 << 20)):
         shard = ShardState([segment], {"value": torch.zeros(segment.stop - segment.start)})
-        read_shards(folder, index, [shard])
+        read_shards(folder, index.files, index.table, [shard])
         assert bool((shard.tensors["value"] == 1).all())
         assert low <= mapped.pop() <= high
 
