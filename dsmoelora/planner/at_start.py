@@ -9,14 +9,32 @@ from deepspeed.accelerator import get_accelerator
 
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError, UserError
+from dsmoelora.parallel import comm
 from dsmoelora.planner.devices import GIB
 from dsmoelora.planner.memory import MemoryPlan, Phase, plan_memory
 
 logger = logging.getLogger(__name__)
 
 
+def notes_on_memory(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> list[str]:
+    """What rank 0 has to say of the memory of a run, on rank 0 (collective).
+
+    It plans for all ranks, whose devices are taken to be as large as its own: a plan takes a processor for seconds, and
+    a machine has fewer of these than ranks have libraries to load.
+
+    Args:
+        recipe: of the run, with its dtype settled
+        deepspeed: content of the DeepSpeed file
+        world_size: W
+
+    Raises:
+        UserError: the run cannot fit; on all ranks
+    """
+    return comm.together(lambda: check_memory(recipe, deepspeed, world_size) if comm.rank() == 0 else [])
+
+
 def check_memory(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> list[str]:
-    """Plan the memory of a run for the accelerator that is here; on a CPU nothing is looked at.
+    """Plan the memory of a run for this rank's accelerator; on a CPU nothing is looked at.
 
     Args:
         recipe: of the run, with its dtype settled
