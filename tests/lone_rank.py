@@ -1,8 +1,9 @@
-"""Rank 0 of many: the real engine on torch's fake process group, in which every other rank says what this one says.
+"""One rank of many: the real engine on torch's fake process group, in which every other rank says what this one says.
 
-    python -m tests.lone_rank W stage ep_size folder
+    python -m tests.lone_rank W rank stage ep_size folder
 
-Prints the collectives of a step, and seconds until the engine was there and had taken four steps, as JSON.
+Prints what the rank holds, the collectives of a step, and seconds until the engine was there and had taken four steps,
+as JSON. Rank 0 alone reads weights, so those of another rank are all zero.
 """
 
 from __future__ import annotations
@@ -36,10 +37,28 @@ def recipe_of(base: str, world_size: int, ep_size: int) -> Recipe:
     )
 
 
+def hold_zeros() -> None:
+    """Have memory that nobody has written to be zero: garbage need not be finite."""
+    import torch
+
+    empty = torch.empty
+
+    def zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return empty(*args, **kwargs).zero_()
+
+    torch.empty = zeros  # type: ignore[assignment]
+
+
+def held_by(engine: Any) -> list[list[Any]]:
+    """Name, first and last element (as of all experts) of each segment of the rank's shards, and where it lies."""
+    shards = engine.optimizer.shards
+    return [[k, one.of.name, one.start, one.stop] for k, shard in enumerate(shards) for one in shard.segments]
+
+
 def main() -> None:
     """Take four steps, and print what the last of them sent."""
-    world_size, stage, ep_size = map(int, sys.argv[1:4])
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    world_size, rank, stage, ep_size = map(int, sys.argv[1:5])
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     import torch
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -47,14 +66,17 @@ def main() -> None:
     from tests.traffic_of_rank import train_and_record
 
     def meet(*_: Any) -> None:
-        torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+        torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
 
     with mock.patch.object(comm, "meet", meet):
         comm.init("gloo")
-    start = time.perf_counter()
-    found = train_and_record(recipe_of(sys.argv[4], world_size, ep_size), {"stage": stage, **ZERO})
+    if rank:
+        hold_zeros()
+    start, held = time.perf_counter(), []
+    recipe = recipe_of(sys.argv[5], world_size, ep_size)
+    found = train_and_record(recipe, {"stage": stage, **ZERO}, lambda engine: held.append(held_by(engine)))
     rows = [(*key, messages, found.num_bytes[key]) for key, messages in found.messages.items()]
-    print("\n" + json.dumps({"seconds": time.perf_counter() - start, "rows": rows}))
+    print("\n" + json.dumps({"seconds": time.perf_counter() - start, "rows": rows, "held": held[0]}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,11 +76,20 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, place: i
     return args[place] if place < len(args) else kwargs.get(name)
 
 
-def train_and_record(recipe: Recipe, zero: dict[str, Any]) -> Recorder:
-    """The fourth step of a run: ZeRO-3 learns the order of the modules in the first two."""
+def train_and_record(
+    recipe: Recipe, zero: dict[str, Any], look: Callable[[Any], None] = lambda engine: None
+) -> Recorder:
+    """The fourth step of a run: ZeRO-3 learns the order of the modules in the first two.
+
+    Args:
+        recipe: of the run
+        zero: section `zero_optimization`
+        look: at the engine, before it trains
+    """
     from dsmoelora.engine import Engine
 
     engine = Engine.build(recipe, {"zero_optimization": zero})
+    look(engine)
     batches = [padded_batch(recipe) for _ in range(recipe.train.accumulation_steps(dist.get_world_size()))]
     for _ in range(3):
         engine.train_step(batches)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from dsmoelora.config import ParallelConfig, Recipe
-from dsmoelora.planner import Traffic, plan_traffic
+from dsmoelora.planner import Rehearsal, Traffic, plan_traffic, rehearse, traffic_of
 from dsmoelora.planner.traffic import sent_bytes
 from tests import lone_rank
 from tests.conftest import PoolFactory, thorough
@@ -92,19 +92,46 @@ def test_collectives_of_experts_on_several_ranks(
     compare(recipe, zero_of(3), worker_pool(4), 4, rel)
 
 
-@pytest.mark.parametrize(("world_size", "stage", "ep_size"), [(1024, 3, 4), thorough(1024, 3, 1)])
-def test_a_step_of_a_thousand_ranks(world_size: int, stage: int, ep_size: int, tmp_path: Path) -> None:
-    """The real engine takes four steps as rank 0 of them, the other ranks saying what it says."""
+@pytest.mark.parametrize(
+    ("world_size", "rank", "stage", "ep_size"),
+    [
+        (1024, 1023, 3, 4),
+        thorough(1024, 0, 3, 4),
+        thorough(1024, 510, 3, 1),
+        thorough(256, 130, 3, 4),
+        thorough(256, 255, 2, 1),
+        thorough(64, 0, 3, 1),
+        thorough(64, 63, 3, 4),
+    ],
+)
+def test_a_step_of_many_ranks(world_size: int, rank: int, stage: int, ep_size: int, tmp_path: Path) -> None:
+    """The real engine takes four steps as one of them, the other ranks saying what it says."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4}
     base = tiny_llama(tmp_path, **sizes)
-    words = [sys.executable, "-m", "tests.lone_rank", *map(str, (world_size, stage, ep_size, base))]
+    words = [sys.executable, "-m", "tests.lone_rank", *map(str, (world_size, rank, stage, ep_size, base))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    found = json.loads(done.stdout.splitlines()[-1])
     recipe = lone_rank.recipe_of(str(base), world_size, ep_size)
-    messages, num_bytes = totals(
-        plan_traffic(recipe, {"zero_optimization": {"stage": stage, **lone_rank.ZERO}}, world_size)
-    )
-    assert messages == {(phase, op, ranks): count for phase, op, ranks, count, _ in rows}
-    for phase, op, ranks, _, whole in rows:
+    run = rehearse(recipe, {"zero_optimization": {"stage": stage, **lone_rank.ZERO}}, world_size)
+    messages, num_bytes = totals(traffic_of(run))
+    assert messages == {(phase, op, ranks): count for phase, op, ranks, count, _ in found["rows"]}
+    for phase, op, ranks, _, whole in found["rows"]:
         assert num_bytes[phase, op, ranks] == pytest.approx(sent_bytes(op, whole, ranks), rel=1e-3, abs=2)
+    if stage == 3:
+        assert sorted(one[1:] for one in found["held"]) == sorted(pieces_of(run, rank))
+    else:
+        assert sum(stop - start for _, _, start, stop in found["held"]) <= run.own_numel
+
+
+def pieces_of(run: Rehearsal, rank: int) -> list[list[Any]]:
+    """What a rank holds under ZeRO-3: with `ep_size` P its experts are the (rank mod P)-th of P equal parts."""
+    ep_size, found = run.recipe.parallel.ep_size, []
+    for one in run.shapes.trained:
+        assert one.trainable is not None
+        is_shared_out = one.num_pieces < run.world_size
+        place, part = (rank // ep_size, rank % ep_size) if is_shared_out else (rank, 0)
+        start, stop = one.piece * place, min(one.piece * (place + 1), one.numel)
+        if start < stop:
+            found.append([one.trainable.name, part * one.numel + start, part * one.numel + stop])
+    return found
