@@ -29,6 +29,7 @@ from dsmoelora.logs import setup_logging
 if TYPE_CHECKING:
     from dsmoelora.planner import Device
 
+_WIDTH = 100  # columns, where the output is no terminal
 _DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 
 
@@ -39,7 +40,8 @@ def main() -> None:
     setup_logging(rank=0)
     from dsmoelora.planner import device_named
 
-    device, console = device_named(options.gpu), Console()
+    device = device_named(options.gpu)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     recipe = with_dtype(command.recipe, device.dtype)
     if options.search:
         search(recipe, options, command.deepspeed, device, console)
@@ -50,12 +52,22 @@ def main() -> None:
 def plan(
     recipe: Recipe, options: argparse.Namespace, deepspeed: dict[str, Any], device: Device, console: Console
 ) -> None:
-    """Print memory and time of one run.
+    """Print memory, traffic and time of one run.
 
     Raises:
         ConfigError: it does not fit
     """
-    from dsmoelora.planner import largest_micro_batch, memory_of, print_memory, print_time, rehearse, time_of, verdict
+    from dsmoelora.planner import (
+        largest_micro_batch,
+        memory_of,
+        print_memory,
+        print_time,
+        print_traffic,
+        rehearse,
+        time_of,
+        traffic_of,
+        verdict,
+    )
     from dsmoelora.planner.picture import draw_plan
 
     (world_size,) = options.gpus
@@ -65,6 +77,7 @@ def plan(
     run = rehearse(recipe, deepspeed, world_size)
     memory = memory_of(run)
     print_memory(memory, device, world_size, console)
+    print_traffic(traffic_of(run), device, world_size, console)
     time = time_of(run, device)
     print_time(time, device, options.price, console)
     if options.out is not None:

@@ -61,7 +61,8 @@ def run(command: Command) -> None:
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.dtype import settle_dtype
     from dsmoelora.plan import make_plan, print_notes, print_plan
-    from dsmoelora.planner.at_start import check_memory
+    from dsmoelora.planner import short_plan
+    from dsmoelora.planner.at_start import notes_on_memory
     from dsmoelora.run.folder import dtype_before
     from dsmoelora.signs_of_life.waits import waiting_for
 
@@ -75,13 +76,17 @@ def run(command: Command) -> None:
     plan.add("dtype", dtype.why)
     plan.notes += dtype.notes
     if command.dry_run:
+        with waiting_for(lambda: "memory and time of the run to be planned", speaks=env_rank() == 0):
+            plan.rows += comm.together(
+                lambda: short_plan(recipe, command.deepspeed, world_size) if env_rank() == 0 else []
+            )
         print_plan(plan, console)
     elif command.preview:
         comm.together(lambda: show_samples(command, console))
     else:
         comm.together(lambda: check_trainable(recipe.model))
         with waiting_for(lambda: "the memory of the run to be planned", speaks=env_rank() == 0):
-            plan.notes += comm.together(lambda: check_memory(recipe, command.deepspeed, world_size))
+            plan.notes += notes_on_memory(recipe, command.deepspeed, world_size)
         print_notes(plan, console)
         console.print(f"Computes in {dtype.why}")
         train(command, console)

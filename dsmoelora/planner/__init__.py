@@ -5,7 +5,8 @@ from dsmoelora.planner.memory import MemoryPlan, Part, Phase, memory_of, plan_me
 from dsmoelora.planner.rehearsal import Rehearsal, rehearse
 from dsmoelora.planner.search import Candidate, Search, largest_micro_batch, micro_batches
 from dsmoelora.planner.share_of_peak import device_of_run, token_flops
-from dsmoelora.planner.table import print_memory, print_search, print_time
+from dsmoelora.planner.short import short_plan
+from dsmoelora.planner.table import print_memory, print_search, print_time, print_traffic
 from dsmoelora.planner.time import Bound, PhaseTime, TimePlan, time_of
 from dsmoelora.planner.traffic import Traffic, bytes_by_link, plan_traffic, traffic_of
 from dsmoelora.planner.verdict import Verdict, verdict
@@ -36,7 +37,9 @@ __all__ = [
     "print_memory",
     "print_search",
     "print_time",
+    "print_traffic",
     "rehearse",
+    "short_plan",
     "time_of",
     "token_flops",
     "traffic_of",

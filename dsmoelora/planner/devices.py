@@ -13,7 +13,7 @@ from dsmoelora.config.dtype import DTYPES, DtypeName
 from dsmoelora.errors import ConfigError, bad_value, listing
 
 _FILE = Path(__file__).with_name("devices.yaml")
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)

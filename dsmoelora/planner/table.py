@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsmoelora.planner.devices import GIB, Device
+from dsmoelora.planner.devices import GIB, MIB, Device
 from dsmoelora.planner.memory import MemoryPlan, Phase
 from dsmoelora.planner.search import Candidate, Search
 from dsmoelora.planner.time import Bound, TimePlan
+from dsmoelora.planner.traffic import Traffic, bytes_by_link
 from dsmoelora.planner.verdict import verdict
 
 _NUM_BEST = 5
@@ -35,15 +36,64 @@ def print_memory(plan: MemoryPlan, device: Device, world_size: int, console: Con
     table.add_row("context, libraries, NCCL", f"{device.context_gib:.3f}", "assumed", "")
     console.print(table)
     found = verdict(plan, device)
-    console.print(Text(found.text, style="bold green" if found.fits else "bold red"), soft_wrap=True)
+    console.print(Text(found.text, style="bold green" if found.fits else "bold red"))
     on_host = max(plan.total(phase, on_host=True) for phase in Phase)
     if on_host:
         node = on_host * min(device.ranks_per_node, world_size)
-        console.print(f"host memory: {on_host / GIB:.1f} GiB a rank, {node / GIB:.1f} GiB a node", soft_wrap=True)
+        console.print(f"host memory: {on_host / GIB:.1f} GiB a rank, {node / GIB:.1f} GiB a node")
     for limit in found.limits:
-        console.print(Text(f"largest: {limit}"), soft_wrap=True)
+        console.print(Text(f"largest: {limit}"))
     for what in plan.left_out:
-        console.print(Text(f"left out: {what}"), soft_wrap=True)
+        console.print(Text(f"left out: {what}"))
+
+
+def print_traffic(traffic: list[Traffic], device: Device, world_size: int, console: Console) -> None:
+    """Print what a rank sends in a step, part by part, inside its node and to others.
+
+    Args:
+        traffic: from `traffic_of`; of one rank there is none
+        device: of each rank
+        world_size: W
+        console: where it goes
+    """
+    if not traffic:
+        return
+    title = f"Sent by a rank in a step: {world_size} x {device.name}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("what", "when", "collective", "ranks", "messages", "MiB\nin a node", "MiB\nbetween"):
+        table.add_column(name, justify="left" if name in ("what", "when", "collective") else "right")
+    in_steps = [one for one in traffic if one.op != "write"]
+    for one in in_steps:
+        sent = map(_mebibytes, bytes_by_link([one], device.ranks_per_node))
+        table.add_row(one.what, one.phase, one.op, str(one.group_size), f"{one.messages:,}", *sent)
+    console.print(table)
+    console.print(Text(traffic_in_words(traffic, device), style="bold"))
+    for one in traffic:
+        if one.op == "write":
+            mebibytes = one.sent_bytes / MIB
+            written = f"{mebibytes:.1f} MiB of a rank, {mebibytes * world_size:,.0f} MiB of all"
+            console.print(f"a checkpoint: {written}")
+
+
+def traffic_in_words(traffic: list[Traffic], device: Device | None) -> str:
+    """All that a rank sends in a step.
+
+    Args:
+        traffic: from `traffic_of`
+        device: of each rank; None where nobody knows how many share a machine
+    """
+    in_steps = [one for one in traffic if one.op != "write"]
+    sent, messages = sum(one.sent_bytes for one in in_steps), sum(one.messages for one in in_steps)
+    text = f"{sent / GIB:.2f} GiB of a rank in {messages:,} messages"
+    if device is None:
+        return text
+    inside, between = bytes_by_link(in_steps, device.ranks_per_node)
+    if not between:
+        return f"{text}, all inside a node"
+    crossing = sum(one.messages for one in in_steps if bytes_by_link([one], device.ranks_per_node)[1])
+    return (
+        f"{text}: {inside / GIB:.2f} GiB inside a node, {between / GIB:.2f} GiB to other nodes in {crossing:,} of them"
+    )
 
 
 def print_time(plan: TimePlan, device: Device, price: float | None, console: Console) -> None:
@@ -65,15 +115,15 @@ def print_time(plan: TimePlan, device: Device, price: float | None, console: Con
     waits = plan.waits()
     shares = ", ".join(f"{bound} {100 * waits[bound] / plan.step:.0f} %" for bound in Bound)
     bound = f"{plan.step:.3f} s a step, bound by {plan.bound} (it waits for {shares})"
-    console.print(Text(bound, style="bold"), soft_wrap=True)
+    console.print(Text(bound, style="bold"))
     hours = f"{plan.run_hours:.1f} hours for {plan.num_steps:,} steps"
     if price is not None:
         hours += f", {plan.cost(price):,.0f} at {price:g} a device and hour"
     speed = f"{plan.tokens_per_second:,.0f} tokens/s, mfu {100 * plan.mfu:.1f}%; {hours}"
-    console.print(Text(speed), soft_wrap=True)
-    console.print(Text(f"assumed: {_assumptions(device)}; full rows"), soft_wrap=True)
+    console.print(Text(speed))
+    console.print(Text(f"assumed: {_assumptions(device)}; full rows"))
     for what in plan.left_out:
-        console.print(Text(f"left out: {what}"), soft_wrap=True)
+        console.print(Text(f"left out: {what}"))
 
 
 def print_search(search: Search, best: list[Candidate], console: Console) -> None:
@@ -90,14 +140,18 @@ def print_search(search: Search, best: list[Candidate], console: Console) -> Non
         table.add_row(*row, *speed, f"{100 * time.mfu:.1f}%", f"{time.run_hours:.1f}")
     console.print(table)
     for place, one in enumerate(shown, 1):
-        console.print(Text(f"{place}: {one.reasons()}"), soft_wrap=True)
+        console.print(Text(f"{place}: {one.reasons()}"))
         console.print(Text(f"   {one.choice.overrides()}"), soft_wrap=True)
     if not best:
-        console.print(Text("nothing fits", style="bold red"), soft_wrap=True)
+        console.print(Text("nothing fits", style="bold red"))
     for reason, count in search.refused.items():
-        console.print(Text(f"refused, {count} of them: {reason}"), soft_wrap=True)
+        console.print(Text(f"refused, {count} of them: {reason}"))
     for what in _NOT_SEARCHED:
-        console.print(Text(f"not looked at: {what}"), soft_wrap=True)
+        console.print(Text(f"not looked at: {what}"))
+
+
+def _mebibytes(num_bytes: float) -> str:
+    return "< 0.1" if 0 < num_bytes < MIB / 20 else f"{num_bytes / MIB:,.1f}"
 
 
 def _assumptions(device: Device) -> str:

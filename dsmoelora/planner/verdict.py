@@ -51,22 +51,27 @@ def verdict(plan: MemoryPlan, device: Device) -> Verdict:
     room = device.memory_gib * GIB
     used, certain = (num_bytes + device.context_gib * GIB for num_bytes in (plan.peak, plan.certain))
     share = used / room
-    moments = {Phase.LOAD: "while it is loaded", Phase.PASS: "in forward and backward", Phase.STEP: "in the step"}
-    most = f"{used / GIB:.1f} of {device.memory_gib:g} GiB ({100 * share:.0f} %) {moments[plan.peak_phase]}"
+    most = f"{used / GIB:.1f} of {device.memory_gib:g} GiB ({100 * share:.0f} %) {moment(plan.peak_phase)}"
     if certain > room:
         text = f"does not fit, for certain: what is exact alone takes {certain / GIB:.1f} GiB; in all {most}"
     elif share > 1:
         text = f"does not fit, by what is estimated: {most}"
     elif share > _TIGHT:
-        text = f"fits, but tightly: {most}; what is left out below may be more than the rest"
+        text = f"fits, but tightly: {most}; what a plan leaves out may be more than the rest"
     else:
         text = f"fits: {most}"
     return Verdict(
-        share, share <= 1, _TIGHT < share <= 1, certain > room, text, [_limit(part) for part in _largest(plan)]
+        share, share <= 1, _TIGHT < share <= 1, certain > room, text, [_limit(part) for part in largest_parts(plan)]
     )
 
 
-def _largest(plan: MemoryPlan) -> list[Part]:
+def moment(phase: Phase) -> str:
+    """When most is there, in words."""
+    return {Phase.LOAD: "while it is loaded", Phase.PASS: "in forward and backward", Phase.STEP: "in the step"}[phase]
+
+
+def largest_parts(plan: MemoryPlan) -> list[Part]:
+    """What takes most of the device at the worst moment."""
     there = [one for one in plan.parts if one.phase in (Phase.ALWAYS, plan.peak_phase) and not one.on_host]
     return sorted(there, key=lambda one: one.num_bytes, reverse=True)[:_NUM_LARGEST]
 

@@ -25,6 +25,11 @@ def test_a_7b_model_is_planned_without_it(tmp_path: Path) -> None:
     assert "Memory of a rank: 8 x a100-40" in fits.stdout
     assert "1.569   exact" in next(line for line in fits.stdout.splitlines() if "base, partitioned" in line)
     assert "\nfits: " in fits.stdout
+    # 94,371,840 trained numbers: gradients of four micro-batches in fp32, of which 7/8 leave a rank; values and moments
+    gradients = next(line for line in fits.stdout.splitlines() if line.split()[:2] == ["gradients", "backward"])
+    assert gradients.split()[-2:] == [f"{4 * 94_371_840 * 4 * 7 / 8 / 2**20:,.1f}", "0.0"]
+    assert "a checkpoint: 135.0 MiB of a rank, 1,080 MiB of all" in fits.stdout
+    assert max(map(len, fits.stdout.splitlines())) <= 100
     assert "Seconds of a step: 8 x a100-40" in fits.stdout
     assert "bound by compute" in fits.stdout
     assert "at 2 a device and hour" in fits.stdout

@@ -126,6 +126,9 @@ def test_dry_run(tmp_path: Path) -> None:
     said, errors = program.communicate(timeout=120)
     assert program.returncode == 0, errors
     assert STAND_INS[recipe.name].layers in said, said
+    assert "memory of a rank" in said
+    assert "sent in a step" in said
+    assert max(map(len, said.split("note: ")[0].splitlines())) <= 100
     assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
 
 

@@ -20,12 +20,24 @@ from dsmoelora.errors import ConfigError
 from dsmoelora.optim.preconditioner import Preconditioner
 from dsmoelora.optim.rows import Shard, ShardGroup, Trainable, rows_cut_by
 from dsmoelora.parallel.placement import ExpertPlacement
-from dsmoelora.planner import MemoryPlan, Part, Phase, at_start, device_named, plan_memory, verdict
+from dsmoelora.planner import (
+    MemoryPlan,
+    Part,
+    Phase,
+    at_start,
+    device_named,
+    plan_memory,
+    plan_traffic,
+    short,
+    short_plan,
+    verdict,
+)
 from dsmoelora.planner.at_start import check_memory, judge
 from dsmoelora.planner.cut_rows import num_cut_rows, step_buffer_bytes
 from dsmoelora.planner.devices import GIB
 from dsmoelora.planner.shapes import ParameterShape
 from dsmoelora.planner.stand_in import _measured, pass_bytes
+from dsmoelora.planner.verdict import largest_parts
 from tests.helpers import tiny_llama
 from tests.shardings import per_parameter, some_parameters
 
@@ -229,3 +241,33 @@ def test_a_run_looks_at_the_device_that_is_there(
             check_memory(recipe_of(base), zero, 2)
     else:
         assert check_memory(recipe_of(base), zero, 2) == []
+
+
+@pytest.mark.parametrize("device", ["auto", "a100-40"])
+def test_the_short_form_of_a_plan(base: Path, device: str) -> None:
+    """What a dry run shows: on a machine whose peak nobody knows no verdict, and no time."""
+    recipe, content = recipe_of(base), {"zero_optimization": {"stage": 3}}
+    recipe = replace(recipe, train=replace(recipe.train, device=device))
+    rows = dict(short_plan(recipe, content, 2))
+    plan = plan_memory(recipe, content, 2)
+    parts = [f"{part.name} {part.num_bytes / GIB:.2f} GiB" for part in largest_parts(plan)]
+    assert rows["of it"] == "; ".join(parts)
+    sent = sum(one.sent_bytes for one in plan_traffic(recipe, content, 2) if one.op != "write")
+    assert rows["sent in a step"].startswith(f"{sent / GIB:.2f} GiB of a rank in ")
+    if device == "auto":
+        assert rows["memory of a rank"].startswith(f"{plan.peak / GIB:.2f} GiB in forward and backward, context and")
+        assert "time of a step" not in rows
+    else:
+        assert rows["memory of a rank"] == verdict(plan, device_named(device)).text
+        assert "hours in all, on 2 x a100-40" in rows["time of a step"]
+
+
+def test_a_model_that_cannot_be_planned_has_a_short_form_all_the_same(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("data-dependent branch")
+
+    monkeypatch.setattr(short, "rehearse", refuse)
+    (row,) = short_plan(recipe_of(base), {"zero_optimization": {"stage": 3}}, 2)
+    assert row[1] == "cannot be planned: the model does not run without weights (data-dependent branch)"
