@@ -41,7 +41,8 @@ def short_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int) -> li
         raise
     except Exception as error:  # a model's own code need not run without weights, and may train all the same
         logger.debug("The run cannot be planned.", exc_info=error)
-        return [("memory of a rank", f"cannot be planned: the model does not run without weights ({error})")]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return [("memory of a rank", f"cannot be planned: the model does not run without weights ({reason})")]
     rows = [("memory of a rank", _fits(memory, device)), ("of it", _parts(memory))]
     if traffic:
         rows.append(("sent in a step", traffic_in_words(traffic, device)))

@@ -40,6 +40,7 @@ from dsmoelora.planner.stand_in import _measured, pass_bytes
 from dsmoelora.planner.verdict import largest_parts
 from tests.helpers import tiny_llama
 from tests.shardings import per_parameter, some_parameters
+from tests.threaded_ranks import ThreadedComm
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -271,3 +272,21 @@ def test_a_model_that_cannot_be_planned_has_a_short_form_all_the_same(
     monkeypatch.setattr(short, "rehearse", refuse)
     (row,) = short_plan(recipe_of(base), {"zero_optimization": {"stage": 3}}, 2)
     assert row[1] == "cannot be planned: the model does not run without weights (data-dependent branch)"
+
+
+@pytest.mark.parametrize("room", [2**10, 2**40])
+def test_rank_0_plans_and_all_hear_of_it(base: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    ranks, planned = ThreadedComm(4), []
+    accelerator = SimpleNamespace(device_name=lambda: "cuda", total_memory=lambda: room)
+    monkeypatch.setattr(at_start, "comm", ranks)
+    monkeypatch.setattr(at_start, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(at_start, "plan_memory", lambda *run: (planned.append(ranks.rank()), plan_memory(*run))[1])
+    zero = {"zero_optimization": {"stage": 3}}
+    first, *others = ranks.run(lambda rank: at_start.notes_on_memory(recipe_of(base), zero, 4))
+    assert planned == [0]
+    if room == 2**40:
+        assert [first, *others] == [[]] * 4
+    else:
+        assert isinstance(first, ConfigError)
+        assert str(first).startswith("The run cannot fit: ")
+        assert [str(other) for other in others] == [f"rank 0: {first}"] * 3
