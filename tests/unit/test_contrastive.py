@@ -85,9 +85,8 @@ def reference(network: TwoLayers, losses: LossesConfig) -> tuple[Tensor, Tensor,
         handles.append(layer.experts.register_forward_pre_hook(partial(remember, name=name), with_kwargs=True))
     x, real_BS, keys_BS = batch()
     x.requires_grad_()
-    network(x)
-    for handle in handles:
-        handle.remove()
+    with adapter_context(network).hooks(handles):
+        network(x)
     found = []
     for name, layer in adapted_layers(network):
         x_TD, (selected_TE, ratio_EO) = inputs_of[name], seen[name]
