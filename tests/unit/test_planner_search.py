@@ -81,7 +81,7 @@ def test_the_best_is_the_cheapest_of_those_that_fit(recipe: Recipe) -> None:
     (stage_0,) = (text for text in search.refused if "stage of the DeepSpeed file is 0" in text)
     file = io.StringIO()
     print_search(search, best, Console(file=file, width=120))
-    assert stage_0 in file.getvalue()
+    assert stage_0 in " ".join(file.getvalue().split())  # lines end where they must
     assert "no layer is computed again" in file.getvalue()
     assert "not looked at: data.packing" in file.getvalue()
 
