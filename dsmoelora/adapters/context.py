@@ -99,7 +99,7 @@ class AdapterContext:
     Args:
         exchange: where experts are partitioned over ranks
         log: hears what routers do in training
-        losses: of the experts' outputs in training
+        losses: of the experts' outputs in training; None where none is switched on, for they must know gates first
         tokens: of the micro-batch at hand. Whoever runs the model sets them before the forward pass, and they must stay
             until the backward pass is over, for a layer may be computed again there
         hooked: every router is called by itself and its gates are given to the experts, for those who have hooks there

@@ -173,7 +173,7 @@ def gradients_in_order(shapes: ModelShapes, calls: Calls) -> list[ParameterShape
     found: dict[str, ParameterShape] = {}
     for visit in _Walk(shapes, calls, checkpointing=False).backward():
         if not visit.is_begin:
-            for one in reversed(visit.parameters):  # of a router the factor that it joins comes first
+            for one in visit.parameters:
                 if one.trainable:
                     found.pop(one.name, None)  # what two modules read is whole when the last of them has ended
                     found[one.name] = one

@@ -187,9 +187,10 @@ def _listen(
     """Whoever listens to the layers in a run does so here."""
     log = context.log = RoutingLog(model, recipe.losses, _CPU)
     group = PartitionedExperts(exchange, recipe.losses.contrastive_tokens) if exchange else None
-    context.losses = ContrastiveLosses(model, recipe.losses, _CPU, recipe.adapter.num_used, group)
+    losses = ContrastiveLosses(model, recipe.losses, _CPU, recipe.adapter.num_used, group)
+    context.losses = losses if losses.loss_names else None
     log.begin_step(recipe.train.micro_batch_size * recipe.data.max_length, 1.0)
-    context.losses.begin_step(recipe.train.micro_batch_size, 1.0)
+    losses.begin_step(recipe.train.micro_batch_size, 1.0)
     return log
 
 
