@@ -172,6 +172,7 @@ def train_with_one_expert(job: Job, expert: int) -> list[float]:
     engine = build_engine(job)
     for _, layer in adapted_layers(engine.model):
         layer.router.register_forward_hook(to_one)
+        layer.context.hooked = True
     return [engine.train_step(batches_of(job, step)).loss for step in range(3)]
 
 
