@@ -159,9 +159,7 @@ class Engine:
         if recipe.train.activation_checkpointing:
             recompute_activations(model)
         self._context = adapter_context(model)
-        self._contrast = ContrastiveLosses(
-            model, recipe.losses, self.device, recipe.adapter.num_used, group
-        )
+        self._contrast = ContrastiveLosses(model, recipe.losses, self.device, recipe.adapter.num_used, group)
         self._context.losses = self._contrast if self._contrast.loss_names else None
 
     def _initialise(self, deepspeed_config: dict[str, Any]) -> None:
