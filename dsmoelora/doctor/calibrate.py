@@ -13,20 +13,34 @@ import deepspeed.comm as dist
 import torch
 import yaml
 from deepspeed.accelerator import get_accelerator
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dsmoelora.config import Recipe
+from dsmoelora.adapters import adapter_context, inject
+from dsmoelora.adapters.routing import RoutingLog
+from dsmoelora.config import AdapterConfig, Recipe
 from dsmoelora.config.dtype import DTYPES
 from dsmoelora.parallel import comm
 from dsmoelora.parallel.dtype import settle_dtype
+from dsmoelora.planner.operations import CountOperations
 
 _REPEATS = 5
 _GIB = 2**30
 _WIDTHS, _WIDE = {"cpu": 768}, 8192  # of a model
-_ROWS = {"cpu": 512}
+_ROWS = {"cpu": 256}
+_NUM_WEIGHTS = 4  # more than caches hold
 _COPY_MIB, _WIDE_COPY_MIB = {"cpu": 4}, 256
 _SEND_MIB, _WIDE_SEND_MIB = {"cpu": 16}, 64
-_SMALL_NUMBERS = 256
-_OPERATIONS = 200
+# a model in which nothing takes long but asking for it
+_NARROW = LlamaConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=128,
+    use_cache=False,
+)
+_FEW_TOKENS = 16
 
 
 def calibrate() -> dict[str, Any]:
@@ -46,7 +60,7 @@ def calibrate() -> dict[str, Any]:
         "peak_tflops": _least(_products(device, DTYPES[dtype])),
         "memory_gbs": _least(_copies(device)),
         "host_gbs": _least(_copies_from_host(device)),
-        "launch_us": round(-_least(-_launch_us(device)), 3),
+        "launch_us": -_least(-_launch_us(device)),
         "overlaps": device.type != "cpu",
         "dtype": dtype,
         "names": [] if device.type == "cpu" else [torch.cuda.get_device_name(device)],
@@ -69,27 +83,30 @@ def _least(own: float) -> float:
     return float(f"{min(comm.all_gather_objects(own)):.3g}")
 
 
-def _seconds(work: Callable[[], object], times: int = 1) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     """Median of one call, the device's queue drained."""
     found = []
     for _ in range(_REPEATS + 1):  # the first makes room and connections
         comm.barrier()
         get_accelerator().synchronize()
         begin = time.perf_counter()
-        for _ in range(times):
-            work()
+        work()
         get_accelerator().synchronize()
-        found.append((time.perf_counter() - begin) / times)
+        found.append(time.perf_counter() - begin)
     return statistics.median(found[1:])
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
-    """10^12 operations a second."""
+    """10^12 operations a second, of a layer's forward product and that of its input's gradient."""
     width = _WIDTHS.get(device.type, _WIDE)
-    rows = _ROWS.get(device.type, width)
-    x, weight = torch.randn(rows, width, device=device), torch.randn(width, 2 * width, device=device)
-    x, weight = x.to(dtype), weight.to(dtype)
-    return 2 * rows * width * 2 * width / _seconds(lambda: x @ weight) / 1e12
+    x_TD = torch.randn(_ROWS.get(device.type, width), width, device=device).to(dtype)
+    weights = [torch.randn(2 * width, width, device=device).to(dtype) for _ in range(_NUM_WEIGHTS)]
+
+    def work() -> None:
+        for weight_OD in weights:
+            (x_TD @ weight_OD.T) @ weight_OD
+
+    return 2 * 2 * x_TD.numel() * 2 * width * _NUM_WEIGHTS / _seconds(work) / 1e12
 
 
 def _copies(device: torch.device) -> float:
@@ -107,9 +124,26 @@ def _copies_from_host(device: torch.device) -> float:
 
 
 def _launch_us(device: torch.device) -> float:
-    """Of an operation on few numbers, as autograd asks for it."""
-    tensor = torch.ones(_SMALL_NUMBERS, device=device, requires_grad=True)
-    return 1e6 * _seconds(lambda: tensor + 1.0, _OPERATIONS)
+    """Of the host, for an operation as a plan counts them: a narrow model with experts, forward and backward.
+
+    What Python, autograd and views take is shared out among the operations.
+    """
+    recipe = Recipe(adapter=AdapterConfig(num_experts=8, r=4, top_k=2, target_modules="all-linear"))
+    model = AutoModelForCausalLM.from_config(_NARROW)
+    inject(model, recipe.adapter)
+    model.to(device).train()
+    log = adapter_context(model).log = RoutingLog(model, recipe.losses, device)
+    ids_BS = torch.zeros(1, _FEW_TOKENS, dtype=torch.int64, device=device)
+
+    def work() -> None:
+        log.begin_step(_FEW_TOKENS, 1.0)
+        with log.listening():
+            total = model(ids_BS).logits.sum()
+        total.backward()
+
+    with CountOperations() as operations:
+        work()
+    return 1e6 * _seconds(work) / operations.found.total()
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -60,7 +60,8 @@ class Device:
         between_nodes: link of two ranks of two machines
         source: where the figures are from
         efficiency: shares of them
-        launch_us: assumed for the host's part of an operation: Python, torch, the driver
+        launch_us: assumed for the host's part of an operation: Python, autograd, views, the driver; on AMD EPYC (Zen 3)
+            without a GPU `launch/doctor.py --calibrate` measures 28
         overlaps: it computes while it communicates
         dtype: of the products that `peak_tflops` counts
         names: as torch calls it
@@ -77,7 +78,7 @@ class Device:
     between_nodes: Link
     source: str
     efficiency: Efficiency = Efficiency()
-    launch_us: float = 8.0
+    launch_us: float = 20.0
     overlaps: bool = True
     dtype: DtypeName = "bf16"
     names: list[str] = field(default_factory=list)

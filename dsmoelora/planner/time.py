@@ -20,8 +20,10 @@ from dsmoelora.planner.rehearsal import Rehearsal, num_moments
 from dsmoelora.planner.traffic import Traffic, traffic_of
 
 _FP32, _GB, _US = 4, 1e9, 1e-6
-# An assumption: ZeRO-3's hooks around a module with parameters, in operations of the host.
-_OPERATIONS_OF_A_VISIT = 12
+# What DeepSpeed does in Python, in operations of the host; `python -m benchmarks.planner --time` holds them to runs.
+_OPERATIONS_OF_A_VISIT = 12  # ZeRO-3's hooks around a module, in each pass
+_OPERATIONS_OF_A_GRADIENT = 8  # of a tensor, into the bucket that is reduced
+_OPERATIONS_OF_AN_UPDATE = 8  # of a tensor: norm, clipping, and the new numbers to where the model has them
 # what `overlap_comm` lets run beside the passes (gradients from stage 2 on), and what nobody waits for
 _GATHERED, _REDUCED, _UNAWAITED = {"weights, gathered", "experts, gathered"}, "gradients", "requests to stop"
 _PASSES = ("forward", "backward")
@@ -160,7 +162,7 @@ def kernel_seconds(operations: Operations, device: Device, in_backward: bool) ->
         if one.in_backward != in_backward:
             continue
         products = one.flops / (device.peak_tflops * 1e12 * device.efficiency.compute)
-        moved = one.num_bytes / (device.memory_gbs * _GB * device.efficiency.memory)
+        moved = one.num_bytes / _memory_speed(device)
         if products > moved:
             compute += times * products
         else:
@@ -173,6 +175,9 @@ def _pass(run: Rehearsal, device: Device, name: str, times: int, traffic: Iterab
     compute, memory = kernel_seconds(run.passed.operations, device, in_backward)
     calls = sum(count for one, count in run.passed.operations.items() if one.in_backward == in_backward)
     calls += _OPERATIONS_OF_A_VISIT * _num_visits(run, in_backward)
+    if in_backward and run.zero.stage > 0:
+        calls += _OPERATIONS_OF_A_GRADIENT * len(run.shapes.trained)
+    memory += 2 * run.itemsize * _num_gathered(run, in_backward) / _memory_speed(device)
     moves = [(seconds_of(one, device), _is_ahead(one, run)) for one in traffic if one.phase == name]
     moves.append((times * _from_host(run, device, in_backward), bool(run.zero.overlap_comm)))
     network = sum(seconds for seconds, _ in moves)
@@ -195,11 +200,21 @@ def _is_ahead(traffic: Traffic, run: Rehearsal) -> bool:
 
 
 def _num_visits(run: Rehearsal, in_backward: bool) -> int:
-    """Modules with parameters that ZeRO-3 begins and ends in a micro-batch."""
+    """Modules that ZeRO-3 begins and ends in a micro-batch."""
     if run.zero.stage < 3:
         return 0
-    modules = sum(bool(list(module.parameters(recurse=False))) for module in run.shapes.model.modules())
+    modules = sum(1 for _ in run.shapes.model.modules())
     return modules * (2 if in_backward and run.recipe.train.activation_checkpointing else 1)
+
+
+def _num_gathered(run: Rehearsal, in_backward: bool) -> int:
+    """Numbers whose pieces ZeRO-3 gathers and puts together, which reads and writes them once."""
+    return sum(one.numel for one in run.gathered.gathers if one.in_backward == in_backward)
+
+
+def _memory_speed(device: Device) -> float:
+    """Bytes a second."""
+    return device.memory_gbs * _GB * device.efficiency.memory
 
 
 def _from_host(run: Rehearsal, device: Device, in_backward: bool) -> float:
@@ -217,18 +232,17 @@ def _step(run: Rehearsal, device: Device, traffic: Iterable[Traffic]) -> PhaseTi
     products = {"none": 0, "scaled": 2, "tangent": 4}[run.recipe.optim.preconditioner]
     num_bytes += own * 2 * _FP32 * products
     away = run.offloads("offload_optimizer")
-    bandwidth = device.host_gbs if away else device.memory_gbs * device.efficiency.memory
+    bandwidth = device.host_gbs * _GB if away else _memory_speed(device)
     network = sum(seconds_of(one, device) for one in traffic if one.phase == "step")
     compute = optimizer_flops(run.shapes.trained, run.recipe.optim, run.zero.stage) / (device.peak_tflops * 1e12)
-    return PhaseTime(
-        "step", compute, num_bytes / (bandwidth * _GB), 0.0, network, one_after_another=not device.overlaps
-    )
+    launch = _OPERATIONS_OF_AN_UPDATE * len(run.shapes.trained) * device.launch_us * _US
+    return PhaseTime("step", compute, num_bytes / bandwidth, launch, network, one_after_another=not device.overlaps)
 
 
 def _left_out(run: Rehearsal) -> list[str]:
     notes = [
         "time of evaluations, checkpoints, loading and the first steps, and of data that comes too slowly",
-        "time of factorisations in the preconditioner, and of the host in the optimizer step",
+        "time of factorisations in the preconditioner",
         "ranks that wait for slower ones, and networks that others use",
     ]
     if run.recipe.adapter.lora_dropout:

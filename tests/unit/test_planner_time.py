@@ -128,3 +128,26 @@ def test_offloaded_weights_and_optimizers_come_over_the_host_link(base: Path) ->
     more = slow["forward"].network - fast["forward"].network
     assert more == pytest.approx(2 * 2 * pieces / 20e9, rel=1e-3)  # two micro-batches, two bytes a number
     assert slow["step"].memory == pytest.approx(fast["step"].memory * 500 / 20)
+
+
+def test_deepspeeds_own_python_and_copies_count(base: Path) -> None:
+    """12 operations a module and pass in stage 3, 8 a gradient from stage 1, 8 a tensor in the step; 10 us each."""
+    runs = {
+        stage: rehearse(
+            recipe_of(base, 4), {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}, 2
+        )
+        for stage in (2, 3)
+    }
+    found = {stage: {phase.name: phase for phase in time_of(run, DEVICE).phases} for stage, run in runs.items()}
+    micro_batches, us, layers, tensors_of_layer = 2, 1e-5, 2, 3
+    trained = layers * 2 * tensors_of_layer  # q_proj and v_proj: a, b, router
+    modules = sum(1 for _ in runs[3].shapes.model.modules())
+    assert [one["step"].launch for one in found.values()] == pytest.approx(2 * [8 * trained * us])
+    kernels = sum(count for one, count in runs[2].passed.operations.items() if one.in_backward)
+    assert found[2]["backward"].launch == pytest.approx(micro_batches * (kernels + 8 * trained) * us)
+    for name in ("forward", "backward"):
+        visits = found[3][name].launch - found[2][name].launch
+        assert visits == pytest.approx(micro_batches * 12 * modules * us)
+        gathered = sum(one.numel for one in runs[3].gathered.gathers if one.in_backward == (name == "backward"))
+        copied = found[3][name].memory - found[2][name].memory
+        assert copied == pytest.approx(micro_batches * 2 * 2 * gathered / 500e9)  # read and written, 2 bytes a number
