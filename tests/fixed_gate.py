@@ -14,9 +14,8 @@ class FixedGate(nn.Module):
         super().__init__()
         self.gate_E = gate_E
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        gate_TE = self.gate_E.expand(x_TD.shape[0], -1)
-        return gate_TE, gate_TE > 0
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.gate_E.expand(x_TD.shape[0], -1)
 
 
 def fix_gates(layer: RoutedLinear, gate_E: Tensor) -> None:

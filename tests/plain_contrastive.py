@@ -26,8 +26,8 @@ class PlainContrastive:
             layer.experts.register_forward_pre_hook(partial(self._remember, name))
 
     def _remember(self, name: str, experts: Any, inputs: tuple[Any, ...]) -> None:
-        _, x_TD, _, selected_TE = inputs
-        self._seen[name] = experts, x_TD, selected_TE
+        _, x_TD, gate_TE = inputs
+        self._seen[name] = experts, x_TD, gate_TE != 0
 
     def of_step(self, keys_BS: Tensor, mask_BS: Tensor, config: LossesConfig) -> Tensor | float:
         """What the step's losses add to that of the text: means over rows and layers."""

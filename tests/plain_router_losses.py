@@ -25,11 +25,11 @@ class PlainRouterLosses:
             adapter_context(model).hooked = True
             router.register_forward_hook(partial(self._remember, name))
 
-    def _remember(self, name: str, router: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+    def _remember(self, name: str, router: Any, inputs: tuple[Tensor], gate_TE: Tensor) -> None:
         is_constant = router.weight.shape[-1] == 1
         weight_DE, x_TD = router.weight.T, inputs[0]
         self._logits[name] = weight_DE.expand(len(x_TD), -1) if is_constant else x_TD @ weight_DE
-        self._selected[name] = output[1]
+        self._selected[name] = gate_TE != 0
 
     def move_biases(self, model: Any, mask_BS: Tensor) -> None:
         """Selection biases, where the routers have them, one step towards balance."""

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dsmoelora.adapters.contrastive import ContrastiveLosses
     from dsmoelora.adapters.routing import RoutingLog
 
-# (x_ND, gate_NL, selected_NL) -> (N, O): the output of this rank's L experts for N tokens
-LocalExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (x_ND, gate_NL) -> (N, O): the output of this rank's L experts for N tokens
+LocalExperts = Callable[[Tensor, Tensor], Tensor]
 
 
 class Visit(Protocol):
@@ -39,17 +39,14 @@ class Visit(Protocol):
 class Exchange(Protocol):
     """How tokens reach experts on other ranks (see `parallel.exchange`)."""
 
-    def depart(
-        self, of_input: Once, of_decision: Once, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor, out_features: int
-    ) -> Visit:
+    def depart(self, of_input: Once, of_decision: Once, x_TD: Tensor, gate_TE: Tensor, out_features: int) -> Visit:
         """Send a layer's tokens and gates on their way.
 
         Args:
             of_input: what was made of the input by all layers that read it
-            of_decision: what was made of gates and selection by all layers that follow them
+            of_decision: what was made of the gates by all layers that follow them
             x_TD: this rank's tokens, the same tensor for all readers of an input
             gate_TE: fp32, for the experts of all ranks
-            selected_TE: bool
             out_features: O
         """
 

@@ -99,24 +99,20 @@ class RoutedLinear(nn.Module):
 
     def _routed_apart(self, x_TD: Tensor, shared: SharedInput, losses: ContrastiveLosses | None) -> Tensor:
         """(T, O), where the router decides first."""
-        gate_TE, selected_TE = self.router(x_TD)
-        if self._num_shared:
-            gate_TE = with_shared(gate_TE, self._num_shared)
-            selected_TE = nn.functional.pad(selected_TE, (0, self._num_shared), value=1)
+        gate_TE = with_shared(self.router(x_TD), self._num_shared)
         drops, tokens_TD = self.training and self.dropout > 0.0, x_TD
         if drops or self._is_partitioned:  # made of the input itself, for all layers that read it
             tokens_TD = shared.once("dropped", lambda: self._tokens(x_TD, shared.dropout_key, drops))
-        attachment = losses.of_layer(self.name, tokens_TD, selected_TE, self.context.tokens) if losses else None
+        attachment = losses.of_layer(self.name, tokens_TD, gate_TE, self.context.tokens) if losses else None
         if self._is_partitioned:
-            return self._with_others(x_TD, gate_TE, selected_TE, tokens_TD, shared, attachment)
-        base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
-        return experts(base_TO, tokens_TD, gate_TE, selected_TE, attachment=attachment)
+            return self._with_others(x_TD, gate_TE, tokens_TD, shared, attachment)
+        base_TO, experts = self._base(x_TD, gate_TE)
+        return experts(base_TO, tokens_TD, gate_TE, attachment=attachment)
 
     def _with_others(
         self,
         x_TD: Tensor,
         gate_TE: Tensor,
-        selected_TE: Tensor,
         tokens_TD: Tensor,
         shared: SharedInput,
         attachment: ContrastOfTokens | None,
@@ -127,13 +123,11 @@ class RoutedLinear(nn.Module):
         """
         assert self.context.exchange is not None, "partitioned experts need an exchange"
         decided = self.router.gates.once if isinstance(self.router, BlockRouter) else Once()
-        visit = self.context.exchange.depart(
-            shared.once, decided, tokens_TD, gate_TE, selected_TE, features(self.base)[1]
-        )
+        visit = self.context.exchange.depart(shared.once, decided, tokens_TD, gate_TE, features(self.base)[1])
         if visit.have_left and self.experts.rows is None:
             sums = visit.through(partial(self.experts, None, attachment=attachment))
             return of_base(self.base, x_TD) + sums()
-        base_TO, experts = self._base(x_TD, gate_TE, selected_TE)
+        base_TO, experts = self._base(x_TD, gate_TE)
         return base_TO + visit.through(partial(experts, None, attachment=attachment))()
 
     def __getattr__(self, name: str) -> Any:
@@ -146,13 +140,13 @@ class RoutedLinear(nn.Module):
             )
         return super().__getattr__(name)
 
-    def _base(self, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+    def _base(self, x_TD: Tensor, gate_TE: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         """(T, O) of the base, as the experts see it, and the experts that go with it."""
         if self.experts.rows is None:
             return of_base(self.base, x_TD), self.experts
         exchange = self.context.exchange if self._is_partitioned else None
         of_all = exchange.of_all_experts if exchange else lambda ratio_LO: ratio_LO
-        base_TO, ratio_LO = self.experts.rows(self.base, x_TD, gate_TE, selected_TE, of_all)
+        base_TO, ratio_LO = self.experts.rows(self.base, x_TD, gate_TE, of_all)
         return base_TO, partial(self.experts, ratio_LO=ratio_LO)
 
     def _tokens(self, x_TD: Tensor, dropout_key: int, drops: bool) -> Tensor:

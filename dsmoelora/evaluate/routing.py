@@ -65,8 +65,8 @@ class RoutingCount:
         weights_T: list[Tensor] = []
 
         def add(place: int) -> Any:
-            def hook(_: nn.Module, __: Any, decision: tuple[Tensor, ...]) -> None:
-                self._sums[group].add_gates(place, decision[0].float(), weights_T[0])
+            def hook(_: nn.Module, __: Any, gate_TE: Tensor) -> None:
+                self._sums[group].add_gates(place, gate_TE.float(), weights_T[0])
 
             return hook
 

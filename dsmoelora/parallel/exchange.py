@@ -40,8 +40,6 @@ from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.parallel.routes import ChosenRoute, GatherRoute, TokenPool
 from dsmoelora.parallel.transfer import Transfer
 
-_NOT_SELECTED = -1.0  # gates are never negative, so one number says both whether and how much
-
 
 def gather_bytes(
     num_tokens: int, placement: ExpertPlacement, d: int, o: int, itemsize: int, num_layers: int = 1
@@ -106,16 +104,13 @@ class TokenExchange:
         sizes = (max(self.num_tokens), self.placement, in_features, out_features, itemsize)
         return "all_to_all" if all_to_all_bytes(*sizes, self.top_k) < gather_bytes(*sizes) else "gather"
 
-    def depart(
-        self, of_input: Once, of_decision: Once, x_TD: Tensor, gate_TE: Tensor, selected_TE: Tensor, out_features: int
-    ) -> Visit:
+    def depart(self, of_input: Once, of_decision: Once, x_TD: Tensor, gate_TE: Tensor, out_features: int) -> Visit:
         """See `adapters.context.Exchange`."""
         own = self.num_tokens[self.placement.ep_rank] if self.num_tokens else None
         assert x_TD.shape[0] == own, f"a layer has {x_TD.shape[0]} tokens, but {own} were announced"
-        packed_TE = torch.where(selected_TE, gate_TE, _NOT_SELECTED)
         if self.kind_for(x_TD.shape[1], out_features, x_TD.element_size()) == "gather":
-            return self._gather(of_input, of_decision, x_TD, packed_TE)
-        return self._all_to_all(of_input, of_decision, x_TD, packed_TE, selected_TE)
+            return self._gather(of_input, of_decision, x_TD, gate_TE)
+        return self._all_to_all(of_input, of_decision, x_TD, gate_TE)
 
     def of_all_experts(self, own_LX: Tensor) -> Tensor:
         """See `adapters.context.Exchange`."""
@@ -123,27 +118,25 @@ class TokenExchange:
         route = GatherRoute(counts, self.placement.ep_rank, self.placement.expert_group)
         return Transfer(own_LX, route.send, route.sum_back).result()
 
-    def _gather(self, of_input: Once, of_decision: Once, x_TD: Tensor, packed_TE: Tensor) -> Visit:
+    def _gather(self, of_input: Once, of_decision: Once, x_TD: Tensor, gate_TE: Tensor) -> Visit:
         route = GatherRoute(self.num_tokens, self.placement.ep_rank, self.placement.expert_group)
         have_left = "tokens" in of_input
         tokens = of_input("tokens", lambda: Transfer(x_TD, route.send, route.sum_back))
 
         def send_gates() -> Transfer:
-            by_rank_PTL = self._by_rank(route.pad(packed_TE, _NOT_SELECTED)).transpose(0, 1)
+            by_rank_PTL = self._by_rank(route.pad(gate_TE)).transpose(0, 1)
             return Transfer(by_rank_PTL.flatten(0, 1), route.swap, route.swap)
 
         return Visit(tokens.result, of_decision("gates for all", send_gates), route, have_left)
 
-    def _all_to_all(
-        self, of_input: Once, of_decision: Once, x_TD: Tensor, packed_TE: Tensor, selected_TE: Tensor
-    ) -> Visit:
+    def _all_to_all(self, of_input: Once, of_decision: Once, x_TD: Tensor, gate_TE: Tensor) -> Visit:
         have_left = "pool" in of_input
         pool = of_input("pool", lambda: TokenPool(x_TD, self.placement))
-        route = of_decision("route", lambda: pool.route(self._by_rank(selected_TE).any(-1)))
+        route = of_decision("route", lambda: pool.route((self._by_rank(gate_TE) != 0).any(-1)))
         pool.bring(route)
 
         def send_gates() -> Transfer:
-            rows_NL = self._by_rank(packed_TE)[route.tokens_N, route.ranks_N]
+            rows_NL = self._by_rank(gate_TE)[route.tokens_N, route.ranks_N]
             return Transfer(rows_NL, route.send_rows, route.send_rows_back)
 
         return Visit(partial(pool.take, route), of_decision("gates for some", send_gates), route, have_left)
@@ -159,7 +152,7 @@ class Visit:
 
     Args:
         tokens: waits for the tokens (N, D) that come to this rank
-        gates: of this rank's experts (N, L) for them, and which are selected, in one number
+        gates: of this rank's experts (N, L) for them, 0 where not selected
         route: of the sums back to the tokens' ranks
         have_left: see `adapters.context.Visit`
     """
@@ -171,7 +164,6 @@ class Visit:
 
     def through(self, experts: LocalExperts) -> Callable[[], Tensor]:
         """See `adapters.context.Visit`."""
-        packed_NL = self.gates.result()
-        selected_NL = packed_NL >= 0
-        y_NO = experts(self.tokens(), packed_NL.where(selected_NL, 0.0), selected_NL)
+        gate_NL = self.gates.result()
+        y_NO = experts(self.tokens(), gate_NL)
         return Transfer(y_NO, self.route.sum_back, self.route.send).result

@@ -27,9 +27,9 @@ class GatherRoute:
         self._num_ranks = len(num_tokens)
         self._counts = [self.longest] * self._num_ranks
 
-    def pad(self, x_TX: Tensor, value: float = 0.0) -> Tensor:
-        """(T, X) -> (longest, X)."""
-        return x_TX if self._own == self.longest else pad(x_TX, (0, 0, 0, self.longest - self._own), value=value)
+    def pad(self, x_TX: Tensor) -> Tensor:
+        """(T, X) -> (longest, X), zeros behind."""
+        return x_TX if self._own == self.longest else pad(x_TX, (0, 0, 0, self.longest - self._own))
 
     def send(self, x_TX: Tensor) -> Pending:
         """(T, X) -> (P * longest, X), by rank."""

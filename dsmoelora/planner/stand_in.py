@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dsmoelora.adapters import adapter_context, four_bit, inject
 from dsmoelora.adapters.context import AdapterContext
 from dsmoelora.adapters.contrastive import ContrastiveLosses
+from dsmoelora.adapters.experts import products
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
@@ -132,6 +133,8 @@ def _measured(shape: Any, recipe: Recipe, placement: ExpertPlacement) -> PassByt
             CountOperations() as operations,
             others.listening() if others else nullcontext(),
             mock.patch.object(four_bit, "unpacked", _unpacked),
+            # as accelerators have them; to try would not tell, for fake tensors have all products
+            mock.patch.object(products, "leaves_rounding_out", lambda *_: True),
         ):
             with log.listening():
                 nll = _nll_sum(model, batch, recipe, loss, keeps_logits)

@@ -148,11 +148,11 @@ def exchange_on_rank(num_tokens: list[int], kind: Any, ep_size: int, all_on: int
             gate = layer.gate_TE[own].float().requires_grad_()
             a, b = (factor[mine].float().requires_grad_() for factor in (layer.a_EDR, layer.b_EOR))
 
-            def experts(x_ND: Tensor, gate_NL: Tensor, selected_NL: Tensor, a: Tensor = a, b: Tensor = b) -> Any:
-                gates = None, x_ND, gate_NL, selected_NL, None
+            def experts(x_ND: Tensor, gate_NL: Tensor, a: Tensor = a, b: Tensor = b) -> Any:
+                gates = None, x_ND, gate_NL, None
                 return RoutedExperts.apply(Mixture(SCALE), None, *gates, a, b, None, None)
 
-            y = exchange.depart(of_input, Once(), x, gate, layer.selected_TE[own], b.shape[1]).through(experts)()
+            y = exchange.depart(of_input, Once(), x, gate, b.shape[1]).through(experts)()
             ys.append(y.detach())
             leaves.append((gate, a, b))
             loss = loss + (y * layer.weight_TO[own].float()).sum()

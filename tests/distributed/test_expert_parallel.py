@@ -163,11 +163,10 @@ def train_with_one_expert(job: Job, expert: int) -> list[float]:
     """Losses of three steps in which every layer sends every token to the same expert."""
     from dsmoelora.adapters import adapted_layers
 
-    def to_one(_: Any, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        gate_TE, selected_TE = output
-        only_TE = torch.zeros_like(selected_TE)
-        only_TE[:, expert] = True
-        return gate_TE.sum(-1, keepdim=True) * only_TE, only_TE
+    def to_one(_: Any, __: Any, gate_TE: Tensor) -> Tensor:
+        only_TE = torch.zeros_like(gate_TE)
+        only_TE[:, expert] = gate_TE.sum(-1)
+        return only_TE
 
     engine = build_engine(job)
     for _, layer in adapted_layers(engine.model):

@@ -56,7 +56,7 @@ def watch_choices() -> Iterator[list[int]]:
         x_TD: Tensor = inputs[0]
         slight_TD = 1e-5 * x_TD.abs().mean() * torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            changed_TE = (module(x_TD + slight_TD)[1] != output[1]).any(-1)
+            changed_TE = ((module(x_TD + slight_TD) != 0) != (output != 0)).any(-1)
         step = len(turned) // NUM_LAYERS  # the last call, an evaluation, sees the batch of step 0 again
         real_T = masks[step % 2].flatten().bool()
         turned.append(int(changed_TE[real_T].sum()))

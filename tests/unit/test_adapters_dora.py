@@ -24,8 +24,8 @@ class GivenGates(nn.Module):
         super().__init__()
         self.gate_TE = gate_TE
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.gate_TE, self.gate_TE > 0
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.gate_TE
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -111,15 +111,14 @@ def test_output_and_gradients_are_those_of_whole_weights(make_base: Callable[[],
 
 def test_gradcheck_of_the_chain_rule() -> None:
     gate_TE = gates()
-    selected_TE = gate_TE.detach() > 0
     base_TO = random(NUM_TOKENS, NUM_OUT, seed=8).requires_grad_()
     ratio_EO = (1 + 0.3 * random(NUM_EXPERTS, NUM_OUT, seed=4)).requires_grad_()
     b_EOR = random(NUM_EXPERTS, NUM_OUT, RANK, seed=3).requires_grad_()
     x_TD, a_EDR = random(NUM_TOKENS, NUM_IN, seed=8), random(NUM_EXPERTS, NUM_IN, RANK, seed=9)
 
     def function(base_TO: Tensor, gate_TE: Tensor, ratio_EO: Tensor, b_EOR: Tensor) -> Tensor:
-        y_TO = RescaledRows.apply(base_TO, random(NUM_OUT, seed=6), gate_TE, selected_TE, ratio_EO, 1.0)
-        inputs = y_TO, x_TD, gate_TE, selected_TE, None
+        y_TO = RescaledRows.apply(base_TO, random(NUM_OUT, seed=6), gate_TE, ratio_EO, 1.0)
+        inputs = y_TO, x_TD, gate_TE, None
         return RoutedExperts.apply(Mixture(1.5), None, *inputs, a_EDR, b_EOR, None, ratio_EO)
 
     assert torch.autograd.gradcheck(function, (base_TO, gate_TE, ratio_EO, b_EOR), rtol=1e-5, atol=1e-6)
@@ -217,7 +216,7 @@ def test_the_gate_hears_of_rescaled_rows_in_fp32() -> None:
     base_TO, grad_TO = (torch.randint(-15, 16, (NUM_TOKENS, 300), generator=few_bits).bfloat16() for _ in range(2))
     ratio_EO = 1 + torch.randint(-15, 16, (NUM_EXPERTS, 300), generator=few_bits) / 16
     gate_TE = gates(torch.float32)
-    y_TO = RescaledRows.apply(base_TO, None, gate_TE, gate_TE > 0, ratio_EO, 1.0)
+    y_TO = RescaledRows.apply(base_TO, None, gate_TE, ratio_EO, 1.0)
     (found_TE,) = torch.autograd.grad(y_TO, gate_TE, grad_TO)
     expected_TE = (grad_TO.double() * base_TO.double()) @ (ratio_EO.double() - 1).t()
     assert found_TE.dtype is torch.float32

@@ -148,7 +148,7 @@ def test_a_layer_drops_the_input_of_the_experts_and_of_nothing_else() -> None:
     keys_BS = token_keys(0, torch.tensor([1]), torch.ones(1, 6, dtype=torch.int64))
     layer.context.tokens = BatchTokens(keys_BS)
     x = torch.randn(1, 6, NUM_FEATURES, generator=torch.Generator().manual_seed(0))
-    gate_TE, _ = layer.router(x[0])
+    gate_TE = layer.router(x[0])
     dropped_TD = keyed_dropout(x[0], keys_BS[0], layer.dropout_key, 0.25)
     expected = layer.base(x[0])
     for gate_T, a_DR, b_OR in zip(gate_TE.T, layer.experts.a, layer.experts.b, strict=True):

@@ -22,12 +22,11 @@ def given_gates(
     base_TO: Tensor,
     x_TD: Tensor,
     gate_TE: Tensor,
-    selected_TE: Tensor,
     a_EDR: Tensor,
     b_EOR: Tensor,
     m_ERR: Tensor | None = None,
 ) -> Tensor:
-    gates = base_TO, x_TD, gate_TE, selected_TE, None
+    gates = base_TO, x_TD, gate_TE, None
     output: Tensor = RoutedExperts.apply(mixture, None, *gates, a_EDR, b_EOR, m_ERR, None)
     return output
 
@@ -51,7 +50,7 @@ class Case:
         return leaves if self.m_ERR is None else leaves | {"m": self.m_ERR}
 
     def run(self, gate_power: float = 1.0, scope: str = "factors") -> Tensor:
-        inputs = (self.base_TO, self.x_TD, self.gate_TE, self.selected_TE)
+        inputs = (self.base_TO, self.x_TD, self.gate_TE)
         mixture = Mixture(SCALE, gate_power, power_for_input=scope == "factors_and_input")
         return given_gates(mixture, *inputs, self.a_EDR, self.b_EOR, self.m_ERR)
 
@@ -150,7 +149,7 @@ def test_gradcheck_of_the_chain_rule(mixers: bool) -> None:
     case = make_case(num_tokens=4, num_experts=3, top_k=2, mixers=mixers)
 
     def function(base_TO: Tensor, x_TD: Tensor, gate_TE: Tensor, *factors: Tensor) -> Tensor:
-        return given_gates(Mixture(SCALE), base_TO, x_TD, gate_TE, case.selected_TE, *factors)
+        return given_gates(Mixture(SCALE), base_TO, x_TD, gate_TE, *factors)
 
     assert torch.autograd.gradcheck(function, tuple(case.leaves.values()), rtol=1e-5, atol=1e-6)
 
@@ -188,7 +187,7 @@ def test_the_parameters_themselves_wait_for_the_backward_pass(mixers: bool) -> N
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         case.run()
     parameters = [case.a_EDR, case.b_EOR] + ([] if case.m_ERR is None else [case.m_ERR])
-    inputs = [case.x_TD, case.gate_TE, case.selected_TE, *parameters]
+    inputs = [case.x_TD, case.gate_TE, *parameters]
     own = [tensor for tensor in saved if all(tensor.data_ptr() != given.data_ptr() for given in inputs)]
     assert [tuple(tensor.shape) for tensor in own] == [(11, 5 * 3)], "only the features x a (T, E * R) are made here"
     for parameter in parameters:

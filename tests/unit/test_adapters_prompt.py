@@ -44,7 +44,7 @@ def watch_gates(model: Any) -> list[Tensor]:
     *_, (_, layer) = adapted_layers(model)
     num_sequences = len(token_ids())
     gates: list[Tensor] = []
-    layer.router.register_forward_hook(lambda _, __, output: gates.append(output[0].view(num_sequences, -1, 4)))
+    layer.router.register_forward_hook(lambda _, __, output: gates.append(output.view(num_sequences, -1, 4)))
     return gates
 
 

@@ -138,11 +138,11 @@ def test_gates_are_those_of_the_formula_and_so_are_their_gradients(
     reference: Callable[..., Tensor], config: dict[str, Any]
 ) -> None:
     router, x_TD = make_router(reference.__name__, **config), tokens().requires_grad_()
-    gate_TE, selected_TE = router(x_TD)
+    gate_TE = router(x_TD)
     expected_TE = reference(x_TD, router, config)
     assert gate_TE.dtype is torch.float32
     torch.testing.assert_close(gate_TE.double(), expected_TE, rtol=1e-5, atol=1e-6)
-    assert torch.equal(selected_TE, expected_TE > 0)
+    assert torch.equal(gate_TE != 0, expected_TE > 0)
     torch.testing.assert_close(gate_TE.sum(-1), torch.ones(NUM_TOKENS))
 
     above_TE = torch.randn(gate_TE.shape, generator=torch.Generator().manual_seed(1))
@@ -161,28 +161,29 @@ def test_every_router_has_a_builder_and_knows_its_parameters() -> None:
 
 def test_unselected_experts_have_a_gate_of_exactly_zero_and_no_gradient() -> None:
     router = make_router(top_k=2)
-    gate_TE, selected_TE = router(tokens(1))
+    gate_TE = router(tokens(1))
     gate_TE.square().sum().backward()
-    (unselected,) = (~selected_TE).nonzero(as_tuple=True)[1:]
+    (unselected,) = (gate_TE == 0).nonzero(as_tuple=True)[1:]
     assert len(unselected) == 4
-    assert torch.equal(gate_TE[0, unselected], torch.zeros(4))
     assert router.weight.grad is not None
     assert torch.equal(router.weight.grad[unselected], torch.zeros(4, 16))  # type: ignore[index]
-    assert router.weight.grad[selected_TE[0]].any()  # type: ignore[index, operator]
+    assert router.weight.grad[gate_TE[0] > 0].any()  # type: ignore[index, operator]
 
 
 def test_equal_logits_still_select_k_experts() -> None:
-    gate_TE, selected_TE = make_router(top_k=3)(torch.zeros(5, 16))
-    assert selected_TE.sum(-1).tolist() == [3] * 5
-    torch.testing.assert_close(gate_TE[selected_TE], torch.full((15,), 1 / 3))
+    gate_TE = make_router(top_k=3)(torch.zeros(5, 16))
+    assert (gate_TE > 0).sum(-1).tolist() == [3] * 5
+    torch.testing.assert_close(gate_TE[gate_TE > 0], torch.full((15,), 1 / 3))
 
 
 @pytest.mark.parametrize("p", [0.3, 0.9])
 def test_top_p_takes_one_expert_of_a_sure_token_and_many_of_an_unsure_one(p: float) -> None:
     router = make_router("top_p", top_p=p)
     sure_TD = 100 * tokens(5)
-    assert router(sure_TD)[1].sum(-1).tolist() == [1] * 5
-    assert router(torch.zeros(5, 16))[1].sum(-1).tolist() == [-(-p * 6 // 1)] * 5, "of equal ones as many as it takes"
+    assert (router(sure_TD) > 0).sum(-1).tolist() == [1] * 5
+    assert (router(torch.zeros(5, 16)) > 0).sum(-1).tolist() == [-(-p * 6 // 1)] * 5, (
+        "of equal ones as many as it takes"
+    )
 
 
 def test_a_threshold_that_nobody_passes_gives_no_expert_and_no_nan() -> None:
@@ -190,10 +191,9 @@ def test_a_threshold_that_nobody_passes_gives_no_expert_and_no_nan() -> None:
     with torch.no_grad():
         router.threshold_bias.fill_(100.0)  # type: ignore[operator, union-attr]
     x_TD = torch.zeros(3, 16, requires_grad=True)
-    gate_TE, selected_TE = router(x_TD)
+    gate_TE = router(x_TD)
     gate_TE.sum().backward()
     assert not gate_TE.any()
-    assert not selected_TE.any()
     assert x_TD.grad is not None
     assert all(p.grad is not None and p.grad.isfinite().all() for p in [x_TD, *router.parameters()])
 
@@ -203,7 +203,7 @@ def test_a_row_without_a_prompt_gets_gates_and_no_nan(pooling: str) -> None:
     """Rows that fill up a batch have no real token."""
     router, x_TD = make_router("prompt", pooling=pooling), tokens().requires_grad_()
     router._context.tokens.prompt_BS[0] = False  # type: ignore[index, operator, union-attr]
-    gate_TE, _ = router(x_TD)
+    gate_TE = router(x_TD)
     torch.testing.assert_close(gate_TE[0], torch.zeros(6).masked_fill(gate_TE[0] > 0, 1 / 3))
     gate_TE.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in [x_TD, *router.parameters()])
@@ -211,7 +211,7 @@ def test_a_row_without_a_prompt_gets_gates_and_no_nan(pooling: str) -> None:
 
 def test_noise_is_off_in_evaluation() -> None:
     router, x_TD = make_router("noisy_topk", top_k=2).eval(), tokens()
-    torch.testing.assert_close(router(x_TD)[0].double(), softmax_topk(x_TD, router, {"top_k": 2}), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(router(x_TD).double(), softmax_topk(x_TD, router, {"top_k": 2}), rtol=1e-5, atol=1e-6)
 
 
 IN_BF16: dict[str, dict[str, Any]] = {
@@ -228,14 +228,12 @@ def test_a_bf16_router_computes_in_fp32(name: str) -> None:
     router, x_TD = make_router(name, **IN_BF16[name]).bfloat16(), tokens().bfloat16()
     reference: Callable[..., Tensor] = globals()[name]
     expected_TE = reference(x_TD, router, {"top_k": 3, **IN_BF16[name]})
-    torch.testing.assert_close(router(x_TD)[0].double(), expected_TE, rtol=1e-4, atol=1e-5)  # bf16: 4e-3
+    torch.testing.assert_close(router(x_TD).double(), expected_TE, rtol=1e-4, atol=1e-5)  # bf16: 4e-3
 
 
 def test_one_expert_needs_no_router() -> None:
     router = make_router(num_experts=1)
-    gate_TE, selected_TE = router(tokens(3).bfloat16())
-    assert torch.equal(gate_TE, torch.ones(3, 1))
-    assert selected_TE.all()
+    assert torch.equal(router(tokens(3).bfloat16()), torch.ones(3, 1))
     assert not list(router.parameters())
 
 
@@ -249,11 +247,11 @@ def test_every_parameter_gets_a_gradient_when_all_tokens_go_to_the_same_experts(
     with torch.no_grad():
         layer.experts.b.normal_(generator=torch.Generator().manual_seed(2))
     same_TD = tokens(1).expand(12, 16)
-    _, selected_TE = layer.router(same_TD)
+    gate_TE = layer.router(same_TD)
     layer(same_TD).square().sum().backward()
     for name, parameter in layer.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
-    used = selected_TE[0]
+    used = gate_TE[0] > 0
     assert config.top_k is None or int(used.sum()) == config.top_k
     for factor in (layer.experts.a, layer.experts.b):
         assert factor.grad is not None
@@ -304,15 +302,15 @@ def test_the_bias_selects_and_never_enters_the_gate() -> None:
     router, x_TD = make_router("sigmoid_bias", top_k=2), tokens()
     with torch.no_grad():
         router.bias_steps.zero_()  # type: ignore[operator, union-attr]
-        before_TE = router(x_TD)[0]
+        before_TE = router(x_TD)
         router.bias_steps.fill_(-7)  # type: ignore[operator, union-attr]
-    assert torch.equal(router(x_TD)[0], before_TE), "a bias of all experts alike changes nothing"
+    assert torch.equal(router(x_TD), before_TE), "a bias of all experts alike changes nothing"
     with torch.no_grad():
         router.bias_steps[3] = 10**6  # type: ignore[operator, index]
-    gate_TE, selected_TE = router(x_TD)
-    assert selected_TE[:, 3].all()
+    gate_TE = router(x_TD)
+    assert gate_TE[:, 3].all()
     score_TE = (x_TD @ router.weight.T).sigmoid()  # type: ignore[operator, union-attr]
-    torch.testing.assert_close(gate_TE, renormalised(score_TE, selected_TE))
+    torch.testing.assert_close(gate_TE, renormalised(score_TE, gate_TE > 0))
 
 
 def test_biases_move_one_step_towards_balance() -> None:
@@ -328,8 +326,8 @@ def test_the_bias_balances_tokens_that_all_want_the_same_experts() -> None:
     router: Any = make_router("sigmoid_bias", top_k=2, bias_rate=0.01)
     router.bias_steps.zero_()
     x_TD = tokens(512) + 1.5
-    first_E = router(x_TD)[1].float().mean(0)
+    first_E = (router(x_TD) > 0).float().mean(0)
     for _ in range(200):
-        move_biases([router], [router(x_TD)[1].float().sum(0)])
+        move_biases([router], [(router(x_TD) > 0).float().sum(0)])
     assert first_E.max() > 0.7, "two of six experts would be 1/3"
-    assert (router(x_TD)[1].float().mean(0) - 1 / 3).abs().max() < 0.05
+    assert ((router(x_TD) > 0).float().mean(0) - 1 / 3).abs().max() < 0.05

@@ -55,7 +55,7 @@ def test_a_layer_adds_them_with_gate_1(settings: dict[str, Any], lora_dropout: f
     model.train(not lora_dropout)
     gates: list[Tensor] = []
     layer.context.hooked = True
-    layer.router.register_forward_hook(lambda _, __, routed: gates.append(routed[0]))
+    layer.router.register_forward_hook(lambda _, __, routed: gates.append(routed))
     x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(2, 5, 12, dtype=torch.float64)
     wanted = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]

@@ -79,7 +79,7 @@ def reference(network: TwoLayers, losses: LossesConfig) -> tuple[Tensor, Tensor,
             inputs_of[name] = inputs[0].flatten(0, -2)
 
         def remember(_: Any, inputs: tuple[Any, ...], others: dict[str, Any], name: str) -> None:
-            seen[name] = inputs[3], others.get("ratio_LO")
+            seen[name] = inputs[2] != 0, others.get("ratio_LO")
 
         handles.append(layer.register_forward_pre_hook(partial(note, name=name)))
         handles.append(layer.experts.register_forward_pre_hook(partial(remember, name=name), with_kwargs=True))

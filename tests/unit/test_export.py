@@ -243,7 +243,7 @@ def test_the_average_is_the_mixture_with_each_gate_at_its_mean(
     losses = {"mixture": 0.0, "base model": 0.0, "average": 0.0}
     num_targets = 0
     for name, layer in adapted_layers(model):
-        layer.router.register_forward_hook(lambda _, __, out, name=name: gates[name].append(out[0]))
+        layer.router.register_forward_hook(lambda _, __, out, name=name: gates[name].append(out))
         layer.context.hooked = True
     chats = [chat_of(tokenizer, row) for row in ROWS]
     for ids, answer in chats:

@@ -186,7 +186,7 @@ def test_arrow_is_that_of_peft(base_path: Path, tmp_path: Path, options: dict[st
     theirs = create_arrow_model(base, [str(folder) for folder in folders], arrow_config=ArrowConfig(**settings)).eval()
     gates: list[Tensor] = []
     for _, layer in adapted_layers(ours):
-        layer.router.register_forward_hook(lambda _, __, output: gates.append(output[0]))
+        layer.router.register_forward_hook(lambda _, __, output: gates.append(output))
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)
     for name, layer in adapted_layers(ours):
         of_peft = theirs.get_submodule(f"base_model.model.{name}").lora_arrow["arrow_router"].prototypes

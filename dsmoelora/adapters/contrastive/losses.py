@@ -216,7 +216,7 @@ class ContrastiveLosses:
         self,
         layer: str,
         x_TD: Tensor,
-        selected_TE: Tensor,
+        gate_TE: Tensor,
         tokens: BatchTokens,
     ) -> ContrastOfTokens | None:
         """What a layer has to attach to its output; None where no loss is switched on.
@@ -224,7 +224,7 @@ class ContrastiveLosses:
         Args:
             layer: name
             x_TD: tokens as the experts see them
-            selected_TE: bool
+            gate_TE: of the router
             tokens: of the micro-batch, at least their keys and which are real
         """
         if not self.loss_names or layer not in self._keys:
@@ -234,8 +234,8 @@ class ContrastiveLosses:
         sample = sample_tokens(*known, self._keys[layer], self._config.contrastive_tokens)
         places_N = sample.places_BN.flatten()
         x_BND = x_TD.index_select(0, places_N).view(*sample.places_BN.shape, -1)
-        selected_BNE = selected_TE.index_select(0, places_N).view(*sample.places_BN.shape, -1)
-        active_BNE = selected_BNE & sample.real_BN.unsqueeze(-1)
+        gate_BNE = gate_TE.detach().index_select(0, places_N).view(*sample.places_BN.shape, -1)
+        active_BNE = (gate_BNE != 0) & sample.real_BN.unsqueeze(-1)
         tau = self._config.contrastive_temperature
         contrast = Contrast(sample, active_BNE, self._weights, tau, self._num_used, self._group, self._hear)
         return ContrastOfTokens(x_BND, contrast)

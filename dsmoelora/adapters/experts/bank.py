@@ -61,7 +61,6 @@ class ExpertBank(nn.Module):
             "b": (num_experts, out_features, rank),
         }
         self.held = experts
-        self.scale = config.scale
         power_for_input = config.gate_power_scope == "factors_and_input"
         self.mixture = Mixture(config.scale, config.gate_power, power_for_input, config.shared_experts)
         self._router: tuple[LinearRouter, ...] = ()  # no module of this one
@@ -87,6 +86,11 @@ class ExpertBank(nn.Module):
         self._router = (router,)
 
     @property
+    def scale(self) -> float:
+        """s."""
+        return self.mixture.scale
+
+    @property
     def joined_parameters(self) -> list[nn.Parameter]:
         """Of another module, which this one reads."""
         return [router.weight for router in self._router]
@@ -96,7 +100,6 @@ class ExpertBank(nn.Module):
         base_TO: Tensor | None,
         x_TD: Tensor,
         gate_TL: Tensor | None = None,
-        selected_TL: Tensor | None = None,
         attachment: ContrastOfTokens | None = None,
         ratio_LO: Tensor | None = None,
     ) -> Tensor:
@@ -104,13 +107,11 @@ class ExpertBank(nn.Module):
 
         Args:
             base_TO, x_TD, ratio_LO: as of `RoutedExperts`
-            gate_TL, selected_TL: the same; None where the router that was joined decides, or all gates are 1
+            gate_TL: the same; None where the router that was joined decides, or all gates are 1
             attachment: what else is done to the output
         """
         router = self._router[0] if gate_TL is None and self._router else None
         weight = None if router is None else typed(router.weight, x_TD)
         factors = typed(self.a, x_TD), typed(self.b, x_TD), typed(self.m, x_TD), ratio_LO
-        output: Tensor = RoutedExperts.apply(
-            self.mixture, router, base_TO, x_TD, gate_TL, selected_TL, weight, *factors
-        )
+        output: Tensor = RoutedExperts.apply(self.mixture, router, base_TO, x_TD, gate_TL, weight, *factors)
         return output if attachment is None else attachment.attach(output, *factors)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsmoelora.adapters.experts.function import powered
 from dsmoelora.adapters.experts.products import product_fp32, side_by_side
 from dsmoelora.adapters.precision import of_base, typed
 from dsmoelora.adapters.targets.linear import Linear
@@ -43,20 +44,19 @@ class RescaledRows(torch.autograd.Function):
         base_TO: Tensor,
         bias_O: Tensor | None,
         gate_TE: Tensor,
-        selected_TE: Tensor,
         ratio_EO: Tensor,
         gate_power: float,
     ) -> Tensor:
         """(T, O); `bias_O` (None for 0) is not rescaled. For the other arguments see `RoutedExperts`."""
-        ctx.save_for_backward(base_TO, bias_O, gate_TE, selected_TE, ratio_EO)
+        ctx.save_for_backward(base_TO, bias_O, gate_TE, ratio_EO)
         ctx.gate_power = gate_power
         return torch.addcmul(base_TO, _without(base_TO, bias_O), _change(base_TO, gate_TE, ratio_EO))
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of base, gate and ratios; those of base and gate are exact for every power."""
-        base_TO, bias_O, gate_TE, selected_TE, ratio_EO = ctx.saved_tensors
-        need_base, _, need_gate, _, need_ratio, _ = ctx.needs_input_grad
+        base_TO, bias_O, gate_TE, ratio_EO = ctx.saved_tensors
+        need_base, _, need_gate, need_ratio, _ = ctx.needs_input_grad
         grad_base = grad_gate = grad_ratio = None
         if need_base:
             grad_base = torch.addcmul(grad_TO, grad_TO, _change(base_TO, gate_TE, ratio_EO))
@@ -64,11 +64,9 @@ class RescaledRows(torch.autograd.Function):
         if need_gate:
             grad_gate = product_fp32(product_TO, (ratio_EO - 1).to(product_TO.dtype).t())
         if need_ratio:
-            weight_TE = gate_TE
-            if ctx.gate_power != 1.0:
-                weight_TE = torch.where(selected_TE, gate_TE**ctx.gate_power, 0.0)
+            weight_TE = powered(gate_TE, ctx.gate_power)
             grad_ratio = (weight_TE.to(product_TO.dtype).t() @ product_TO).to(ratio_EO.dtype)
-        return grad_base, None, grad_gate, None, grad_ratio, None
+        return grad_base, None, grad_gate, grad_ratio, None
 
 
 def _without(base_TO: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -118,7 +116,6 @@ class DoraRows(nn.Module):
         base: Linear,
         x_TD: Tensor,
         gate_TE: Tensor,
-        selected_TE: Tensor,
         of_all_experts: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """What the base layer says with its rows rescaled (T, O), and the ratios (L, O), fp32, of this rank's experts.
@@ -127,14 +124,13 @@ class DoraRows(nn.Module):
             base: the frozen layer; called for the norms too, so that ZeRO-3 gathers its weight
             x_TD: tokens, without dropout
             gate_TE: fp32, for the experts of all ranks
-            selected_TE: bool
             of_all_experts: makes (E, O) of this rank's (L, O)
         """
         norms = self._kept_norms(base)
         ratio_LO = self.magnitude.to(norms.norm_LO.dtype) / norms.norm_LO
         ratio_EO = of_all_experts(ratio_LO)
         base_TO, bias_O = of_base(base, x_TD), typed(norms.bias_O, x_TD)
-        base_TO = RescaledRows.apply(base_TO, bias_O, gate_TE, selected_TE, ratio_EO, self._gate_power)
+        base_TO = RescaledRows.apply(base_TO, bias_O, gate_TE, ratio_EO, self._gate_power)
         return base_TO, ratio_LO
 
     def train(self, mode: bool = True) -> DoraRows:

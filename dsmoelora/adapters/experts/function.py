@@ -40,7 +40,7 @@ class Mixture:
     Args:
         scale: s
         gate_power: the gate enters the gradients of `a`, `b`, `m` and the ratios as
-            `where(selected, gate ** gate_power, 0)`
+            `gate ** gate_power`, or 0 where it is 0: see `powered`
         power_for_input: those of `x` too, as in the code that Sun et al. released
         num_shared: experts behind the routed ones, whose gate is 1
     """
@@ -67,7 +67,6 @@ class RoutedExperts(torch.autograd.Function):
         base_TO: Tensor | None,
         x_TD: Tensor,
         gate_TE: Tensor | None,
-        selected_TE: Tensor | None,
         weight_ED: Tensor | None,
         a_EDR: Tensor,
         b_EOR: Tensor,
@@ -81,8 +80,7 @@ class RoutedExperts(torch.autograd.Function):
             router: makes gates of the logits; None where they are given, or all 1
             base_TO: output of the frozen layer; None stands for 0
             x_TD: any dtype
-            gate_TE: given, fp32, 0 where not selected; None stands for ones where there is no router
-            selected_TE: given, bool, which experts a token uses
+            gate_TE: given, fp32, 0 where an expert is not selected; None stands for ones where there is no router
             weight_ED: of the router
             a_EDR: (E, D, R)
             b_EOR: (E, O, R)
@@ -97,13 +95,9 @@ class RoutedExperts(torch.autograd.Function):
             gate_TE = with_shared(gate_TE, mixture.num_shared)
             if losses is None and not router.rule.looks_back:
                 logits_TE = None
-        if mixture.gate_power == 1.0 or gate_TE is None:
-            selected_TE = None  # the gates say it all
-        elif selected_TE is None:
-            selected_TE = gate_TE != 0
         ctx.mixture, ctx.router, ctx.losses = mixture, router, losses
-        learns = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]  # the router's weight or `a`, from x
-        made = (x_TD if learns else None, gate_TE, selected_TE, features_TF, logits_TE)
+        learns = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]  # the router's weight or `a`, from x
+        made = (x_TD if learns else None, gate_TE, features_TF, logits_TE)
         ctx.save_for_backward(*made, weight_ED, a_EDR, b_EOR, m_ERR, ratio_EO)
         out_OF = side_by_side(outgoing(b_EOR, m_ERR, ratio_EO))
         return scaled_product(_weigh(features_TF, gate_TE), out_OF.t(), mixture.scale, base_TO)
@@ -111,15 +105,13 @@ class RoutedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         """Of what `forward` takes; exact for gate_power 1, and that of gates and router always."""
-        x_TD, gate_TE, selected_TE, features_TF, logits_TE, weight_ED, a_EDR, b_EOR, m_ERR, ratio_EO = ctx.saved_tensors
-        _, _, need_base, need_x, need_gate, _, need_weight, need_a, *need_out = ctx.needs_input_grad
+        x_TD, gate_TE, features_TF, logits_TE, weight_ED, a_EDR, b_EOR, m_ERR, ratio_EO = ctx.saved_tensors
+        _, _, need_base, need_x, need_gate, need_weight, need_a, *need_out = ctx.needs_input_grad
         mixture: Mixture = ctx.mixture
         weights = () if weight_ED is None else (weight_ED,)
 
         grad_TF = scaled_product(grad_TO, side_by_side(outgoing(b_EOR, m_ERR, ratio_EO)), mixture.scale)
-        weight_TE = gate_TE
-        if gate_TE is not None and selected_TE is not None:
-            weight_TE = torch.where(selected_TE, gate_TE**mixture.gate_power, 0.0)
+        weight_TE = None if gate_TE is None else powered(gate_TE, mixture.gate_power)
         grad_b = grad_m = grad_ratio = None
         if any(need_out):
             hidden_TF = _weigh(features_TF, weight_TE)
@@ -134,7 +126,7 @@ class RoutedExperts(torch.autograd.Function):
                 to_logits = exact_parts(_through_the_router(ctx, grad_gate, gate_TE, logits_TE), features_TF.dtype)
 
         to_a_TF = to_x_TF = _weigh(grad_TF, weight_TE)
-        if selected_TE is not None and not mixture.power_for_input and need_x:
+        if weight_TE is not gate_TE and not mixture.power_for_input and need_x:
             to_x_TF = _weigh(grad_TF, gate_TE)
         read = [to_x_TF, *to_logits]
         learn = [*([to_a_TF] if need_a else ()), *(to_logits if need_weight else ())]
@@ -149,7 +141,7 @@ class RoutedExperts(torch.autograd.Function):
             num_features = features_TF.shape[1] if need_a else 0
             grad_a = per_expert(found_PD[:num_features], a_EDR.shape[0]) if need_a else None
             grad_weight = sum_of_parts(found_PD[num_features:], len(to_logits)) if need_weight else None
-        of_inputs = (grad_TO if need_base else None, grad_x, grad_gate if need_gate else None, None)
+        of_inputs = (grad_TO if need_base else None, grad_x, grad_gate if need_gate else None)
         return None, None, *of_inputs, grad_weight, grad_a, grad_b, grad_m, grad_ratio
 
 
@@ -189,6 +181,11 @@ def _through_the_router(ctx: Any, grad_gate: Tensor, gate_TE: Tensor, logits_TE:
 def with_shared(gate_TE: Tensor, num_shared: int) -> Tensor:
     """Gates with those of the shared experts behind them, which no router knows of."""
     return nn.functional.pad(gate_TE, (0, num_shared), value=1) if num_shared else gate_TE
+
+
+def powered(gate_TE: Tensor, power: float) -> Tensor:
+    """What enters the factors' gradients instead of the gate: its power, and 0 for an expert that is not selected."""
+    return gate_TE if power == 1.0 else torch.where(gate_TE != 0, gate_TE**power, 0.0)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def features_and_logits(x_TD: Tensor, a_EDR: Tensor, weight_ED: Tensor | None) -
     if weight_ED is None:
         return x_TD @ side_by_side(a_EDR), None
     is_wide = x_TD.dtype.itemsize >= torch.float32.itemsize
-    if not is_wide and (x_TD.dtype == torch.float16 or _leaves_rounding_out(x_TD.device, x_TD.dtype)):
+    if not is_wide and (x_TD.dtype == torch.float16 or leaves_rounding_out(x_TD.device, x_TD.dtype)):
         return x_TD @ side_by_side(a_EDR), product_fp32(x_TD, weight_ED.t())
     columns_DP = columns(a_EDR, [weight_ED])
     num_features = columns_DP.shape[1] - weight_ED.shape[0]
@@ -63,7 +63,7 @@ def product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:
     """
     if x_TD.dtype.itemsize >= torch.float32.itemsize:
         return x_TD @ weight_DE
-    if _leaves_rounding_out(x_TD.device, x_TD.dtype):
+    if leaves_rounding_out(x_TD.device, x_TD.dtype):
         return torch.mm(x_TD, weight_DE, out_dtype=torch.float32)
     if x_TD.dtype == torch.float16:  # above 65,504 the first product is infinite, and its remainder no number
         return x_TD.float() @ weight_DE.float()
@@ -77,7 +77,7 @@ def _with_remainder(rounded_TE: Tensor, x_TD: Tensor, weight_DE: Tensor) -> Tens
 
 
 @functools.cache
-def _leaves_rounding_out(device: torch.device, dtype: torch.dtype) -> bool:
+def leaves_rounding_out(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch has, on this device, products of `dtype` with an fp32 result; asked once by trying."""
     x_11 = torch.ones(1, 1, device=device, dtype=dtype)
     try:

@@ -1,7 +1,7 @@
 """Routers: which experts a token uses, and how much of each.
 
-A router maps tokens (T, D) to gates (T, E) in fp32 and a bool mask of the selected experts. Unselected experts have a
-gate of exactly 0 and get no gradient. `shapes` has the shape of each of its parameters, which ZeRO-3 empties.
+A router maps tokens (T, D) to gates (T, E) in fp32. Experts that it does not select have a gate of exactly 0 and get no
+gradient. `shapes` has the shape of each of its parameters, which ZeRO-3 empties.
 """
 
 from __future__ import annotations

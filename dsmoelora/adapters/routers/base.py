@@ -80,16 +80,16 @@ class Report:
     def __init__(self, place: RouterPlace) -> None:
         self._layer, self._context = place.layer, place.context
 
-    def decide(self, logits_NE: Tensor, rule: Rule, training: bool) -> tuple[Tensor, Tensor]:
-        """Gates and selected experts (N, E) of N tokens or sequences by a rule, with the losses and the log heard."""
+    def decide(self, logits_NE: Tensor, rule: Rule, training: bool) -> Tensor:
+        """Gates (N, E) of N tokens or sequences by a rule, with the losses and the log heard."""
         log = self._context.log
         if log is None or not training:
             return rule(logits_NE)
         num_tokens_N = self._context.tokens.counts(logits_NE)
         losses = log.losses_of(self._layer, logits_NE, num_tokens_N)
-        gate_NE, selected_NE = rule(logits_NE if losses is None else losses.attach(logits_NE))
+        gate_NE = rule(logits_NE if losses is None else losses.attach(logits_NE))
         log.add(self._layer, gate_NE, num_tokens_N)
-        return gate_NE, selected_NE
+        return gate_NE
 
     def losses_of(self, logits_NE: Tensor, gate_NE: Tensor, training: bool) -> LossesOfTokens | None:
         """Have the log hear a decision on logits; and the losses whose gradient is still to be added to theirs."""

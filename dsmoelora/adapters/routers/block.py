@@ -37,7 +37,7 @@ class BlockGates:
     def __init__(self, name: str, in_features: int, style: Style) -> None:
         self.name, self.once, self._in_features, self._style = name, Once(), in_features, style
         self._entrance: str | None = None
-        self._decision: tuple[Tensor, Tensor] | None = None
+        self._gate_TE: Tensor | None = None
         self._hooks: list[Any] = []
 
     def attach(self, model: nn.Module, router: nn.Module) -> None:
@@ -60,8 +60,8 @@ class BlockGates:
                 hook.remove()
             del block.router
 
-    def read(self, layer: str, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Gates (T, E) and selected experts (T, E) for a layer of the block.
+    def read(self, layer: str, num_tokens: int) -> Tensor:
+        """Gates (T, E) for a layer of the block.
 
         Args:
             layer: its name
@@ -70,13 +70,13 @@ class BlockGates:
         Raises:
             ModelError: the layer does not see the tokens that the block was called with
         """
-        if self._decision is None or len(self._decision[0]) != num_tokens:
+        if self._gate_TE is None or len(self._gate_TE) != num_tokens:
             raise ModelError(
                 f"{layer} takes its gates from the router of {self.name} (adapter.style: {self._style}), but the model "
                 "calls it with other tokens than the block, or outside of it. Name it in adapter.lora_modules instead, "
                 "or set adapter.style to per_linear."
             )
-        return self._decision
+        return self._gate_TE
 
     def _enter(self, name: str, router: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide where the block begins: for the first argument of the module that is called first in it."""
@@ -90,10 +90,10 @@ class BlockGates:
                 f"{self.name} is called with {x.shape[-1]} features, but adapter.style {self._style} expects "
                 f"{num_inputs} of it: it cannot be routed so. Set adapter.style to per_linear."
             )
-        self._decision, self.once = router(x.reshape(-1, num_inputs)), Once()
+        self._gate_TE, self.once = router(x.reshape(-1, num_inputs)), Once()
 
     def _forget(self, *_: Any) -> None:
-        self._decision, self.once = None, Once()
+        self._gate_TE, self.once = None, Once()
 
 
 class BlockRouter(nn.Module):
@@ -111,9 +111,7 @@ class BlockRouter(nn.Module):
         self.gates, self._layer = gates, layer
         self._own = None if expert is None else slice(expert, expert + 1)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates (T, E) fp32 and the selected experts (T, E) bool, of the layer's own experts."""
-        gate_TE, selected_TE = self.gates.read(self._layer, len(x_TD))
-        if self._own is None:
-            return gate_TE, selected_TE
-        return gate_TE[:, self._own], selected_TE[:, self._own]
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Gates (T, E) fp32 of the layer's own experts."""
+        gate_TE = self.gates.read(self._layer, len(x_TD))
+        return gate_TE if self._own is None else gate_TE[:, self._own]

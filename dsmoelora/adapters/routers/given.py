@@ -10,9 +10,9 @@ from dsmoelora.adapters.routers.rules import Rule, SoftmaxRule, all_experts
 from dsmoelora.config.adapter_options import RouterStart
 
 
-def free_rule(weight_TE: Tensor) -> tuple[Tensor, Tensor]:
+def free_rule(weight_TE: Tensor) -> Tensor:
     """The weights themselves are the gates."""
-    return weight_TE, torch.ones_like(weight_TE, dtype=torch.bool)
+    return weight_TE
 
 
 class ConstantRouter(nn.Module):
@@ -37,8 +37,8 @@ class ConstantRouter(nn.Module):
         self._rule = _rule(start)
         self._report = Report(place)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates (T, E) fp32, and all experts (T, E) bool."""
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Gates (T, E) fp32."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         weight_TE = self.weight.to(wide).t().expand(len(x_TD), -1)
         return self._report.decide(weight_TE, self._rule, self.training)
@@ -46,8 +46,7 @@ class ConstantRouter(nn.Module):
 
 def constant_gates(weight_E1: Tensor, start: RouterStart) -> Tensor:
     """(E,) fp64: the gates of a `ConstantRouter` with this weight."""
-    gate_1E, _ = _rule(start)(weight_E1.double().t())
-    return gate_1E[0]
+    return _rule(start)(weight_E1.double().t())[0]
 
 
 def _rule(start: RouterStart) -> Rule:
@@ -75,8 +74,8 @@ class ArrowRouter(nn.Module):
         self._rule, self._temperature = SoftmaxRule(TopK(top_k, place.context)), temperature
         self._report = Report(place)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Gates (T, E) fp32 that sum to 1."""
         logits_TE = logits_of(x_TD, self.weight).abs() / self._temperature
         return self._report.decide(logits_TE, self._rule, self.training)
 

@@ -36,8 +36,8 @@ class LinearRouter(nn.Module):
         self.weight = place.uniform_start()
         self.rule, self._report = rule, Report(place)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Gates (T, E) fp32 that sum to 1."""
         return self._report.decide(logits_of(x_TD, self.weight), self.rule, self.training)
 
     def decide(self, logits_TE: Tensor) -> tuple[Tensor, LossesOfTokens | None]:
@@ -65,8 +65,8 @@ class NoisyRouter(nn.Module):
         self._noise_key = derive_seed("router noise", place.layer)
         self._rule, self._report, self._context = rule, Report(place), place.context
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Gates (T, E) fp32 that sum to 1."""
         if not self.training:
             logits_TE = logits_of(x_TD, self.weight)
         else:
@@ -105,17 +105,17 @@ class ThresholdRouter(nn.Module):
         self.threshold_bias = place.zero_start(1)
         self._num_experts, self._report = place.num_experts, Report(place)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool."""
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Gates (T, E) fp32 that sum to 1."""
         both_TF = logits_of(x_TD, self.weight, self.threshold_weight)
         logits_TE, raw_T1 = both_TF.split([self._num_experts, 1], dim=-1)
         threshold_T1 = (raw_T1 + self.threshold_bias.float()).sigmoid() / self._num_experts
 
-        def rule(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        def rule(logits_TE: Tensor) -> Tensor:
             above_TE = (logits_TE.softmax(-1) - threshold_T1).relu()
             # All zero only where all probabilities are equal and the sigmoid rounds to 1: then no expert is used.
             total_T1 = above_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            return above_TE / total_T1, above_TE > 0
+            return above_TE / total_T1
 
         return self._report.decide(logits_TE, rule, self.training)
 
@@ -127,7 +127,6 @@ class SingleExpertRouter(nn.Module):
         super().__init__()
         self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Ones (T, 1) fp32 and True (T, 1)."""
-        gate_TE = x_TD.new_ones(x_TD.shape[0], 1, dtype=torch.float32)
-        return gate_TE, gate_TE.bool()
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Ones (T, 1) fp32."""
+        return x_TD.new_ones(x_TD.shape[0], 1, dtype=torch.float32)

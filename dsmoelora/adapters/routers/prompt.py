@@ -44,14 +44,14 @@ class PromptMemory:
 
     Args:
         prompt_BS: bool, which tokens of the call at hand are the prompt
-        gates: by layer, the gates (B, E) and selected experts (B, E) of that prompt, once it was routed
+        gates: by layer, the gates (B, E) of that prompt, once it was routed
         goes_on: the call at hand goes on from the prompt: its gates hold
         is_generating: `generate` runs, all whose calls but the first go on
         watch: the hook of the model that fills this in
     """
 
     prompt_BS: Tensor | None = None
-    gates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    gates: dict[str, Tensor] = field(default_factory=dict)
     goes_on: bool = False
     is_generating: bool = False
     watch: RemovableHandle | None = None
@@ -81,19 +81,19 @@ class PromptRouter(nn.Module):
         self._rule, self._report = rule, Report(place)
         self.memory = PromptMemory()
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates (T, E) fp32 that sum to 1, and the selected experts (T, E) bool, the same for a sequence."""
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Gates (T, E) fp32 that sum to 1, the same for a sequence."""
         memory = self.memory
         if self._context.tokens.prompt_BS is None and memory.goes_on:
-            gate_BE, selected_BE = memory.gates[self._layer]
+            gate_BE = memory.gates[self._layer]
         else:
             prompt_BS = self._prompt(x_TD)
             logits_BE = PooledLogits.apply(x_TD, self.weight, self._shares(x_TD, prompt_BS))
-            gate_BE, selected_BE = self._report.decide(logits_BE, self._rule, self.training)
+            gate_BE = self._report.decide(logits_BE, self._rule, self.training)
             if not self.training:
-                memory.gates[self._layer] = gate_BE.detach(), selected_BE
+                memory.gates[self._layer] = gate_BE.detach()
         num_tokens = len(x_TD) // len(gate_BE)
-        return _for_all_tokens(gate_BE, num_tokens), _for_all_tokens(selected_BE, num_tokens)
+        return gate_BE.unsqueeze(1).expand(-1, num_tokens, -1).flatten(0, 1)
 
     def _shares(self, x_TD: Tensor, prompt_BS: Tensor) -> Tensor:
         """(B, S): what each token weighs in the pooled state of its prompt."""
@@ -113,10 +113,6 @@ class PromptRouter(nn.Module):
                 "prompt. Call the model that was adapted as a whole, not a part of it."
             )
         return prompt_BS
-
-
-def _for_all_tokens(value_BE: Tensor, num_tokens: int) -> Tensor:
-    return value_BE.unsqueeze(1).expand(-1, num_tokens, -1).flatten(0, 1)
 
 
 def watch_prompts(model: nn.Module) -> None:

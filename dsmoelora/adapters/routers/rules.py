@@ -1,7 +1,7 @@
 """From scores to gates: which experts a token uses, and how much of each. All of it in fp32.
 
-A gate is the softmax over the selected experts' scores, and exactly 0, without a gradient, for the others. Shapes
-never depend on the data.
+A gate is the softmax over the selected experts' scores, and exactly 0, without a gradient, for the others: so gates
+alone say which experts a token uses. Shapes never depend on the data.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# scores (T, E) fp32 -> gates (T, E) fp32, selected (T, E) bool
-Rule = Callable[[Tensor], tuple[Tensor, Tensor]]
-
+# logits (T, E) fp32 -> gates (T, E) fp32
+Rule = Callable[[Tensor], Tensor]
 
 # logits (T, E) -> scores (T, E) whose softmax the gates are: -inf where an expert is not selected
 Selection = Callable[[Tensor], Tensor]
@@ -35,10 +34,10 @@ class SoftmaxRule:
     def __init__(self, select: Selection) -> None:
         self.select = select
 
-    def __call__(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits_TE: Tensor) -> Tensor:
         """A `Rule`."""
         gate_TE: Tensor = Decided.apply(logits_TE, self)
-        return gate_TE, gate_TE != 0
+        return gate_TE
 
     def forward(self, logits_TE: Tensor) -> Tensor:
         """Gates, without a gradient."""

@@ -195,9 +195,8 @@ def _shift(layer: RoutedLinear, start: StartFactors, rounding: Rounding) -> None
 def uniform_gates(model: nn.Module) -> Iterator[None]:
     """Inside the block every expert has the gate 1 / E for every token: the base as it was, before the first step."""
 
-    def even_out(_: nn.Module, __: object, routed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        gate_TE, selected_TE = routed
-        return torch.full_like(gate_TE, 1 / gate_TE.shape[-1]), torch.ones_like(selected_TE)
+    def even_out(_: nn.Module, __: object, gate_TE: Tensor) -> Tensor:
+        return torch.full_like(gate_TE, 1 / gate_TE.shape[-1])
 
     with adapter_context(model).hooks([router.register_forward_hook(even_out) for _, router in routers(model)]):
         yield
