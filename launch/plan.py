@@ -38,9 +38,11 @@ def main() -> None:
     options, rest = parse_options(sys.argv[1:])
     command = parse_command(rest)
     setup_logging(rank=0)
+    from dsmoelora.model.folder import check_described
     from dsmoelora.planner import device_named
 
     device = device_named(options.gpu)
+    check_described(command.recipe.model)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     recipe = with_dtype(command.recipe, device.dtype)
     if options.search:

@@ -24,7 +24,26 @@ def check_model_folder(config: ModelConfig) -> list[str]:
     Raises:
         UserError: the model cannot be trained on, or is not there
     """
+    check_described(config)
     notes = []
+    if not _has_weights(config):
+        notes.append(
+            f"{Path(config.path)} holds no weights ({', '.join(_WEIGHTS)}): it can be planned with, not trained."
+        )
+    if is_fallback(load_tokenizer(config)):
+        notes.append(
+            f"the tokenizer of {config.path} has no chat template: turns are written as ### User: and ### Assistant: "
+            "(docs/data.md). --preview 3 shows what comes of it."
+        )
+    return notes
+
+
+def check_described(config: ModelConfig) -> None:
+    """Make sure that there is a config.json, and that it describes a model that can be trained on.
+
+    Raises:
+        UserError: it does not, or is not there
+    """
     if not config.path:
         raise bad_value("model.path", config.path, "a folder of a transformers model, or a hub name", "Set model.path.")
     folder = Path(config.path)
@@ -37,14 +56,6 @@ def check_model_folder(config: ModelConfig) -> list[str]:
     if not folder.exists():
         _find_on_hub(config.path)
     _check_plain(config)
-    if not _has_weights(config):
-        notes.append(f"{folder} holds no weights ({', '.join(_WEIGHTS)}): it can be planned with, not trained.")
-    if is_fallback(load_tokenizer(config)):
-        notes.append(
-            f"the tokenizer of {config.path} has no chat template: turns are written as ### User: and ### Assistant: "
-            "(docs/data.md). --preview 3 shows what comes of it."
-        )
-    return notes
 
 
 def check_trainable(config: ModelConfig) -> None:

@@ -66,6 +66,10 @@ def too_many_gpus(bench: Bench) -> list[str]:
     return bench.plan("--gpus", 3, "--train.batch_size", 4, "--train.micro_batch_size", 1)
 
 
+def search_for_no_model(bench: Bench) -> list[str]:
+    return bench.plan("--model.path", "./nowhere", "--search")
+
+
 EARLY: dict[str, Case] = {
     "a plan for no GPU": no_gpus,
     "a plan for a GPU that nobody has described": unknown_gpu,
@@ -78,5 +82,6 @@ EARLY: dict[str, Case] = {
     "a search on devices that are too small": search_on_dwarfs,
     "a device on which not even one row fits": fit_on_a_dwarf,
     "a run on a device that nobody has described": unknown_device_of_a_run,
+    "a search for a model that is not there": search_for_no_model,
     "a plan for GPUs that do not divide the batch": too_many_gpus,
 }
