@@ -38,15 +38,16 @@ def recipe_of(base: str, world_size: int, ep_size: int) -> Recipe:
 
 
 def hold_zeros() -> None:
-    """Have memory that nobody has written to be zero: garbage need not be finite."""
+    """Have memory that nobody has written to be zero, also inside `zero.Init`: garbage need not be finite."""
     import torch
+    from deepspeed.runtime.zero import partition_parameters
 
     empty = torch.empty
 
     def zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
         return empty(*args, **kwargs).zero_()
 
-    torch.empty = zeros  # type: ignore[assignment]
+    torch.empty = partition_parameters._orig_torch_empty = zeros  # type: ignore[assignment]
 
 
 def held_by(engine: Any) -> list[list[Any]]:
