@@ -19,8 +19,8 @@ from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig
 
 ZERO: dict[str, Any] = {
     "reduce_bucket_size": 10_000,
-    "stage3_param_persistence_threshold": 20,
-    "stage3_prefetch_bucket_size": 100_000,
+    "stage3_param_persistence_threshold": 4_096,  # norms, routers, and most of the experts' factors
+    "stage3_prefetch_bucket_size": 10_000,
     "stage3_max_reuse_distance": 0,
 }
 

@@ -21,7 +21,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
@@ -32,6 +32,7 @@ from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError
 from dsmoelora.optim.rows import Segment, Shard, Trainable
 from dsmoelora.parallel import comm
+from dsmoelora.parallel.buckets import gather_pieces, in_buckets
 from dsmoelora.parallel.placement import ExpertPlacement, check_placement
 from dsmoelora.parallel.versions import KNOWN_VERSIONS, is_known_version
 
@@ -250,8 +251,59 @@ def push_master_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     optimizer._partition_all_parameters()
     for index in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(index)
-    if optimizer.persistent_parameters:
-        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    _gather_trained(engine)
+
+
+@contextmanager
+def _kept_whole(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """A step in the block leaves what ZeRO-3 keeps whole between steps whole: what is trained comes in few gathers.
+
+    DeepSpeed lets go of all of it when a step begins, and gathers all of it when it ends, a collective for each tensor.
+    But no step writes to what is frozen; so that stays where it is, and nothing of it is sent.
+    """
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield
+        return
+    kept, optimizer.persistent_parameters = optimizer.persistent_parameters, []
+    frozen = [(one, one.data) for one in kept if not one.requires_grad and _is_there(one)]
+    try:
+        yield
+    finally:
+        optimizer.persistent_parameters = kept
+    for parameter, whole in frozen:
+        if not _is_there(parameter) and _is_in_memory(parameter):
+            parameter.data, parameter.ds_status = whole, ZeroParamStatus.AVAILABLE
+    _gather_trained(engine)
+
+
+def _gather_trained(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Gather what is trained and kept whole between steps, as much at once as is fetched ahead (collective)."""
+    by_group: dict[tuple[int, torch.dtype], list[Any]] = {}
+    others: list[Any] = []
+    for parameter in engine.optimizer.persistent_parameters:
+        if parameter.requires_grad and not _is_there(parameter):
+            group, dtype = parameter.ds_process_group, parameter.ds_tensor.dtype
+            is_cut = dist.get_world_size(group) > 1 and _is_in_memory(parameter)
+            (by_group.setdefault((id(group), dtype), []) if is_cut else others).append(parameter)
+    for of_group in by_group.values():
+        for bucket in in_buckets(of_group, full_numel, engine.zero_prefetch_bucket_size()):
+            wholes = gather_pieces([parameter.ds_tensor for parameter in bucket], bucket[0].ds_process_group)
+            for parameter, whole in zip(bucket, wholes, strict=True):
+                parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
+                parameter.ds_status = ZeroParamStatus.AVAILABLE
+    if others:
+        others[0].all_gather(others)
+
+
+def _is_there(parameter: Any) -> bool:
+    """Whether it is whole on this rank."""
+    return parameter.ds_status is ZeroParamStatus.AVAILABLE
+
+
+def _is_in_memory(parameter: Any) -> bool:
+    """Whether this rank's piece is, and not on NVMe."""
+    return parameter.ds_tensor.status is PartitionedParamStatus.AVAILABLE
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -296,8 +348,7 @@ def forget_whole(parameter: Any) -> None:
 
     One that a pass is using, which has ended half-way with an error, stays.
     """
-    is_whole = is_partitioned(parameter) and parameter.ds_status is ZeroParamStatus.AVAILABLE
-    if is_whole and not parameter.ds_active_sub_modules:
+    if is_partitioned(parameter) and _is_there(parameter) and not parameter.ds_active_sub_modules:
         parameter.partition()
 
 
@@ -340,12 +391,14 @@ def step(engine: deepspeed.DeepSpeedEngine) -> None:
     """
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if not isinstance(scaler, DynamicLossScaler):
-        engine.step()
+        with _kept_whole(engine):
+            engine.step()
         return
     overflows: list[bool] = []
     scaler.update_scale = overflows.append
     try:
-        engine.step()
+        with _kept_whole(engine):
+            engine.step()
     finally:
         del scaler.update_scale
     for overflow in overflows:

@@ -53,9 +53,10 @@ def keep_whole_what_fits(config: dict[str, Any], adapters: list[int], base: list
     """Have ZeRO-3 keep adapters gathered between steps, and of the base what fits beside them.
 
     Above the threshold every layer gathers its weights anew, in each forward and backward pass of each micro-batch;
-    those below it are gathered together, once a step. Masters, moments and gradients stay in pieces. Done where the
-    user sets no threshold, and as far as no more than 2^28 numbers stay (half a GiB in 16 bits): all of a small model,
-    the adapters and smaller weights of a large one, or only what DeepSpeed keeps itself where not even adapters fit.
+    of those below it what is trained is gathered together, once a step. Masters, moments and gradients stay in pieces.
+    Done where the user sets no threshold, and as far as no more than 2^28 numbers stay (half a GiB in 16 bits): all of
+    a small model, the adapters and smaller weights of a large one, or only what DeepSpeed keeps itself where not even
+    adapters fit.
 
     Args:
         config: from `merge_config`, written to

@@ -161,9 +161,11 @@ def _adapter_parts(run: Rehearsal) -> list[Part]:
     if stage < 3:
         return [Part("adapters, whole", run.string_numel * itemsize)]
     away = run.offloads("offload_param")
+    gathered = [numel for num_ranks in {one.num_pieces for one in trained} for numel in run.kept_buckets(num_ranks)]
     return [
         Part("adapters, partitioned", _pieces(trained) * itemsize, on_host=away),
         Part("adapters, kept whole", _kept(trained) * itemsize),
+        Part("adapters, gathered after the step", max(gathered, default=0) * itemsize, Phase.STEP, is_exact=False),
     ]
 
 

@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dsmoelora.config import OptimConfig, Recipe
 from dsmoelora.model import load_model_config, without_dropout
+from dsmoelora.parallel.buckets import in_buckets
 from dsmoelora.parallel.zero_config import merge_config, read_zero
 from dsmoelora.planner.cut_rows import num_cut_rows
 from dsmoelora.planner.gathering import Gathered, GatherRules, gathered_in_pass
@@ -75,6 +76,13 @@ class Rehearsal:
     def num_cut_rows(self, trained: list[ParameterShape]) -> int:
         """Rows of factors that lie on several ranks, of tensors of one process group."""
         return num_cut_rows(trained, self.zero.stage, self.string_numel // self.world_size)
+
+    def kept_buckets(self, num_ranks: int) -> list[int]:
+        """Numbers, padding counted, of each gather after a step: what is trained and kept whole, of a process group."""
+        kept = [one for one in self.shapes.parameters.values() if one.trainable and one.is_kept_whole]
+        of_group = [one for one in kept if one.num_pieces == num_ranks > 1]
+        buckets = in_buckets(of_group, lambda one: one.numel, self.zero.prefetch_bucket_size)
+        return [sum(one.padded for one in bucket) for bucket in buckets]
 
     @cached_property
     def gathered(self) -> Gathered:

@@ -14,6 +14,7 @@ all ranks share is no collective: `write`, all of its bytes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,10 +24,10 @@ import torch
 from dsmoelora.adapters.contrastive.losses import NAMES
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.config import Recipe
+from dsmoelora.parallel.buckets import in_buckets
 from dsmoelora.planner.cut_rows import step_buffer_bytes
 from dsmoelora.planner.gathering import gradients_in_order
 from dsmoelora.planner.rehearsal import Rehearsal, num_moments, rehearse
-from dsmoelora.planner.shapes import ParameterShape
 
 Phase = Literal["forward", "backward", "step", "checkpoint"]
 Op = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "write"]
@@ -202,16 +203,12 @@ def _buckets(run: Rehearsal) -> list[tuple[int, int]]:
     at_the_end = zero.stage == 0 or (zero.stage == 1 and (is_bf16 or not zero.overlap_comm))
     order = run.shapes.trained if at_the_end else gradients_in_order(run.shapes, run.passed.calls)
     room = _WHOLE_MODEL_BUCKET if zero.stage == 0 or (zero.stage == 1 and is_bf16) else zero.reduce_bucket_size
-    buckets: list[list[ParameterShape]] = []
-    for one in order:
-        last = buckets[-1] if buckets else []
-        has_room = sum(other.numel for other in last) + one.numel <= room
-        if last and has_room and last[0].num_pieces == one.num_pieces:
-            last.append(one)
-        else:
-            buckets.append([one])
     padded = zero.stage == 3 and zero.reduce_scatter
-    return [(sum(one.padded if padded else one.numel for one in some), some[0].num_pieces) for some in buckets]
+    return [
+        (sum(one.padded if padded else one.numel for one in bucket), num_ranks)
+        for num_ranks, neighbours in itertools.groupby(order, key=lambda one: one.num_pieces)
+        for bucket in in_buckets(neighbours, lambda one: one.numel, room)
+    ]
 
 
 def _of_the_step(run: Rehearsal) -> list[Traffic]:
@@ -224,9 +221,8 @@ def _of_the_step(run: Rehearsal) -> list[Traffic]:
             num_bytes = step_buffer_bytes(of_group, run.recipe.optim, run.num_cut_rows(of_group))
             sizes = [num_bytes] if num_bytes else []
             found.append(_traffic(run, f"preconditioner's sums of {what}", "step", "all_reduce", sizes, num_ranks))
-        kept = [one for one in run.shapes.parameters.values() if one.is_kept_whole and one.num_pieces == num_ranks]
-        sizes = [one.padded * run.itemsize for one in kept] if stage == 3 else []
-        found.append(_traffic(run, "weights that are kept whole", "step", "all_gather", sizes, num_ranks))
+        sizes = [numel * run.itemsize for numel in run.kept_buckets(num_ranks)]
+        found.append(_traffic(run, f"{what} that are kept whole", "step", "all_gather", sizes, num_ranks))
     if stage in (1, 2):
         sizes = [run.string_numel * run.itemsize]
         found.append(_traffic(run, "adapters, new", "step", "all_gather", sizes, run.world_size))

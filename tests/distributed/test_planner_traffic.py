@@ -56,6 +56,7 @@ def compare(recipe: Recipe, zero: dict[str, Any], pool: Any, num_ranks: int, rel
         (3, {}, "fp32", True),
         (3, {}, "fp32", False),
         (3, WHOLE, "fp32", False),
+        (3, WHOLE | {"stage3_prefetch_bucket_size": 1_000}, "bf16", False),
         thorough(3, {"reduce_scatter": False}, "fp32", False),
         (2, {}, "bf16", False),
         thorough(2, {}, "fp32", False),
@@ -77,19 +78,19 @@ def test_collectives_of_a_step(
 
 
 @pytest.mark.parametrize(
-    ("ep_size", "exchange", "rel"),
+    ("more", "exchange", "rel"),
     # experts are not chosen at random, as the formulas of `all_to_all` have it
-    [(2, "gather", 0.02), (2, "all_to_all", 0.1)],
+    [({}, "gather", 0.02), (WHOLE, "gather", 0.02), ({}, "all_to_all", 0.1)],
 )
 def test_collectives_of_experts_on_several_ranks(
-    ep_size: int,
+    more: dict[str, Any],
     exchange: Literal["gather", "all_to_all"],
     rel: float,
     tmp_path: Path,
     worker_pool: PoolFactory,
 ) -> None:
-    recipe = with_ranks(recipe_of(tmp_path, "fp32", 64), 4, ep_size=ep_size, exchange=exchange)
-    compare(recipe, zero_of(3), worker_pool(4), 4, rel)
+    recipe = with_ranks(recipe_of(tmp_path, "fp32", 64), 4, ep_size=2, exchange=exchange)
+    compare(recipe, zero_of(3, **more), worker_pool(4), 4, rel)
 
 
 @pytest.mark.parametrize(
