@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_with_min_lr_schedule_with_warmup,
-    get_polynomial_decay_schedule_with_warmup,
-)
 
 from dsmoelora.config import OptimConfig
 
@@ -22,6 +17,13 @@ def build_schedule(optimizer: Optimizer, config: OptimConfig, num_steps: int, po
         num_steps: optimizer steps of the whole run
         position: optimizer steps taken already
     """
+    # which brings transformers' Trainer with it, and seconds to start: a plan has no schedule
+    from transformers import (
+        get_constant_schedule_with_warmup,
+        get_cosine_with_min_lr_schedule_with_warmup,
+        get_polynomial_decay_schedule_with_warmup,
+    )
+
     warmup, last = config.warmup_steps, position - 1
     end = config.lr * config.min_lr_ratio
     num_steps = max(num_steps, warmup + 1)  # a run may end within its warm-up

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,3 +292,10 @@ def test_rank_0_plans_and_all_hear_of_it(base: Path, monkeypatch: pytest.MonkeyP
         assert isinstance(first, ConfigError)
         assert str(first).startswith("The run cannot fit: ")
         assert [str(other) for other in others] == [f"rank 0: {first}"] * 3
+
+
+def test_a_plan_does_not_wait_for_libraries_that_it_does_not_need() -> None:
+    """PEFT, the kernels of bitsandbytes and transformers' Trainer take seconds to import."""
+    asked = "import launch.plan, dsmoelora.planner, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, timeout=240, check=True)
+    assert not {"peft", "bitsandbytes", "transformers.trainer_utils"} & set(done.stdout.split())
