@@ -168,7 +168,7 @@ def _used(sources: Sequence[DataSource], how: Reading, use: Callable[[Question],
                 skipped.append(made)
             else:
                 found.append(made)
-            if len(found) == how.num_samples:
+            if how.num_samples and len(found) == how.num_samples:
                 break
         first = f"row {skipped[0].row}: {skipped[0].problem}" if skipped else ""
         if not found:

@@ -191,11 +191,14 @@ def test_rows_that_cannot_be_scored(base_path: Path, tmp_path: Path, rows: Any, 
         load(written(tmp_path, rows), how)
 
 
-def test_wrong_rows_are_left_out_where_asked_and_the_first_samples_taken(base_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_samples", "taken"), [(2, [2, 3]), (0, [2, 3, 4, 5])], ids=["two", "all"])
+def test_wrong_rows_are_left_out_where_asked(
+    base_path: Path, tmp_path: Path, num_samples: int, taken: list[int]
+) -> None:
     rows = [{"instruction": "a", "output": "none"}, *MATHS, {"instruction": "z", "output": "7"}]
-    how = Reading(trained_tokenizer(base_path), on_bad_row="skip", num_samples=2)
+    how = Reading(trained_tokenizer(base_path), on_bad_row="skip", num_samples=num_samples)
     found = prompts(written(tmp_path, rows), how, numbers=True)
-    assert [item.row for item in found.items] == [2, 3]
+    assert [item.row for item in found.items] == taken
     (remark,) = found.remarks
     assert "1 rows skipped (row 1: its answer comes to no number" in remark
     assert all(isinstance(item, Item) for item in found.items)
