@@ -127,6 +127,7 @@ def _line() -> str:
     try:
         return input("> ").strip()
     except EOFError:
+        print()  # what the shell says next has a line of its own
         return ""
 
 

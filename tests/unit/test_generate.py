@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -119,9 +120,12 @@ def test_a_chat_is_asked_with_all_that_was_said_and_can_begin_anew(
     assert first in capsys.readouterr().out
 
 
-def test_a_chat_ends_with_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
+def test_a_chat_ends_with_the_input_and_a_line_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     generate.chat(Mock(), tiny_tokenizer(tmp_path), None, max_new_tokens=1)
+    assert capsys.readouterr().out.endswith("ends it.\n> \n")
 
 
 def test_either_prompts_or_a_chat() -> None:
