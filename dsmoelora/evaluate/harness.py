@@ -7,6 +7,7 @@ between processes as pickles; here both go through `parallel.comm`.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,7 +153,13 @@ def _harness_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
             """Wait for all ranks."""
             comm.barrier()
 
-    return Model()
+    log = logging.getLogger("lm_eval.models.huggingface")
+    own = log.level
+    log.setLevel(logging.ERROR)  # it warns of ranks and models that it was not given by name; here they are as it wants
+    try:
+        return Model()
+    finally:
+        log.setLevel(own)
 
 
 def as_json(value: Any) -> Any:

@@ -49,6 +49,8 @@ def test_two_ranks_have_the_numbers_of_one(there: Path) -> None:
         assert [one.returncode for one in done] == [0] * num_ranks, done[0].stderr
         found[num_ranks] = json.loads((out / "tasks.json").read_text())
         assert "mine" in done[0].stdout and "acc_norm" in done[0].stdout
+        said = (done[0].stdout + done[0].stderr).splitlines()
+        assert [line for line in said if "lm_eval" in line and "WARNING" in line] == []
     assert found[1] == found[2] and found[1].keys() == {"base", "adapter"}
     values = {score["metric"]: score["value"] for score in found[1]["base"]}
     assert values.keys() == {"acc", "acc_norm"} and any(0 < value < 1 for value in values.values())
