@@ -1,16 +1,18 @@
 """An adapter behind an OpenAI-compatible server: `transformers serve`, with a model of ours in it.
 
-Its handlers, streaming and batching stay as they are. What is ours is how model and tokenizer come, and that prompts
-are made by the function that training uses.
+Its handlers, streaming and batching stay as they are. What is ours is how model and tokenizer come, that prompts are
+made by the function that training uses, and what a client hears whose request cannot be answered.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import transformers
@@ -21,6 +23,12 @@ from dsmoelora.data.problems import RowProblem
 from dsmoelora.errors import ConfigError, ModelError, bad_value
 
 TESTED = "5.23"
+# Numbers of a request, each with the least and the largest that is allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), (1, math.inf)),
+    "temperature": (0, math.inf),
+    "top_p": (0, 1),
+}
 Loaded = tuple[Any, PreTrainedTokenizerBase]
 
 
@@ -38,19 +46,22 @@ def check_servable() -> None:
     try:
         from transformers.cli.serve import Serve
         from transformers.cli.serving.model_manager import ModelManager
+        from transformers.cli.serving.server import build_server  # noqa: F401
+        from transformers.cli.serving.utils import BaseHandler
     except ImportError as error:
         raise _other_version(str(error)) from error
-    wanted = {
-        "__init__": {"force_model", "continuous_batching", "device", "dtype"},
-        "_load_model": {"model_id_and_revision"},
-        "_load_processor": {"model_id_and_revision"},
-        "process_model_name": {"model_id"},
-        "get_gen_models": set(),
-    }
-    for name, parameters in wanted.items():
-        method = getattr(ModelManager, name, None)
+    wanted: list[tuple[type, str, set[str]]] = [
+        (ModelManager, "__init__", {"force_model", "continuous_batching", "device", "dtype"}),
+        (ModelManager, "_load_model", {"model_id_and_revision"}),
+        (ModelManager, "_load_processor", {"model_id_and_revision"}),
+        (ModelManager, "process_model_name", {"model_id"}),
+        (ModelManager, "get_gen_models", set()),
+        (BaseHandler, "_build_generation_config", {"body"}),
+    ]
+    for owner, name, parameters in wanted:
+        method = getattr(owner, name, None)
         if method is None or not parameters <= set(inspect.signature(method).parameters):
-            raise _other_version(f"its ModelManager has another {name}")
+            raise _other_version(f"its {owner.__name__} has another {name}")
     if not {"force_model", "continuous_batching", "host", "port"} <= set(inspect.signature(Serve).parameters):
         raise _other_version("its Serve takes other options")
 
@@ -80,14 +91,16 @@ def serve(name: str, load: Callable[[], Loaded], host: str, port: int, continuou
     """
     from transformers.cli.serve import Serve
 
-    with _our_manager(name, load):
+    with _our_parts(name, load):
         Serve(force_model=name, host=host, port=port, continuous_batching=continuous_batching)
 
 
 @contextmanager
-def _our_manager(name: str, load: Callable[[], Loaded]) -> Iterator[None]:
-    """Inside the block `Serve` makes a manager that has one model, ours."""
+def _our_parts(name: str, load: Callable[[], Loaded]) -> Iterator[None]:
+    """Inside the block `Serve` makes a server that has one model, ours, and takes requests as they are meant."""
     model_manager: Any = importlib.import_module("transformers.cli.serving.model_manager")
+    server: Any = importlib.import_module("transformers.cli.serving.server")
+    handler: Any = importlib.import_module("transformers.cli.serving.utils").BaseHandler
     loaded: list[Loaded] = []
 
     def once() -> Loaded:
@@ -117,11 +130,78 @@ def _our_manager(name: str, load: Callable[[], Loaded]) -> Iterator[None]:
             """The list of models; the original asks the hub's cache, which need not exist."""
             return [{"id": name, "object": "model", "created": 0, "owned_by": "dsmoelora"}]
 
-    original, model_manager.ModelManager = model_manager.ModelManager, Manager
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(model_manager, "ModelManager", Manager))
+        stack.enter_context(_replaced(server, "build_server", _telling_errors(server.build_server)))
+        stack.enter_context(_replaced(handler, "_build_generation_config", _as_asked(handler._build_generation_config)))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        model_manager.ModelManager = original
+        setattr(owner, name, original)
+
+
+def _as_asked(build: Callable[..., Any]) -> Callable[..., Any]:
+    """`_build_generation_config` that refuses numbers out of range, and samples where a temperature is given.
+
+    The original leaves `do_sample` to the base, so that one that answers greedily would ignore every temperature.
+    """
+
+    @wraps(build)
+    def built(handler: Any, body: dict[str, Any], *args: Any, **options: Any) -> Any:
+        check_numbers(body)
+        config = build(handler, body, *args, **options)
+        if body.get("temperature"):
+            config.do_sample = True
+        return config
+
+    return built
+
+
+def check_numbers(body: dict[str, Any]) -> None:
+    """Make sure that the numbers of a request can be generated with.
+
+    Raises:
+        HTTPException: a bad request; one of them cannot
+    """
+    from fastapi import HTTPException
+
+    for name, (least, most) in RANGES.items():
+        value = body.get(name)
+        if value is None or (type(value) in (int, float) and least <= value <= most):
+            continue
+        allowed = f"{least} or more" if most == math.inf else f"between {least} and {most}"
+        raise HTTPException(400, f"{name} is {value!r}, but it must be {allowed}.")
+
+
+def _telling_errors(build: Callable[..., Any]) -> Callable[..., Any]:
+    """`build_server` whose server says what is wrong in OpenAI's form, the only one that its clients print."""
+
+    @wraps(build)
+    def built(*args: Any, **options: Any) -> Any:
+        from fastapi.exceptions import RequestValidationError
+        from fastapi.responses import JSONResponse
+        from starlette.exceptions import HTTPException
+
+        async def tell(_: Any, problem: Any) -> Any:
+            is_malformed = isinstance(problem, RequestValidationError)
+            message = "; ".join(one["msg"] for one in problem.errors()) if is_malformed else str(problem.detail)
+            status = 422 if is_malformed else problem.status_code
+            error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+            return JSONResponse({"error": error}, status)
+
+        app = build(*args, **options)
+        for kind in (HTTPException, RequestValidationError):
+            app.add_exception_handler(kind, tell)
+        return app
+
+    return built
 
 
 def prompting_as_in_training(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

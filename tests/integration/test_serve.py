@@ -126,9 +126,42 @@ def test_plain_completions(client: Any, adapter: Path) -> None:
     assert done.choices[0].text == whole.choices[0].message.content
 
 
-def test_another_model_is_refused(client: Any) -> None:
-    with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(**asked("x", model="other"))
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"model": "other"}, "Server is pinned to 'tuned'; requested 'other'"),
+        ({"messages": []}, "The prompt cannot be asked: it has no messages"),
+        ({"max_tokens": 0}, "max_tokens is 0, but it must be 1 or more"),
+        ({"temperature": -0.5, "stream": True}, "temperature is -0.5, but it must be 0 or more"),
+        ({"temperature": "hot"}, "temperature is 'hot', but it must be 0 or more"),
+        ({"top_p": 1.5}, "top_p is 1.5, but it must be between 0 and 1"),
+    ],
+    ids=lambda part: "-".join(part) if isinstance(part, dict) else "",
+)
+def test_a_wrong_request_is_refused_with_its_reason(client: Any, wrong: dict[str, Any], reason: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=reason):
+        client.chat.completions.create(**asked("x", **wrong))
+
+
+def test_what_is_no_request_at_all_is_refused_with_its_reason(client: Any) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match="valid dictionary"):
+        client.post("/chat/completions", body=[1], cast_to=object)
+    with pytest.raises(openai.NotFoundError, match="Not Found"):
+        client.get("/nowhere", cast_to=object)
+
+
+def test_a_temperature_samples_also_where_the_base_answers_greedily(
+    client: Any, wanted: list[str], request: pytest.FixtureRequest
+) -> None:
+    if "together" in request.node.name:
+        pytest.skip("requests that share forward passes are sampled as the first of them")
+
+    def answers(**how: Any) -> set[str]:
+        drawn = (client.chat.completions.create(**asked(PROMPTS[0], **how)) for _ in range(4))
+        return {done.choices[0].message.content.strip() for done in drawn}
+
+    assert answers(temperature=0) == answers(temperature=None) == {wanted[0]}
+    assert len(answers(temperature=1.0)) > 1
 
 
 def test_prompts_are_those_of_training(adapter: Path) -> None:
