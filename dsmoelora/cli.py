@@ -17,7 +17,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -183,6 +183,21 @@ def leave(code: int) -> NoReturn:
 
 class FlagParser(argparse.ArgumentParser):
     """The command line of a program that has flags alone: what is wrong with it is said like everything else."""
+
+    def parse_args(  # type: ignore[override]  # argparse tells a namespace of its own and another apart
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse does it, but an unknown flag is named before a missing one, of which it may be a misspelling.
+
+        Raises:
+            ConfigError: the command line is wrong
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words[: words.index("--")] if "--" in words else words:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and " " not in word and flag not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {flag}")
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """End the program, on all ranks with one message.

@@ -26,6 +26,7 @@ import reasoning_gym
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
+from dsmoelora.cli import FlagParser, run_guarded
 from dsmoelora.config import DataSource
 from dsmoelora.data import load_instructions
 from dsmoelora.errors import ModelError, UserError
@@ -48,20 +49,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Make what is missing and say what is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parse_options(sys.argv[1:])
+    made = prepare_model(options.model_dir)
+    print(f"Model: {options.model_dir} ({'converted' if made else 'already there'})")
+    prepare_data(options.data_dir, options.seed)
+    report(options.data_dir, AutoTokenizer.from_pretrained(options.model_dir))
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path, default=Path("models/smollm2-135m"), help="folder of the model")
     parser.add_argument("--data-dir", type=Path, default=Path("data/demo"), help="folder of train.jsonl, eval.jsonl")
     parser.add_argument("--seed", type=int, default=0, help="decides the rows")
-    options = parser.parse_args(arguments)
-    try:
-        made = prepare_model(options.model_dir)
-        print(f"Model: {options.model_dir} ({'converted' if made else 'already there'})")
-        prepare_data(options.data_dir, options.seed)
-        report(options.data_dir, AutoTokenizer.from_pretrained(options.model_dir))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    return parser.parse_args(argv)
 
 
 def prepare_model(folder: Path) -> bool:
@@ -183,4 +186,4 @@ def report(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded(main))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsmoelora import cli
-from dsmoelora.cli import DEFAULT_DEEPSPEED, parse_command, run_guarded
+from dsmoelora.cli import DEFAULT_DEEPSPEED, FlagParser, parse_command, run_guarded
 from dsmoelora.config import DataSource, Recipe
 from dsmoelora.config.recipe_file import recipe_yaml
 from dsmoelora.data.formats import PARSERS
@@ -293,3 +293,15 @@ def test_a_program_that_exits_keeps_its_code() -> None:
 
 def test_success_is_code_zero() -> None:
     assert run_guarded(lambda: None) == 0
+
+
+def test_an_unknown_flag_is_named_before_the_required_one_that_it_misspells() -> None:
+    parser = FlagParser(allow_abbrev=False)
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--prompt")
+    for word in ("--adpter", "--adpter=x"):
+        with pytest.raises(ConfigError, match=r"^--adpter is no known flag\. Did you mean --adapter\?"):
+            parser.parse_args([word, "x"])
+    with pytest.raises(ConfigError, match="the following arguments are required: --adapter"):
+        parser.parse_args([])
+    assert parser.parse_args(["--adapter", "a", "--prompt", "-- so it is"]).prompt == "-- so it is"

