@@ -119,7 +119,7 @@ def export_experts(options: argparse.Namespace, base: str) -> None:
     if config.num_experts > 1:
         company = " with the shared ones" if config.shared_experts else " alone"
         print(f"{NOT_THE_MIXTURE}: each of these is one expert{company}, with gate 1.")
-    print_use(described, first, next(iter(loras.values())))
+    print_use(options, described, first, next(iter(loras.values())))
 
 
 def export_constant(options: argparse.Namespace, base: str) -> None:
@@ -130,7 +130,7 @@ def export_constant(options: argparse.Namespace, base: str) -> None:
     described, lora = peft_base(base, shapes, options.trust_remote_code), merge.lora()
     write_loras(options.out, described, {"": lora})
     print(f"{folder.num_experts} experts with the same gates for every token, as one adapter of rank {lora.r}.")
-    print_use(described, options.out, lora)
+    print_use(options, described, options.out, lora)
 
 
 def export_average(options: argparse.Namespace, base: str) -> None:
@@ -156,7 +156,7 @@ def export_average(options: argparse.Namespace, base: str) -> None:
     average = average_experts(model, options.adapter, samples, options.num_samples, options.rank, options.fit)
     write_loras(options.out, described, {"": average.lora})
     print_losses(options, average, samples)
-    print_use(described, options.out, average.lora)
+    print_use(options, described, options.out, average.lora)
 
 
 def print_losses(options: argparse.Namespace, average: Average, samples: InstructionDataset) -> None:
@@ -173,7 +173,7 @@ def print_losses(options: argparse.Namespace, average: Average, samples: Instruc
     print(f"Rank {average.lora.r} keeps {100 * average.kept:.2f}% of its squared norm.")
 
 
-def print_use(described: PeftBase, folder: Path, lora: Lora) -> None:
+def print_use(options: argparse.Namespace, described: PeftBase, folder: Path, lora: Lora) -> None:
     """How to go on."""
     base = described.path
     if described.tied_head:
@@ -186,7 +186,8 @@ def print_use(described: PeftBase, folder: Path, lora: Lora) -> None:
     if lora.magnitudes:
         print("vLLM serves no DoRA adapter.")
     elif fitting:
-        print(f"vLLM:  vllm serve {base} --enable-lora --max-lora-rank {fitting[0]} --lora-modules tuned={folder}")
+        how = f"--tokenizer {options.adapter} --enable-lora --max-lora-rank {fitting[0]} --lora-modules tuned={folder}"
+        print(f"vLLM:  vllm serve {base} {how}")
     else:
         print(f"vLLM serves no LoRA adapter above rank {VLLM_RANKS[-1]}; this one has {lora.r}. Give a lower --rank.")
 

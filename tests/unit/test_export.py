@@ -350,7 +350,10 @@ def test_the_average_of_experts_on_a_shifted_base_is_right_on_the_base_as_it_cam
         assert losses["mixture"] == pytest.approx(sum(nll(mixture, *chat) for chat in chats) / num_targets, abs=1e-4)
     torch.testing.assert_close(logits(exported), logits(with_gates(base_path, adapter, gates)), rtol=1e-5, atol=1e-5)
     run(monkeypatch, *flags, tmp_path / "short", "--rank", "6")
-    assert "average" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "average" in said
+    lora = f"--enable-lora --max-lora-rank 8 --lora-modules tuned={tmp_path / 'short'}"
+    assert f"vllm serve {base_path} --tokenizer {adapter} {lora}\n" in said, "its chat template lies there"
     with pytest.raises(ConfigError, match=r"--rank is 25.*between 1 and 2 x num_experts x r = 24"):
         run(monkeypatch, *flags, tmp_path / "long", "--rank", "25")
 
