@@ -37,7 +37,7 @@ from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
 from dsmoelora.optim import ShardOptimizer, build_schedule, trainables
 from dsmoelora.optim.frozen import FrozenGrams, frozen_grams
 from dsmoelora.optim.rows import frozen_tensors
-from dsmoelora.parallel import comm, zero
+from dsmoelora.parallel import comm, loss_scale, zero
 from dsmoelora.parallel.adapter_tensors import base_fingerprint, tensors_on_rank_0
 from dsmoelora.parallel.dtype import settle_dtype
 from dsmoelora.parallel.exchange import TokenExchange
@@ -274,7 +274,7 @@ class Engine:
             (2,) of this rank: sum of negative log likelihoods, and real tokens
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        scale = comm.world_size() * zero.loss_scale(self._deepspeed)
+        scale = comm.world_size() * loss_scale.of(self._deepspeed)
         self._routing.begin_step(micro_batches[0].num_tokens_global, scale)
         self._contrast.begin_step(self.recipe.train.batch_size, scale)
         for micro_batch in micro_batches:
@@ -289,7 +289,7 @@ class Engine:
         weight = comm.world_size() / micro_batch.num_supervised_global
         with self._routing.listening():
             more_experts = self.recipe.adapter.more_experts(self.step)
-            nll = self._calls.nll_sum(micro_batch, weight * zero.loss_scale(self._deepspeed), more_experts)
+            nll = self._calls.nll_sum(micro_batch, weight * loss_scale.of(self._deepspeed), more_experts)
         self._deepspeed.backward(nll * weight, scale_wrt_gas=False)
         return nll.detach()
 
@@ -381,7 +381,7 @@ class Engine:
             "skipped_steps": self.skipped_steps,
             "optimizer_steps": self.optimizer.num_steps,
             "routing": self._routing.state(),
-            "loss_scaler": zero.loss_scaler_state(self._deepspeed),
+            "loss_scaler": loss_scale.state(self._deepspeed),
         }
         kept = {"engine": own, "caller": state}
         return save_checkpoint(root, self.step, self._shard_states(), kept, keep, self._heartbeat.beat)
@@ -413,7 +413,7 @@ class Engine:
         self.step, self.skipped_steps = own["step"], own["skipped_steps"]
         self.optimizer.num_steps = own["optimizer_steps"]
         self._routing.load_state(own["routing"])
-        zero.load_loss_scaler_state(self._deepspeed, own.get("loss_scaler"))
+        loss_scale.load_state(self._deepspeed, own.get("loss_scaler"))
         self.schedule = build_schedule(self.optimizer, self.recipe.optim, self.recipe.train.max_steps, self.step)
         caller_state: dict[str, Any] = state["caller"]
         return caller_state

@@ -20,7 +20,6 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -31,7 +30,7 @@ from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.config import Recipe
 from dsmoelora.errors import ConfigError
 from dsmoelora.optim.rows import Segment, Shard, Trainable
-from dsmoelora.parallel import comm
+from dsmoelora.parallel import comm, loss_scale
 from dsmoelora.parallel.buckets import gather_pieces, in_buckets
 from dsmoelora.parallel.placement import ExpertPlacement, check_placement
 from dsmoelora.parallel.versions import KNOWN_VERSIONS, is_known_version
@@ -54,7 +53,6 @@ _READ: dict[type, tuple[str, ...]] = {
         *("real_dp_process_group", "update_lp_params"),
     ),
 }
-_LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -362,47 +360,10 @@ def full_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
-    """What fp16 multiplies the loss by in `backward`, for `step` to divide gradients by it again; 1 without fp16."""
-    return float(getattr(engine.optimizer, "loss_scale", 1.0))
-
-
-def loss_scaler_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, float] | None:
-    """What fp16's loss scale has come to and how near it is to its next change; None where it is not adapted."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if not isinstance(scaler, DynamicLossScaler):
-        return None
-    return {name: getattr(scaler, name) for name in _LOSS_SCALER}
-
-
-def load_loss_scaler_state(engine: deepspeed.DeepSpeedEngine, state: dict[str, float] | None) -> None:
-    """Go on with a loss scale; a run that adapts none, or a checkpoint without one, leaves all as it is."""
-    if state is None or loss_scaler_state(engine) is None:
-        return
-    for name in _LOSS_SCALER:
-        setattr(engine.optimizer.loss_scaler, name, state[name])
-
-
 def step(engine: deepspeed.DeepSpeedEngine) -> None:
-    """`engine.step()` with one loss scale from its beginning to its end (collective).
-
-    DeepSpeed changes fp16's scale in the midst of a step and then divides by the new one what was multiplied by the
-    old: in every step that raises it gradients, their norm, or both would come out halved.
-    """
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if not isinstance(scaler, DynamicLossScaler):
-        with _kept_whole(engine):
-            engine.step()
-        return
-    overflows: list[bool] = []
-    scaler.update_scale = overflows.append
-    try:
-        with _kept_whole(engine):
-            engine.step()
-    finally:
-        del scaler.update_scale
-    for overflow in overflows:
-        scaler.update_scale(overflow)
+    """`engine.step()` with one loss scale from its beginning to its end (collective)."""
+    with loss_scale.held(engine), _kept_whole(engine):
+        engine.step()
 
 
 @contextmanager

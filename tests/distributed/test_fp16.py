@@ -34,7 +34,7 @@ class Told:
 
 def train_with_overflows(job: Job, bad_steps: tuple[int, ...]) -> Told:
     """Train; in these steps the gradient is too large for fp16 on the last rank, and there alone."""
-    from dsmoelora.parallel import comm, zero
+    from dsmoelora.parallel import comm, loss_scale
 
     engine = build_engine(job)
     if job.load_from:
@@ -50,7 +50,7 @@ def train_with_overflows(job: Job, bad_steps: tuple[int, ...]) -> Told:
         result = engine.train_step(batches_of(job, step))
         told.losses.append(result.loss)
         told.skipped.append(result.skipped)
-        told.scales.append(zero.loss_scale(engine._deepspeed))
+        told.scales.append(loss_scale.of(engine._deepspeed))
         told.numbers.append(numbers_of(engine))
     if job.save_to:
         engine.save(job.save_to, {}, keep=1)
@@ -109,7 +109,7 @@ def test_all_ranks_skip_what_overflows_on_one_and_lower_the_scale(
 
 def train_while_the_scale_grows(job: Job) -> tuple[Told, list[float]]:
     """Train with a scale that doubles in every step but the first; also the norms of the gradients."""
-    from dsmoelora.parallel import zero
+    from dsmoelora.parallel import loss_scale
 
     engine = build_engine(job)
     scaler = engine._deepspeed.optimizer.loss_scaler
@@ -118,7 +118,7 @@ def train_while_the_scale_grows(job: Job) -> tuple[Told, list[float]]:
     for step in range(NUM_STEPS):
         result = engine.train_step(batches_of(job, step))
         told.losses.append(result.loss)
-        told.scales.append(zero.loss_scale(engine._deepspeed))
+        told.scales.append(loss_scale.of(engine._deepspeed))
         norms.append(result.grad_norm)
     told.numbers.append(numbers_of(engine))
     return told, norms

@@ -237,15 +237,15 @@ def test_a_checkpoint_of_two_ranks_goes_on_elsewhere(
 
 def start_after_overflows(job: Job) -> tuple[float, int]:
     """In fp16, with a first loss scale that is too large: the scale after the start, and directions that are drawn."""
-    from dsmoelora.parallel import zero
+    from dsmoelora.parallel import loss_scale
 
     engine = build_engine(job)
-    first = zero.loss_scale(engine._deepspeed)
+    first = loss_scale.of(engine._deepspeed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine._deepspeed.optimizer.loss_scaler, "cur_scale", 2.0**40)
         patch.setattr(engine._deepspeed.optimizer.loss_scaler, "cur_hysteresis", 1)
         report = engine.draw_start(start_batches_of(job))
-        return zero.loss_scale(engine._deepspeed) / first, report.num_drawn
+        return loss_scale.of(engine._deepspeed) / first, report.num_drawn
 
 
 @pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="the accelerator has no fp16")
