@@ -36,7 +36,7 @@ from tests.helpers import tiny_llama
 # Arms of each table of docs/choosing.md, the control first.
 SHOWN = {
     "conflicting": ("lora", "experts", "gradient"),
-    "demo": ("lora", "experts", "slow-routers", "lora-gradient"),
+    "demo": ("lora", "experts", "slow-routers", "lora-gradient", "gradient", "lora-active", "one-first"),
     "qa": ("lora", "experts", "dense", "shared"),
 }
 
