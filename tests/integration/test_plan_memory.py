@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ def test_a_7b_model_is_planned_without_it(tmp_path: Path) -> None:
     assert "a checkpoint: 135.0 MiB of a rank, 1,080 MiB of all" in fits.stdout
     assert max(map(len, fits.stdout.splitlines())) <= 100
     assert "Seconds of a step: 8 x a100-40" in fits.stdout
-    assert "bound by launch" in fits.stdout  # four small micro-batches, each of which ZeRO-3 visits all modules in
+    (said,) = re.findall(r"bound by (\w+) \(it waits for ([^)]*)\)", " ".join(fits.stdout.split()))
+    shares = {bound: int(share) for bound, share in re.findall(r"(\w+) (\d+) %", said[1])}
+    assert said[0] == max(shares, key=lambda bound: shares[bound]) and abs(sum(shares.values()) - 100) <= 2
     assert "at 2 a device and hour" in fits.stdout
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     too_much = plan("--model.path", tmp_path, "--gpus", 1, "--gpu", "rtx-4090", "--train.micro_batch_size", 128)
