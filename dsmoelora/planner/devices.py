@@ -61,7 +61,7 @@ class Device:
         source: where the figures are from
         efficiency: shares of them
         launch_us: assumed for the host's part of an operation: Python, autograd, views, the driver; on AMD EPYC (Zen 3)
-            without a GPU `launch/doctor.py --calibrate` measures 28
+            without a GPU `launch/doctor.py --calibrate` measures 27
         overlaps: it computes while it communicates
         dtype: of the products that `peak_tflops` counts
         names: as torch calls it
