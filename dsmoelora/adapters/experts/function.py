@@ -6,7 +6,8 @@
 Shapes: `T` tokens, `D` in-features, `O` out-features, `E` experts, `R` rank, `F = E * R` (the rank dims of all
 experts side by side). All experts take part for every token, unselected ones with gate 0, so shapes never depend on the
 data. Saved for the backward pass are the parameters themselves, no copy and no view of them: under ZeRO-3 anything else
-would keep the gathered weight alive.
+would keep the gathered weight alive. Where the router decides here, of the features only their products with the gates
+are saved (`hidden`): `b` learns from these, and with their gradient they give that of the gates times the gates.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dsmoelora.adapters.experts.products import (
     columns,
     exact_parts,
     features_and_logits,
-    joined,
+    num_parts,
     per_expert,
     product_fp32,
     scaled_product,
@@ -93,54 +94,53 @@ class RoutedExperts(torch.autograd.Function):
             assert logits_TE is not None, "they are made with the weight"
             gate_TE, losses = router.decide(logits_TE)
             gate_TE = with_shared(gate_TE, mixture.num_shared)
-            if losses is None and not router.rule.looks_back:
-                logits_TE = None
+            # a copy where they are columns beside the features, which need not be kept
+            logits_TE = logits_TE.contiguous() if losses is not None or router.rule.looks_back else None
+        hidden_TF = _weigh(features_TF, gate_TE)
         ctx.mixture, ctx.router, ctx.losses = mixture, router, losses
         learns = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]  # the router's weight or `a`, from x
-        made = (x_TD if learns else None, gate_TE, features_TF, logits_TE)
+        ctx.keeps_hidden = router is not None and mixture.gate_power == 1.0
+        made = (x_TD if learns else None, gate_TE, hidden_TF if ctx.keeps_hidden else features_TF, logits_TE)
         ctx.save_for_backward(*made, weight_ED, a_EDR, b_EOR, m_ERR, ratio_EO)
         out_OF = side_by_side(outgoing(b_EOR, m_ERR, ratio_EO))
-        return scaled_product(_weigh(features_TF, gate_TE), out_OF.t(), mixture.scale, base_TO)
+        return scaled_product(hidden_TF, out_OF.t(), mixture.scale, base_TO)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         """Of what `forward` takes; exact for gate_power 1, and that of gates and router always."""
-        x_TD, gate_TE, features_TF, logits_TE, weight_ED, a_EDR, b_EOR, m_ERR, ratio_EO = ctx.saved_tensors
+        x_TD, gate_TE, kept_TF, logits_TE, weight_ED, a_EDR, b_EOR, m_ERR, ratio_EO = ctx.saved_tensors
         _, _, need_base, need_x, need_gate, need_weight, need_a, *need_out = ctx.needs_input_grad
         mixture: Mixture = ctx.mixture
-        weights = () if weight_ED is None else (weight_ED,)
+        power_TE = None if gate_TE is None else powered(gate_TE, mixture.gate_power)
 
         grad_TF = scaled_product(grad_TO, side_by_side(outgoing(b_EOR, m_ERR, ratio_EO)), mixture.scale)
-        weight_TE = None if gate_TE is None else powered(gate_TE, mixture.gate_power)
         grad_b = grad_m = grad_ratio = None
         if any(need_out):
-            hidden_TF = _weigh(features_TF, weight_TE)
-            grad_EOR = per_expert(scaled_product(hidden_TF.t(), grad_TO, mixture.scale), b_EOR.shape[0])
+            learned_TF = kept_TF if ctx.keeps_hidden else _weigh(kept_TF, power_TE)
+            grad_EOR = per_expert(scaled_product(learned_TF.t(), grad_TO, mixture.scale), b_EOR.shape[0])
             grad_b, grad_m, grad_ratio = _outgoing_backward(grad_EOR, b_EOR, m_ERR, ratio_EO)
 
-        grad_gate: Tensor | None = None
-        to_logits: list[Tensor] = []
-        if gate_TE is not None and (need_gate or (weights and (need_x or need_weight))):
-            grad_gate = _of_experts(_wide(grad_TF) * features_TF, gate_TE).sum(-1)
-            if weights:
-                to_logits = exact_parts(_through_the_router(ctx, grad_gate, gate_TE, logits_TE), features_TF.dtype)
+        grad_gate = grad_logits = None
+        if need_gate or (weight_ED is not None and (need_x or need_weight)):
+            grad_gate = _of_experts(_wide(grad_TF) * kept_TF, gate_TE).sum(-1)
+            if weight_ED is not None:
+                weighed_TE = grad_gate if ctx.keeps_hidden else grad_gate * gate_TE
+                grad_logits = _through_the_router(ctx, weighed_TE, gate_TE, logits_TE)
 
-        to_a_TF = to_x_TF = _weigh(grad_TF, weight_TE)
-        if weight_TE is not gate_TE and not mixture.power_for_input and need_x:
-            to_x_TF = _weigh(grad_TF, gate_TE)
-        read = [to_x_TF, *to_logits]
-        learn = [*([to_a_TF] if need_a else ()), *(to_logits if need_weight else ())]
-        columns_TP = joined(read)
-        grad_x = columns_TP @ columns(a_EDR, weights, len(to_logits)).t() if need_x else None
-        grad_a = grad_weight = None
-        if learn:
-            # `a` may have another gradient than `x`, and not all may be trained
-            if [*map(id, learn)] != [*map(id, read)]:
-                columns_TP = joined(learn)
-            found_PD = columns_TP.t() @ x_TD
-            num_features = features_TF.shape[1] if need_a else 0
-            grad_a = per_expert(found_PD[:num_features], a_EDR.shape[0]) if need_a else None
-            grad_weight = sum_of_parts(found_PD[num_features:], len(to_logits)) if need_weight else None
+        columns_TP = grad_x = grad_a = grad_weight = None
+        if need_x:
+            columns_TP = _beside(grad_TF, power_TE if mixture.power_for_input else gate_TE, grad_logits)
+            weights = [] if weight_ED is None else [weight_ED]
+            grad_x = columns_TP @ columns(a_EDR, weights, num_parts(grad_logits, grad_TF.dtype)).t()
+        if need_a or need_weight:
+            if columns_TP is None or (power_TE is not gate_TE and not mixture.power_for_input):
+                columns_TP = _beside(grad_TF, power_TE, grad_logits)
+            num_features = grad_TF.shape[1]
+            trained = slice(None if need_a else num_features, None if need_weight else num_features)
+            found_PD = columns_TP[:, trained].t() @ x_TD
+            of_a_FD, of_weight_PD = found_PD.tensor_split([num_features if need_a else 0])
+            grad_a = per_expert(of_a_FD, a_EDR.shape[0]) if need_a else None
+            grad_weight = sum_of_parts(of_weight_PD, num_parts(grad_logits, grad_TF.dtype)) if need_weight else None
         of_inputs = (grad_TO if need_base else None, grad_x, grad_gate if need_gate else None)
         return None, None, *of_inputs, grad_weight, grad_a, grad_b, grad_m, grad_ratio
 
@@ -160,21 +160,20 @@ class RouterLogits(torch.autograd.Function):
         """Of x and weights in their dtypes, from the whole fp32 gradient."""
         x_TD, *weights_ED = ctx.saved_tensors
         need_x, *need_weights = ctx.needs_input_grad
-        parts = exact_parts(grad_TE, ctx.dtype)
-        columns_TP = joined(parts)
-        grad_x = columns_TP @ columns(None, weights_ED, len(parts)).t() if need_x else None
+        columns_TP, parts = exact_parts(grad_TE, ctx.dtype), num_parts(grad_TE, ctx.dtype)
+        grad_x = columns_TP @ columns(None, weights_ED, parts).t() if need_x else None
         if not any(need_weights):
             return grad_x, *(None for _ in weights_ED)
-        grad_ED = sum_of_parts(columns_TP.t() @ x_TD, len(parts))
+        grad_ED = sum_of_parts(columns_TP.t() @ x_TD, parts)
         pieces = grad_ED.split([len(weight) for weight in weights_ED])
         return grad_x, *(piece if need else None for piece, need in zip(pieces, need_weights, strict=True))
 
 
-def _through_the_router(ctx: Any, grad_gate: Tensor, gate_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
-    """(T, E) fp32, of the logits from that of the gates, with the router's losses."""
+def _through_the_router(ctx: Any, weighed_TE: Tensor, gate_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
+    """(T, E) fp32, of the logits from that of the gates times the gates, with the router's losses."""
     if ctx.mixture.num_shared:  # whose gates are no router's
-        grad_gate, gate_TE = (one[:, : -ctx.mixture.num_shared] for one in (grad_gate, gate_TE))
-    grad_TE: Tensor = ctx.router.rule.gradient(grad_gate, gate_TE, logits_TE)
+        weighed_TE, gate_TE = (one[:, : -ctx.mixture.num_shared] for one in (weighed_TE, gate_TE))
+    grad_TE: Tensor = ctx.router.rule.gradient_from_weighed(weighed_TE, gate_TE, logits_TE)
     return grad_TE if ctx.losses is None else ctx.losses.add_to(grad_TE, logits_TE)
 
 
@@ -193,14 +192,25 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype.itemsize >= torch.float32.itemsize else tensor.float()
 
 
-def _weigh(features_TF: Tensor, weight_TE: Tensor | None) -> Tensor:
+def _weigh(features_TF: Tensor, weight_TE: Tensor | None, out_TF: Tensor | None = None) -> Tensor:
     """Each expert's features times its weight (fp32), rounded once to the dtype of the features; None stands for 1."""
     if weight_TE is None:
         return features_TF
-    weighed_TER = _of_experts(features_TF, weight_TE) * weight_TE.unsqueeze(-1)
-    if weighed_TER.dtype != features_TF.dtype:
-        weighed_TER = weighed_TER.to(features_TF.dtype)
-    return weighed_TER.view(features_TF.shape)
+    out_TF = torch.empty_like(features_TF) if out_TF is None else out_TF
+    torch.mul(_of_experts(features_TF, weight_TE), weight_TE.unsqueeze(-1), out=_of_experts(out_TF, weight_TE))
+    return out_TF
+
+
+def _beside(grad_TF: Tensor, weight_TE: Tensor | None, grad_logits: Tensor | None) -> Tensor:
+    """(T, P): the weighed gradient of the features and, in the next columns, the exact parts of the logits', if any."""
+    if grad_logits is None:
+        return _weigh(grad_TF, weight_TE)
+    (num_tokens, num_features), num_experts = grad_TF.shape, grad_logits.shape[1]
+    num_columns = num_features + num_parts(grad_logits, grad_TF.dtype) * num_experts
+    out_TP = grad_TF.new_empty(num_tokens, num_columns)
+    _weigh(grad_TF, weight_TE, out_TP[:, :num_features])
+    exact_parts(grad_logits, grad_TF.dtype, out_TP[:, num_features:])
+    return out_TP
 
 
 def _of_experts(features_TF: Tensor, gate_TE: Tensor) -> Tensor:

@@ -47,12 +47,22 @@ def features_and_logits(x_TD: Tensor, a_EDR: Tensor, weight_ED: Tensor | None) -
     return features_TF, _with_remainder(rounded_TE, x_TD, columns_DP[:, num_features:])
 
 
-def exact_parts(grad_TE: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """An fp32 tensor in `dtype`: itself, or its rounding and the remainder; products with both lose nothing to it."""
-    if grad_TE.dtype == dtype:
-        return [grad_TE]
-    rounded_TE = grad_TE.to(dtype)
-    return [rounded_TE, (grad_TE - rounded_TE).to(dtype)]
+def num_parts(grad_TE: Tensor | None, dtype: torch.dtype) -> int:
+    """How many tensors of `dtype` hold an fp32 one: itself, or its rounding and the remainder. None has none."""
+    return 0 if grad_TE is None else 1 + (grad_TE.dtype != dtype)
+
+
+def exact_parts(grad_TE: Tensor, dtype: torch.dtype, out_TP: Tensor | None = None) -> Tensor:
+    """(T, P): an fp32 tensor in `dtype`, its parts side by side; products with all of them lose nothing to `dtype`."""
+    if out_TP is None:
+        if grad_TE.dtype == dtype:
+            return grad_TE
+        out_TP = grad_TE.new_empty(grad_TE.shape[0], 2 * grad_TE.shape[1], dtype=dtype)
+    rounded_TE, *remainder = out_TP.split(grad_TE.shape[1], dim=1)
+    rounded_TE.copy_(grad_TE)
+    if remainder:
+        torch.sub(grad_TE, rounded_TE, out=remainder[0])
+    return out_TP
 
 
 def product_fp32(x_TD: Tensor, weight_DE: Tensor) -> Tensor:

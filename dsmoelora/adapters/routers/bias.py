@@ -20,10 +20,10 @@ class SigmoidRule(SoftmaxRule):
 
     looks_back = True
 
-    def gradient(self, grad_TE: Tensor, gate_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
-        """Of the logits."""
+    def of_scores(self, grad_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
+        """Through the logarithm of the sigmoid, whose derivative is the sigmoid of `-logit`."""
         assert logits_TE is not None, "they were kept"
-        return super().gradient(grad_TE, gate_TE, None) * (-logits_TE).sigmoid()
+        return grad_TE * (-logits_TE).sigmoid()
 
 
 class SigmoidBiasRouter(LinearRouter):

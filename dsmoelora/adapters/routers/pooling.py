@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dsmoelora.adapters.experts.products import exact_parts, product_fp32
+from dsmoelora.adapters.experts.products import exact_parts, num_parts, product_fp32, sum_of_parts
 
 
 def last_of(prompt_BS: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ class PooledLogits(torch.autograd.Function):
             share_BS: w, fp32 (or wider, as `x`) or bool; all 0 of a sequence, or at least 1 together
         """
         share_TB = _of_sequence(share_BS if share_BS.is_floating_point() else share_BS.to(x_TD.dtype))
-        first_DB, *rest = (product_fp32(x_TD.t(), part_TB) for part_TB in exact_parts(share_TB, x_TD.dtype))
-        pooled_BD = sum(rest, first_DB).t() / _total(share_BS)
+        found_DP = product_fp32(x_TD.t(), exact_parts(share_TB, x_TD.dtype))
+        pooled_BD = sum_of_parts(found_DP.t(), num_parts(share_TB, x_TD.dtype)) / _total(share_BS)
         of_shares = x_TD if ctx.needs_input_grad[2] else None  # type: ignore[attr-defined]
         ctx.dtype = x_TD.dtype  # type: ignore[attr-defined]
         ctx.save_for_backward(pooled_BD, weight_ED, share_BS, of_shares)  # type: ignore[arg-type]  # takes None

@@ -22,14 +22,14 @@ Selection = Callable[[Tensor], Tensor]
 class SoftmaxRule:
     """Gates are the softmax over the selected experts' scores, with its gradient written out.
 
-    A function calls `forward` and `gradient` where it has a gradient of its own around them; elsewhere the rule is a
-    function itself.
+    A function calls `forward` and `gradient_from_weighed` where it has a gradient of its own around them; elsewhere the
+    rule is a function itself. An unselected expert has gate 0, and with it a gradient of 0 by itself.
 
     Args:
-        select: from logits to scores; a score is the logit itself, or -inf
+        select: from logits to scores; a score is the logit itself (see `of_scores` for others), or -inf
     """
 
-    looks_back = False  # whether `gradient` reads the logits
+    looks_back = False  # whether `of_scores` reads the logits
 
     def __init__(self, select: Selection) -> None:
         self.select = select
@@ -43,9 +43,14 @@ class SoftmaxRule:
         """Gates, without a gradient."""
         return self.select(logits_TE).softmax(-1)
 
-    def gradient(self, grad_TE: Tensor, gate_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
-        """Of the logits. An unselected expert has gate 0, and with it a gradient of 0 by itself."""
-        return torch.ops.aten._softmax_backward_data(grad_TE, gate_TE, -1, gate_TE.dtype)
+    def gradient_from_weighed(self, weighed_TE: Tensor, gate_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
+        """Of the logits, from `weighed = gate * gradient of the gate`: that of a score is `w_e - gate_e sum_f w_f`."""
+        total_T1 = weighed_TE.sum(-1, keepdim=True)
+        return self.of_scores(torch.addcmul(weighed_TE, gate_TE, total_T1, value=-1), logits_TE)
+
+    def of_scores(self, grad_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
+        """The gradient of the logits from that of the scores."""
+        return grad_TE
 
 
 class Decided(torch.autograd.Function):
@@ -62,7 +67,9 @@ class Decided(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, None]:
         """Of the logits."""
-        return ctx.rule.gradient(grad_TE, *ctx.saved_tensors), None
+        gate_TE, logits_TE = ctx.saved_tensors
+        of_scores_TE = torch.ops.aten._softmax_backward_data(grad_TE, gate_TE, -1, gate_TE.dtype)
+        return ctx.rule.of_scores(of_scores_TE, logits_TE), None
 
 
 def largest(logits_TE: Tensor, top_k: int) -> Tensor:
