@@ -6,9 +6,9 @@
     python -m benchmarks.study --arms experts gradient --tasks mine --train train.jsonl --eval dev.jsonl
 
 The first arm is the control. For every arm a rate is chosen by successive halving, from a grid of factors of 2 that
-grows where the best lies at its edge, on one half of the held-out rows, with the first seed. Then every seed runs at
-that rate, and arms are compared on the other half: row by row, for seeds, rows and the order of samples are the same
-for all. What is below the first adapted layer is computed once (`--depth full` adapts and computes all layers).
+grows until the best has both its neighbours, on one half of the held-out rows, with the first seed. Then every seed
+runs at that rate, and arms are compared on the other half: row by row, for seeds, rows and the order of samples are
+the same for all. What is below the first adapted layer is computed once (`--depth full` adapts and computes all).
 
 A cell (arm, rate, seed) is a folder below `.cache/study/<name>/<task>`. Ctrl-C stops a study; typed again it goes on.
 """

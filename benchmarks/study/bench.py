@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.machine import DTYPE
 from benchmarks.study.cells import Cell, Results, Task
 from benchmarks.study.stages import Stage, stages
-from benchmarks.study.state import State, alone, forget_states
+from benchmarks.study.state import State, alone, forget_states, has_state
 from benchmarks.study.upper import HiddenStates, cached, hidden_below, keep_upper, layers_of
 from dsmoelora.adapters import adapter_context, eject, inject
 from dsmoelora.adapters.context import BatchTokens
@@ -136,10 +136,12 @@ class Bench:
         return [found[row] for row in self.eval_rows]
 
     def run(self, cell: Cell, until: int) -> None:
-        """Train a cell up to a step, from where its folder stands."""
+        """Train a cell up to a step, from where its folder stands; anew where its state has been forgotten."""
         folder, results = cell.folder(self.task), Results.read(cell, self.task)
         if results.is_done(until):
             return
+        if results.step and not has_state(folder, results.step):
+            results.evaluations.clear()
         folder.mkdir(parents=True, exist_ok=True)
         for stage in stages(cell, self.task):
             if results.step < min(stage.end, until) and results.diverged_at is None:

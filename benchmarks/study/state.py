@@ -55,6 +55,11 @@ def alone(cell: Path) -> Path:
     return cell / "alone"
 
 
+def has_state(cell: Path, step: int) -> bool:
+    """Whether a cell can go on from there."""
+    return (cell / f"state-{step}.safetensors").exists() or alone(cell).exists()
+
+
 def forget_states(cell: Path, all_but: int | None = None) -> None:
     """Remove the states of a cell's folder and its first adapter; or all states but that of a step."""
     for file in cell.glob("state-*.safetensors"):

@@ -25,6 +25,7 @@ from benchmarks.study.paired import difference, halves, interval, mean_loss, ste
 from benchmarks.study.report import table
 from benchmarks.study.search import Chosen, search
 from benchmarks.study.stages import stages
+from benchmarks.study.state import forget_states
 from benchmarks.study.tasks import CONFLICTING, task_files
 from dsmoelora.adapters import inject
 from dsmoelora.adapters.layer import adapted_layers
@@ -33,11 +34,11 @@ from dsmoelora.errors import ConfigError
 from dsmoelora.model import load_tokenizer
 from tests.helpers import tiny_llama
 
-# Arms of each table of docs/choosing.md, the control first.
+# Arms of each table of docs/choosing.md by study and task, the control first.
 SHOWN = {
-    "conflicting": ("lora", "experts", "gradient"),
-    "demo": ("lora", "experts", "slow-routers", "lora-gradient", "gradient", "lora-active", "one-first"),
-    "qa": ("lora", "experts", "dense", "shared"),
+    "short/conflicting": ("lora", "experts", "gradient"),
+    "short/demo": ("lora", "experts", "slow-routers", "lora-gradient", "gradient", "lora-active", "one-first"),
+    "short/qa": ("lora", "experts", "dense", "shared"),
 }
 
 # The arithmetic
@@ -127,33 +128,41 @@ def test_the_better_half_goes_on() -> None:
 
 
 class Bowl:
-    """Losses that are least at a rate, whatever the number of steps; remembers what was trained."""
+    """Losses that are least at a rate, once steps are enough for it; remembers what was trained."""
 
-    def __init__(self, best: float) -> None:
-        self.best, self.trained = best, []
+    def __init__(self, best: float, late: int = 0) -> None:
+        self.best, self.late, self.trained = best, late, []
 
     def losses_at(self, rates: Sequence[float], steps: int) -> Mapping[float, float]:
         self.trained += [(rate, steps) for rate in rates]
-        return {rate: math.log2(rate / self.best) ** 2 + 1 / steps for rate in rates}
+        jump = {self.best: 100.0} if steps < self.late else {}
+        return {rate: math.log2(rate / self.best) ** 2 + 1 / steps + jump.get(rate, 0.0) for rate in rates}
 
 
 @pytest.mark.parametrize(
     ("best", "whole"),
     [
-        (4.0, [4.0]),
-        (8.0, [8.0, 16.0]),
-        (32.0, [8.0, 16.0, 32.0, 64.0]),
-        (1.0, [1.0, 0.5]),
-        (0.25, [1.0, 0.5, 0.25, 0.125]),
+        (4.0, [4.0, 2.0, 8.0]),
+        (8.0, [8.0, 4.0, 16.0]),
+        (32.0, [8.0, 4.0, 16.0, 32.0, 64.0]),
+        (1.0, [1.0, 0.5, 2.0]),
+        (0.25, [1.0, 0.5, 2.0, 0.25, 0.125]),
     ],
 )
 def test_the_rate_is_found_even_outside_of_the_grid(best: float, whole: list[float]) -> None:
-    """With every rate of the grid in the first quarter, and few in all of it."""
+    """With every rate of the grid in the first quarter and few in all of it, among these the neighbours of the best."""
     bowl = Bowl(best)
     assert choose_rate([1.0, 2.0, 4.0, 8.0], 40, bowl.losses_at) == best
     assert all((rate, 10) in bowl.trained for rate in (1.0, 2.0, 4.0, 8.0))
     assert sum(steps == 20 for _, steps in bowl.trained) == 2
     assert [rate for rate, steps in bowl.trained if steps == 40] == whole
+
+
+@pytest.mark.parametrize("late", [11, 21])
+def test_a_rate_that_halving_dropped_too_early_gets_its_end(late: int) -> None:
+    bowl = Bowl(2.0, late)
+    assert choose_rate([1.0, 2.0, 4.0, 8.0], 40, bowl.losses_at) == 2.0
+    assert (2.0, 20) not in bowl.trained or late > 20
 
 
 # Tasks
@@ -349,6 +358,19 @@ def test_a_cell_outlives_keys_that_come_to_the_recipe_later(task: Task, monkeypa
         Results.read(Cell("lora", 1e-3), task)
 
 
+def test_a_cell_whose_state_was_forgotten_begins_anew(task: Task) -> None:
+    """To the same numbers, as its rows and draws are the same."""
+    bench, cell = Bench(task), Cell("lora", 1e-3)
+    bench.run(cell, 2)
+    bench.run(cell, 4)
+    wanted = Results.read(cell, task).evaluations
+    forget_states(cell.folder(task))
+    bench.run(cell, 8)
+    found = Results.read(cell, task).evaluations
+    assert [one["step"] for one in found] == sorted({one["step"] for one in found})
+    assert [one["nll"] for one in found[: len(wanted)]] == [one["nll"] for one in wanted]
+
+
 def test_a_cell_of_other_settings_is_refused(task: Task) -> None:
     Bench(task).run(Cell("lora", 1e-3), 2)
     with pytest.raises(ConfigError, match="was made with other settings"):
@@ -401,21 +423,21 @@ def test_a_table_by_hand(task: Task) -> None:
     assert cells[4:] == ["2.0500 ± 0.3536", "-0.2000 [-0.2000, -0.2000]", "6", "80"]
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("shown", SHOWN)
 def test_the_tables_of_the_page_are_made_of_the_cells_that_lie_here(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever model and rows are: cells know them by content."""
     root = Path(__file__).parents[2]
-    shutil.unpack_archive(root / "benchmarks/study/results/short.tar.xz", tmp_path)
-    folder = tmp_path / "short" / name
+    shutil.unpack_archive(root / f"benchmarks/study/results/{Path(shown).parent}.tar.xz", tmp_path)
+    folder = tmp_path / shown
     settings = json.loads(next(folder.glob("lora/lr*/results.json")).read_text())["settings"]["task"]
     digests = {key: settings.pop(key) for key in ("model", "template", "train", "held_out")}
     monkeypatch.setattr("benchmarks.study.cells._digest", lambda path: digests[path.name])
     paths: Any = {key: Path(key) for key in digests}
     page = (root / "docs/choosing.md").read_text()
-    lines = table(Task(folder, **paths, **settings, seeds=(0, 1, 2)), SHOWN[name])
-    assert len(lines) == 4 + len(SHOWN[name])
+    lines = table(Task(folder, **paths, **settings, seeds=(0, 1, 2)), SHOWN[shown])
+    assert len(lines) == 4 + len(SHOWN[shown])
     assert all(line in page for line in lines if line)
 
 
