@@ -39,6 +39,10 @@ SHOWN = {
     "short/conflicting": ("lora", "experts", "gradient"),
     "short/demo": ("lora", "experts", "slow-routers", "lora-gradient", "gradient", "lora-active", "one-first"),
     "short/qa": ("lora", "experts", "dense", "shared"),
+    "long/conflicting": ("lora", "experts"),
+    "long/demo": ("lora", "experts"),
+    "long/qa": ("lora", "experts"),
+    "thousand/conflicting": ("lora", "experts"),
 }
 
 # The arithmetic
