@@ -74,7 +74,8 @@ def test_the_other_gradients_stay_what_they_were(freeze: list[Any], settings: di
     frozen = {f"0.experts.{role}" for role in freeze} | {"0.router.weight" for role in freeze if role == "router"}
     assert set(some) == set(all_of_them) - frozen
     for name, grad in some.items():
-        torch.testing.assert_close(grad, all_of_them[name], rtol=1e-5, atol=1e-6)
+        wanted = all_of_them[name]  # of a wider product, whose sums round otherwise
+        torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
 
 
 def test_what_only_a_frozen_factor_would_read_is_not_kept() -> None:
