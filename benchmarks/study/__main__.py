@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.machine import setting
+from benchmarks.machine import DTYPE_NAME, setting
 from benchmarks.study.arms import ARMS
 from benchmarks.study.bench import prepare, run_cell
 from benchmarks.study.cells import Cell, Task
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     prepared = [task for task in tasks if task.tokens_file.exists()]
-    print(f"\n{setting()}")
+    print(f"\n{setting(options.dtype)}")
     for task in prepared:
         print(*("", *table(task, options.arms)), sep="\n")
     if options.plot:
@@ -78,6 +78,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--depth", choices=["sixth", "third", "half", "full"], default="third", help="layers that are adapted"
     )
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default=DTYPE_NAME, help="of the model; default: this machine's"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing, print the tables")
     parser.add_argument("--plot", type=Path, help="run nothing, draw into this file (needs matplotlib)")
@@ -98,7 +101,7 @@ def task_of(name: str, options: argparse.Namespace) -> Task:
         files = task_files(name, folder, options.demo, options.data)
     sizes = (options.steps, options.batch_size, options.eval_rows, options.max_length)
     paths = (folder / name, options.model, options.template, *vars(files).values())
-    return Task(*paths, *sizes, options.depth, tuple(options.seeds))
+    return Task(*paths, *sizes, options.depth, options.dtype, tuple(options.seeds))
 
 
 def run(tasks: Sequence[Task], arms: Sequence[str], jobs: int) -> None:

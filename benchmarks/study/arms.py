@@ -99,6 +99,10 @@ _ALL = [
     Arm("experts-8-4", _experts(8, 4), why="E=8 R=4 K=4"),
     Arm("experts-20-2", _experts(20, 2), why="E=20 R=4 K=2"),
     Arm("experts-20-10", _experts(20, 10), why="E=20 R=4 K=10"),
+    Arm("slow-20-10", _experts(20, 10), {"lr_router": 1e-4}, why="... with routers at 1e-4"),
+    Arm("gradient-20-10", _experts(20, 10) | {"init": "gradient"}, why="... with directions of the gradient"),
+    Arm("short-20-10", _experts(20, 10), _SHORT, why="... with betas 0.7, 0.8"),
+    Arm("lora-80", _lora(80), why="plain LoRA with as many trained numbers as E=20 R=4"),
     Arm("short-betas", optim=_SHORT, why="betas 0.7, 0.8"),
     Arm("lora-short-betas", _lora(32), _SHORT, why="plain LoRA with betas 0.7, 0.8"),
     Arm("betas-0.99", optim={"betas": [0.9, 0.99]}, why="betas 0.9, 0.99"),
@@ -106,14 +110,22 @@ _ALL = [
     Arm("lora-plus", optim={"lr_b_ratio": 16.0}, why="LoRA+: `b` at 16 times the rate of `a`"),
     Arm("scaled", optim={"preconditioner": "scaled"}, why="Riemannian, scaled"),
     Arm("tangent", optim={"preconditioner": "tangent"}, why="Riemannian, tangent"),
-    Arm("scaled-half", {"gate_power": 0.5}, {"preconditioner": "scaled"}, why="... with gate_power 1/2"),
+    *(
+        Arm(f"{rule}-0.01", optim={"preconditioner": rule, "damping_abs": 1e-2}, why=f"... {rule}, damping_abs 0.01")
+        for rule in ("scaled", "tangent")
+    ),
+    Arm("scaled-half", {"gate_power": 0.5}, {"preconditioner": "scaled"}, why="... scaled, gate_power 1/2"),
     Arm("short-scaled", optim=_SHORT | {"preconditioner": "scaled"}, why="scaled, betas 0.7, 0.8"),
     Arm("short-tangent", optim=_SHORT | {"preconditioner": "tangent"}, why="tangent, betas 0.7, 0.8"),
     Arm("sgd", optim=_SGD, why="plain SGD"),
     *(
-        Arm(f"sgd-{rule}-{damping:g}", optim=_SGD | {"preconditioner": rule, "damping_abs": damping}, why="damping")
+        Arm(
+            f"sgd-{rule}-{size:g}",
+            optim=_SGD | {"preconditioner": rule, "damping_abs": size},
+            why=f"... {rule}, damping_abs {size:g}",
+        )
         for rule in ("scaled", "tangent")
-        for damping in (1e-6, 1e-4, 1e-2, 1.0)
+        for size in (1e-6, 1e-4, 1e-2, 1.0)
     ),
 ]
 ARMS = {arm.name: arm for arm in _ALL}

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.machine import DTYPE
 from benchmarks.study.cells import Cell, Results, Task
 from benchmarks.study.stages import Stage, stages
 from benchmarks.study.state import State, alone, forget_states, has_state
@@ -27,7 +26,7 @@ from dsmoelora.adapters.fingerprint import fingerprint
 from dsmoelora.adapters.folder import router_buffers, write_adapter
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.adapters.starts.gradient import gradient_start
-from dsmoelora.config import AdapterConfig, DataSource, ModelConfig
+from dsmoelora.config import DTYPES, AdapterConfig, DataSource, ModelConfig
 from dsmoelora.data import InstructionDataset, MicroBatch, load_instructions
 from dsmoelora.data.loader import Row, collate
 from dsmoelora.errors import ModelError
@@ -66,7 +65,8 @@ class Bench:
         self.eval_rows = np.sort(np.random.default_rng(0).permutation(len(self._held_out))[:count]).tolist()
         self.tokens_N = np.array([self._held_out.num_supervised[row] for row in self.eval_rows])
         # torch's fused attention is slower than plain products on a CPU at these lengths
-        self.model: Any = AutoModelForCausalLM.from_pretrained(task.model, dtype=DTYPE, attn_implementation="eager")
+        kind = {"dtype": DTYPES[task.dtype], "attn_implementation": "eager"}
+        self.model: Any = AutoModelForCausalLM.from_pretrained(task.model, **kind)
         self.model.requires_grad_(False)
         self._hidden: dict[int, HiddenStates] = {}
         if task.depth in _PARTS:
@@ -80,7 +80,7 @@ class Bench:
         wanted = {row for seed in self.task.seeds for row in self.order(seed, self.task.num_steps)}
         folder = self.task.folder / "hidden"
         for which, (samples, rows) in enumerate(((self._train, sorted(wanted)), (self._held_out, self.eval_rows))):
-            file = folder / f"{self.task.depth}-{('train', 'eval')[which]}.bin"
+            file = folder / f"{self.task.depth}-{self.task.dtype}-{('train', 'eval')[which]}.bin"
             self._hidden[id(samples)] = cached(self.model, num_below, samples, rows, file)
         batch = self._batch(self._held_out, self.eval_rows[:2])
         expected_BSD = hidden_below(self.model, num_below, batch.input_ids, batch.attention_mask)

@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.study.arms import ARMS, Arm
 from benchmarks.study.halving import budgets
 from dsmoelora.config import AdapterConfig, LossesConfig, OptimConfig
+from dsmoelora.config.dtype import DtypeName
 from dsmoelora.errors import ConfigError
 
 _LONG = 200  # steps, of which an eighth is trained for longer than held-out rows are looked at
@@ -34,6 +35,7 @@ class Task:
         eval_rows: held-out rows that are looked at
         max_length: tokens of a row
         depth: which layers are adapted: the upper `sixth`, `third` or `half` of them, or all (`full`)
+        dtype: that the model computes in; what is trained is fp32
         seeds: that may run
     """
 
@@ -47,6 +49,7 @@ class Task:
     eval_rows: int
     max_length: int
     depth: str
+    dtype: DtypeName
     seeds: tuple[int, ...]
 
     @property

@@ -80,7 +80,7 @@ def table(task: Task, arms: Sequence[str]) -> list[str]:
     control = found[0]
     losses = control.losses()
     noise = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "unknown"
-    about = f"{task.num_steps} steps of {task.batch_size} rows, {task.depth} depth, seeds {len(losses)}"
+    about = f"{task.num_steps} steps of {task.batch_size} rows, {task.depth} depth, {task.dtype}, seeds {len(losses)}"
     lines = [
         f"{task.folder.name}: {about}. Noise floor, the control's standard deviation over its seeds: {noise}.",
         "",

@@ -34,16 +34,16 @@ from dsmoelora.errors import ConfigError
 from dsmoelora.model import load_tokenizer
 from tests.helpers import tiny_llama
 
-# Arms of each table of docs/choosing.md by study and task, the control first.
-SHOWN = {
-    "short/conflicting": ("lora", "experts", "gradient"),
-    "short/demo": ("lora", "experts", "slow-routers", "lora-gradient", "gradient", "lora-active", "one-first"),
-    "short/qa": ("lora", "experts", "dense", "shared"),
-    "long/conflicting": ("lora", "experts"),
-    "long/demo": ("lora", "experts"),
-    "long/qa": ("lora", "experts"),
-    "thousand/conflicting": ("lora", "experts"),
-}
+# Every table of the docs: page, study and task, arms with the control first.
+SHOWN = (
+    ("choosing", "short/conflicting", "lora experts gradient"),
+    ("choosing", "short/demo", "lora experts slow-routers lora-gradient gradient lora-active one-first"),
+    ("choosing", "short/qa", "lora experts dense shared"),
+    ("choosing", "long/conflicting", "lora experts"),
+    ("choosing", "long/demo", "lora experts"),
+    ("choosing", "long/qa", "lora experts"),
+    ("choosing", "thousand/conflicting", "lora experts"),
+)
 
 # Tasks
 
@@ -102,7 +102,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pat
 def task(tmp_path: Path, material: dict[str, Path]) -> Task:
     """Two layers of six are adapted; 8 steps of 4 rows, 12 held-out rows."""
     sizes = {"num_steps": 8, "batch_size": 4, "eval_rows": 12, "max_length": 256}
-    return Task(tmp_path / "study" / "conflicting", **material, **sizes, depth="third", seeds=(0, 1), template=None)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {**sizes, "depth": "third", "dtype": "fp32", "seeds": (0, 1), "template": None}
+    return Task(tmp_path / "study" / "conflicting", **material, **settings)
 
 
 def test_losses_from_cached_hidden_states_are_those_of_the_whole_model(task: Task) -> None:
@@ -251,10 +252,11 @@ def test_a_cell_whose_state_was_forgotten_begins_anew(task: Task) -> None:
     assert [one["nll"] for one in found[: len(wanted)]] == [one["nll"] for one in wanted]
 
 
-def test_a_cell_of_other_settings_is_refused(task: Task) -> None:
+@pytest.mark.parametrize("other", [{"batch_size": 8}, {"dtype": "bf16"}], ids=str)
+def test_a_cell_of_other_settings_is_refused(task: Task, other: dict[str, Any]) -> None:
     Bench(task).run(Cell("lora", 1e-3), 2)
     with pytest.raises(ConfigError, match="was made with other settings"):
-        Results.read(Cell("lora", 1e-3), replace(task, batch_size=8))
+        Results.read(Cell("lora", 1e-3), replace(task, **other))
 
 
 def test_a_study_is_searched_and_told(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,22 +305,21 @@ def test_a_table_by_hand(task: Task) -> None:
     assert cells[4:] == ["2.0500 ± 0.3536", "-0.2000 [-0.2000, -0.2000]", "6", "80"]
 
 
-@pytest.mark.parametrize("shown", SHOWN)
-def test_the_tables_of_the_page_are_made_of_the_cells_that_lie_here(
-    shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("page", "shown", "arms"), SHOWN)
+def test_the_tables_of_the_docs_are_made_of_the_cells_that_lie_here(
+    page: str, shown: str, arms: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever model and rows are: cells know them by content."""
     root = Path(__file__).parents[2]
     shutil.unpack_archive(root / f"benchmarks/study/results/{Path(shown).parent}.tar.xz", tmp_path)
-    folder = tmp_path / shown
-    settings = json.loads(next(folder.glob("lora/lr*/results.json")).read_text())["settings"]["task"]
+    folder, control, *others = tmp_path / shown, *arms.split()
+    settings = json.loads(next(folder.glob(f"{control}/lr*/results.json")).read_text())["settings"]["task"]
     digests = {key: settings.pop(key) for key in ("model", "template", "train", "held_out")}
     monkeypatch.setattr("benchmarks.study.cells._digest", lambda path: digests[path.name])
     paths: Any = {key: Path(key) for key in digests}
-    page = (root / "docs/choosing.md").read_text()
-    lines = table(Task(folder, **paths, **settings, seeds=(0, 1, 2)), SHOWN[shown])
-    assert len(lines) == 4 + len(SHOWN[shown])
-    assert all(line in page for line in lines if line)
+    lines = table(Task(folder, **paths, **settings, seeds=(0, 1, 2)), [control, *others])
+    assert len(lines) == 5 + len(others)
+    assert "\n".join(lines) in (root / f"docs/{page}.md").read_text()
 
 
 def test_a_cell_that_diverges_ends_and_counts_as_worst(task: Task) -> None:
