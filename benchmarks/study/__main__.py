@@ -6,7 +6,7 @@
     python -m benchmarks.study --arms experts gradient --tasks mine --train train.jsonl --eval dev.jsonl
 
 The first arm is the control. For every arm a rate is chosen by successive halving, from a grid of factors of 2 that
-grows until the best has both its neighbours, on one half of the held-out rows, with the first seed. Then every seed
+grows until the best has both its neighbours, on one half of the held-out rows, with the first seeds. Then every seed
 runs at that rate, and arms are compared on the other half: row by row, for seeds, rows and the order of samples are
 the same for all. What is below the first adapted layer is computed once (`--depth full` adapts and computes all).
 
@@ -70,7 +70,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--template", type=Path, help="file of a chat template instead of the model's")
     parser.add_argument("--demo", type=Path, default=ROOT / "data/demo", help="folder of the demo's data")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the sets of qa and gsm8k")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first chooses the rates")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of adapters and the order of rows")
+    parser.add_argument("--rate-seeds", type=int, default=3, metavar="N", help="the first N of them choose the rates")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--eval-rows", type=int, default=256)
@@ -101,7 +102,9 @@ def task_of(name: str, options: argparse.Namespace) -> Task:
         files = task_files(name, folder, options.demo, options.data)
     sizes = (options.steps, options.batch_size, options.eval_rows, options.max_length)
     paths = (folder / name, options.model, options.template, *vars(files).values())
-    return Task(*paths, *sizes, options.depth, options.dtype, tuple(options.seeds))
+    return Task(
+        *paths, *sizes, options.depth, options.dtype, tuple(options.seeds), tuple(options.seeds[: options.rate_seeds])
+    )
 
 
 def run(tasks: Sequence[Task], arms: Sequence[str], jobs: int) -> None:

@@ -37,6 +37,7 @@ class Task:
         depth: which layers are adapted: the upper `sixth`, `third` or `half` of them, or all (`full`)
         dtype: that the model computes in; what is trained is fp32
         seeds: that may run
+        rate_seeds: those of them that choose a rate
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Task:
     depth: str
     dtype: DtypeName
     seeds: tuple[int, ...]
+    rate_seeds: tuple[int, ...]
 
     @property
     def evaluated_at(self) -> list[int]:
@@ -71,7 +73,7 @@ class Task:
 
     def settings(self) -> dict[str, Any]:
         """What a cell of it is remembered by; JSON-able."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("folder", "seeds")}
+        kept = {key: value for key, value in asdict(self).items() if key not in ("folder", "seeds", "rate_seeds")}
         return {key: _digest(value) if isinstance(value, Path) else value for key, value in kept.items()}
 
 

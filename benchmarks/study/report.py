@@ -13,6 +13,11 @@ from benchmarks.study.cells import Cell, Results, Task
 from benchmarks.study.paired import difference, halves, interval, mean_loss, steps_to_reach
 from benchmarks.study.search import Chosen
 
+_COLUMNS = (
+    *("arm", "what it is", "trained", "seeds", "lr", "held-out loss"),
+    *("against the control, 95 %", "steps to its loss", "CPU-seconds"),
+)
+
 
 class Outcome:
     """The cells of an arm at its rate, on the reporting half of the held-out rows.
@@ -44,9 +49,8 @@ class Outcome:
         """Of every seed, at the end."""
         return mean_loss(self.nll_SN(list(self.by_seed)), self.tokens_N).tolist()
 
-    def curve(self) -> list[tuple[int, float]]:
-        """Steps, and the mean loss over seeds after them."""
-        seeds = list(self.by_seed)
+    def curve(self, seeds: Sequence[int]) -> list[tuple[int, float]]:
+        """Steps, and the mean loss over these seeds after them."""
         steps = [one["step"] for one in self.by_seed[seeds[0]].evaluations]
         return [(step, float(mean_loss(self.nll_SN(seeds, step), self.tokens_N).mean())) for step in steps]
 
@@ -68,7 +72,7 @@ def outcomes(task: Task, arms: Sequence[str]) -> list[Outcome]:
 
 
 def table(task: Task, arms: Sequence[str]) -> list[str]:
-    """Markdown, the control first; differences are of the same seeds and rows.
+    """Markdown, the control first; differences, and steps to its loss, are of the seeds and rows that both have.
 
     Args:
         task: which
@@ -80,28 +84,32 @@ def table(task: Task, arms: Sequence[str]) -> list[str]:
     control = found[0]
     losses = control.losses()
     noise = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "unknown"
-    about = f"{task.num_steps} steps of {task.batch_size} rows, {task.depth} depth, {task.dtype}, seeds {len(losses)}"
+    about = f"{task.num_steps} steps of {task.batch_size} rows, {task.depth} depth, {task.dtype}"
     lines = [
         f"{task.folder.name}: {about}. Noise floor, the control's standard deviation over its seeds: {noise}.",
         "",
-        "| arm | | trained | lr | held-out loss | against the control, 95 % | steps to its loss | CPU-seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{len(_COLUMNS) * '---|'}",
     ]
-    return lines + [_line(one, control) for one in found]
+    lines += [_line(one, control) for one in found]
+    missing = set(arms) - {one.arm for one in found}
+    return lines + (["", f"Not at their end: {', '.join(arm for arm in arms if arm in missing)}."] if missing else [])
 
 
 def _line(one: Outcome, control: Outcome) -> str:
     losses = one.losses()
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-    against, steps = "", f"{one.curve()[-1][0]}"
-    if one is not control:
-        seeds = [seed for seed in one.by_seed if seed in control.by_seed]
+    seeds = [seed for seed in one.by_seed if seed in control.by_seed]
+    against, steps = "", f"{one.curve(seeds)[-1][0]}" if seeds else ""
+    if not seeds:
+        against = "no seed in common"
+    elif one is not control:
         pair = one.nll_SN(seeds), control.nll_SN(seeds), one.tokens_N
         low, high = interval(*pair)
         against = f"{difference(*pair):+.4f} [{low:+.4f}, {high:+.4f}]"
-        reached = steps_to_reach(one.curve(), control.curve()[-1][1])
+        reached = steps_to_reach(one.curve(seeds), control.curve(seeds)[-1][1])
         steps = "not reached" if reached is None else f"{reached:.0f}"
-    cells = (one.arm, ARMS[one.arm].why, f"{one.num_trained:,}", f"{one.lr:g}")
+    cells = (one.arm, ARMS[one.arm].why, f"{one.num_trained:,}", f"{len(losses)}", f"{one.lr:g}")
     lost = f", {one.num_diverged} diverged" if one.num_diverged else ""
     loss = f"{statistics.mean(losses):.4f}{spread}{lost}"
     return f"| {' | '.join((*cells, loss, against, steps, f'{one.seconds:.0f}'))} |"
@@ -121,7 +129,7 @@ def plot(tasks: Sequence[Task], arms: Sequence[str], out: Path) -> None:
     for (by_step, by_rate), task in zip(axes, tasks, strict=True):
         for number, one in enumerate(outcomes(task, arms)):
             style = {"label": one.arm, "marker": ".", "color": f"C{number % 10}"}
-            by_step.plot(*zip(*one.curve(), strict=True), **style)
+            by_step.plot(*zip(*one.curve(list(one.by_seed)), strict=True), **style)
             chosen = Chosen.read(task, one.arm)
             tried = sorted((float(rate), loss) for rate, loss in chosen.tried.items()) if chosen else []
             by_rate.plot(*zip(*tried, strict=True), **style)

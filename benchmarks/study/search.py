@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.study.cells import Cell, Results, Task
 from benchmarks.study.halving import choose_rate
@@ -24,7 +24,7 @@ class Chosen:
 
     Args:
         lr: best after all steps, on the choosing half of the held-out rows
-        tried: losses there of all rates that came to the last step
+        tried: losses there of all rates that came to the last step with every seed that chooses
     """
 
     lr: float
@@ -43,31 +43,27 @@ class Chosen:
 
 
 def search(task: Task, arm: str, train: Train) -> None:
-    """Choose the rate of an arm with the first seed, and run all seeds at it."""
-    first, *_ = task.seeds
+    """Choose the rate of an arm, and run all seeds at it.
+
+    What halving looks at early is the loss of the first seed; after all steps it is the mean over `task.rate_seeds`.
+    """
     choosing, _ = halves(len(task.tokens_N))
+    tried: dict[str, float] = {}
 
     def losses_at(rates: Sequence[float], steps: int) -> Mapping[float, float]:
-        cells = [Cell(arm, rate, first) for rate in rates]
-        train(cells, steps)
-        return {cell.lr: Results.read(cell, task).loss_at(steps, task.tokens_N, choosing) for cell in cells}
+        at_end = steps == task.num_steps
+        cells = {rate: [Cell(arm, rate, seed) for seed in task.rate_seeds[: None if at_end else 1]] for rate in rates}
+        train([cell for of_rate in cells.values() for cell in of_rate], steps)
+        losses = {rate: statistics.mean(loss_of(cell, steps) for cell in of_rate) for rate, of_rate in cells.items()}
+        if at_end:
+            tried.update({f"{rate:g}": loss for rate, loss in losses.items() if math.isfinite(loss)})
+        return losses
+
+    def loss_of(cell: Cell, steps: int) -> float:
+        return Results.read(cell, task).loss_at(steps, task.tokens_N, choosing)
 
     lr = choose_rate(Cell(arm, 0.0).of.rates, task.num_steps, losses_at)
-    tried = {f"{results.cell['lr']:g}": results for results in all_results(task, arm) if results.cell["seed"] == first}
-    reached = {rate: results.nll_at(task.num_steps) for rate, results in tried.items()}
-    losses = {rate: _loss(nll_N, task.tokens_N, choosing) for rate, nll_N in reached.items() if nll_N is not None}
-    Chosen.file(task, arm).write_text(json.dumps(vars(Chosen(lr, losses))))
+    Chosen.file(task, arm).write_text(json.dumps(vars(Chosen(lr, tried))))
     for folder in (task.folder / arm).iterdir():
         forget_states(folder)
     train([Cell(arm, lr, seed) for seed in task.seeds], task.num_steps)
-
-
-def _loss(nll_N: np.ndarray, tokens_N: np.ndarray, rows: np.ndarray) -> float:
-    return float(nll_N[rows].sum() / tokens_N[rows].sum())
-
-
-def all_results(task: Task, arm: str) -> list[Results]:
-    """Of every cell of an arm that has begun, by rate and seed."""
-    files = (task.folder / arm).glob("lr*/results.json")
-    found = [Results(**json.loads(file.read_text())) for file in files]
-    return sorted(found, key=lambda results: (results.cell["lr"], results.cell["seed"]))
