@@ -42,7 +42,7 @@ from dsmoelora.model import (
 from dsmoelora.model.folder import check_model_folder
 from dsmoelora.optim import trainables
 from dsmoelora.optim.rows import frozen_tensors
-from dsmoelora.planner.compared import found_for
+from dsmoelora.planner.compared import found_for, notes_of
 from dsmoelora.run.folder import check_run_folder, existing_parent, is_open_to_all
 
 _FP32_BYTES = 4
@@ -147,6 +147,7 @@ def _check_batches(plan: Plan, recipe: Recipe, world_size: int) -> None:
     plan.add("steps", f"{train.max_steps}{warmup}")
     plan.add("optimizer", f"{recipe.optim.name}, lr {recipe.optim.lr:g}, {recipe.optim.schedule}")
     plan.add("preconditioner", recipe.optim.preconditioner)
+    plan.notes += notes_of(recipe.optim)
     if not train.max_steps:
         plan.notes.append("train.max_steps is 0: nothing is trained; the adapter is written as it starts.")
     elif recipe.optim.warmup_steps >= train.max_steps:

@@ -1,10 +1,13 @@
-"""What the comparisons of docs/choosing.md say of a recipe of some kind."""
+"""What the comparisons of docs/choosing.md and docs/riemannian.md say of a recipe of some kind."""
 
 from __future__ import annotations
 
-from dsmoelora.config import AdapterConfig
+from dsmoelora.config import AdapterConfig, OptimConfig
 
 _PAGE = "docs/choosing.md"
+_TOO_SMALL = (
+    1e-5  # of the dampings that were compared under SGD, 1e-6 was surely behind no preconditioner, 1e-4 was not
+)
 
 
 def found_for(config: AdapterConfig) -> str:
@@ -21,3 +24,11 @@ def found_for(config: AdapterConfig) -> str:
     alpha = config.lora_alpha * (config.num_in_layer**0.5 if config.use_rslora else config.num_in_layer)
     keys = f"adapter.num_experts 1, top_k 1, r {rank}, lora_alpha {alpha:g}"
     return f"no mixture has learned surely more than plain LoRA of its size: try {keys}, at a rate of its own ({_PAGE})"
+
+
+def notes_of(optim: OptimConfig) -> list[str]:
+    """What the comparisons say against settings of the optimizer; mostly nothing."""
+    if optim.name != "sgd" or optim.preconditioner == "none" or not 0 < optim.damping_abs < _TOO_SMALL:
+        return []
+    known = f"optim.damping_abs = {optim.damping_abs:g} with optim.name = sgd"
+    return [f"{known}: {optim.preconditioner} learned less than plain SGD there. Try 1e-2 (docs/riemannian.md)."]

@@ -16,7 +16,7 @@ from rich.console import Console
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from dsmoelora.config import AdapterConfig, DataSource, Recipe
+from dsmoelora.config import AdapterConfig, DataSource, OptimConfig, Recipe
 from dsmoelora.data import load_instructions
 from dsmoelora.data.chat import REWRITTEN
 from dsmoelora.errors import UserError
@@ -80,6 +80,22 @@ def test_the_plan_names_the_plain_lora_to_compare_with(recipe: Recipe) -> None:
 )
 def test_what_was_not_compared_is_not_judged(settings: dict[str, Any], words: str) -> None:
     assert words in found_for(AdapterConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"name": "sgd", "preconditioner": "scaled"}, True),
+        ({"name": "sgd", "preconditioner": "tangent", "damping_abs": 1e-2}, False),
+        ({"name": "sgd", "preconditioner": "tangent", "damping_abs": 0.0}, False),
+        ({"name": "adamw", "preconditioner": "scaled"}, False),
+        ({"name": "sgd"}, False),
+    ],
+)
+def test_the_plan_warns_of_a_damping_that_lost(recipe: Recipe, settings: dict[str, Any], expected: bool) -> None:
+    recipe.optim = OptimConfig(**settings)
+    notes = make_plan(recipe, ZERO_3, world_size=2, resume="none").notes
+    assert any("optim.damping_abs = 1e-06" in note for note in notes) == expected
 
 
 def test_the_plan_counts_the_start_that_checkpoints_keep(recipe: Recipe) -> None:
