@@ -37,12 +37,25 @@ from tests.helpers import tiny_llama
 # Every table of the docs: page, study and task, arms with the control first.
 SHOWN = (
     ("choosing", "short/conflicting", "lora experts gradient"),
-    ("choosing", "short/demo", "lora experts slow-routers lora-gradient gradient lora-active one-first"),
-    ("choosing", "short/qa", "lora experts dense shared"),
     ("choosing", "long/conflicting", "lora experts"),
-    ("choosing", "long/demo", "lora experts"),
-    ("choosing", "long/qa", "lora experts"),
     ("choosing", "thousand/conflicting", "lora experts"),
+    (
+        *("choosing", "short/demo"),
+        "lora experts slow-routers lora-active lora-gradient gradient short-betas"
+        " lora-short-betas betas-0.99 lora-betas-0.99 lora-plus",
+    ),
+    ("choosing", "short/demo", "experts experts-4-2 experts-20-10 balance sigmoid-bias falling-k svd"),
+    ("choosing", "long/demo", "lora experts"),
+    ("choosing", "thousand/demo", "lora experts"),
+    ("choosing", "recipe/demo", "lora-80 experts-20-10 slow-20-10 gradient-20-10 short-20-10"),
+    ("choosing", "short/qa", "lora experts dense shared"),
+    ("choosing", "long/qa", "lora experts"),
+    ("riemannian", "short/demo", "experts scaled scaled-0.01 tangent tangent-0.01 short-betas betas-0.99 lora-plus"),
+    (
+        *("riemannian", "short/demo"),
+        "sgd sgd-scaled-1e-06 sgd-scaled-0.01 sgd-scaled-1 sgd-tangent-1e-06 sgd-tangent-0.01 sgd-tangent-1",
+    ),
+    ("riemannian", "short/qa", "sgd sgd-scaled-1e-06 sgd-scaled-0.01 sgd-tangent-0.01"),
 )
 
 # Tasks
