@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         tasks = [task_of(name, options) for name in options.tasks]
         if not (options.table or options.plot):
             run(tasks, options.arms, options.jobs)
+        prepared = [task for task in tasks if task.tokens_file.exists()]
+        print(f"\n{setting(options.dtype)}")
+        for task in prepared:
+            print(*("", *table(task, options.arms)), sep="\n")
+        if options.plot:
+            plot(prepared, options.arms, options.plot)
     except UserError as error:
         sys.exit(f"error: {error}")
-    prepared = [task for task in tasks if task.tokens_file.exists()]
-    print(f"\n{setting(options.dtype)}")
-    for task in prepared:
-        print(*("", *table(task, options.arms)), sep="\n")
-    if options.plot:
-        plot(prepared, options.arms, options.plot)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

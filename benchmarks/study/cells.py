@@ -150,8 +150,15 @@ class Results:
         if not file.exists():
             return fresh
         found = cls(**json.loads(file.read_text()))
-        if found.settings["task"] != fresh.settings["task"] or not _is_same_arm(found, fresh):
-            raise ConfigError(f"{file} was made with other settings. Take another --name, or this folder away.")
+        then, now = found.settings["task"], fresh.settings["task"]
+        other = [
+            f"{key} {then.get(key)}, not {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)
+        ]
+        if not _is_same_arm(found, fresh):
+            other.append(f"arm {cell.arm} as it was")
+        if other:
+            told = f"{file} was made with other settings ({'; '.join(other)})"
+            raise ConfigError(f"{told}. Give these, or take another --name, or this folder away.")
         return found
 
     def write(self, folder: Path) -> None:

@@ -272,10 +272,14 @@ def test_a_cell_whose_state_was_forgotten_begins_anew(task: Task) -> None:
     assert [one["nll"] for one in found[: len(wanted)]] == [one["nll"] for one in wanted]
 
 
-@pytest.mark.parametrize("other", [{"batch_size": 8}, {"dtype": "bf16"}], ids=str)
-def test_a_cell_of_other_settings_is_refused(task: Task, other: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [({"batch_size": 8}, "batch_size 4, not 8"), ({"dtype": "bf16"}, "dtype fp32, not bf16")],
+    ids=str,
+)
+def test_a_cell_of_other_settings_is_refused(task: Task, other: dict[str, Any], told: str) -> None:
     Bench(task).run(Cell("lora", 1e-3), 2)
-    with pytest.raises(ConfigError, match="was made with other settings"):
+    with pytest.raises(ConfigError, match=rf"was made with other settings \({told}\)"):
         Results.read(Cell("lora", 1e-3), replace(task, **other))
 
 
