@@ -76,7 +76,7 @@ def test_weights_the_other_way_round(tmp_path: Path) -> None:
     base_path = save_model("gpt2", tmp_path / "base")
     folder = peft_adapter(base_path, tmp_path / "adapter", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     torch.testing.assert_close(
-        logits(started_from(base_path, folder)), logits(with_peft(base_path, folder)), rtol=1e-6, atol=1e-6
+        logits(started_from(base_path, folder)), logits(with_peft(base_path, folder)), rtol=1e-5, atol=5e-6
     )
 
 
