@@ -44,3 +44,9 @@ def worker_pool() -> Iterator[PoolFactory]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture
+def computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without bf16. A packed model has no `float()`: what it holds are bytes."""
+    monkeypatch.setattr("dsmoelora.model.loading.best_dtype", lambda device: "fp32")

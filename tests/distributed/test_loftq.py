@@ -114,6 +114,7 @@ def saved(job: Job, folder: str) -> float:
     return loss
 
 
+@pytest.mark.usefixtures("computes_in_fp32")
 def test_what_is_saved_finds_its_base_again(
     worker_pool: PoolFactory, base: Path, found: dict[str, PlainLoftq], tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+@pytest.mark.usefixtures("computes_in_fp32")
 def test_on_a_base_in_16_bits_nothing_is_made_up_for(worker_pool: PoolFactory, base: Path, tmp_path: Path) -> None:
     """There nothing was lost: before the first step the adapter does nothing, whichever base it is put on or leaves."""
     folder = tmp_path / "adapter"
@@ -170,5 +172,5 @@ def test_on_a_base_in_16_bits_nothing_is_made_up_for(worker_pool: PoolFactory, b
         torch.testing.assert_close(logits(model), plain, rtol=1e-4, atol=1e-5)
     in_four_bits = find_trained(folder, None, quantize="nf4").load()
     with uniform_gates(in_four_bits):
-        nearer = (logits(in_four_bits.float()) - plain).norm()
-    assert nearer < 0.9 * (logits(model_for_inference(str(base), "", quantize="nf4").float()) - plain).norm()
+        nearer = (logits(in_four_bits) - plain).norm()
+    assert nearer < 0.9 * (logits(model_for_inference(str(base), "", quantize="nf4")) - plain).norm()

@@ -106,12 +106,6 @@ def on_rounded(base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without bf16. A packed model has no `float()`: what it holds are bytes."""
-    monkeypatch.setattr("dsmoelora.model.loading.best_dtype", lambda device: "fp32")
-
-
-@pytest.fixture
 def in_four_bits(base_path: Path, computes_in_fp32: None) -> Iterator[Any]:
     yield model_for_inference(str(base_path), "", quantize="nf4")
 
