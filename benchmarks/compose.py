@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import setting
+from benchmarks.machine import DTYPE_NAME, setting
 from benchmarks.study.bench import Bench
 from benchmarks.study.cells import Task
 from benchmarks.study.tasks import task_files
@@ -180,7 +180,8 @@ def compare(options: argparse.Namespace) -> None:
     files = task_files("demo", folder, options.demo, options.demo)
     # both halves' rows are those of `--steps` each
     sizes = (2 * options.steps, options.batch_size, options.eval_rows, 256)
-    task = Task(folder, options.model, None, files.train, files.held_out, *sizes, "sixth", (_POOL,))
+    paths = (folder, options.model, None, files.train, files.held_out)
+    task = Task(*paths, *sizes, "sixth", DTYPE_NAME, seeds=(_POOL,), rate_seeds=())
     kept = folder / "settings.json"
     settings = json.dumps(task.settings() | {"gate_steps": options.gate_steps})
     folder.mkdir(parents=True, exist_ok=True)
