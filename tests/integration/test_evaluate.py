@@ -168,6 +168,7 @@ def test_several_files_have_a_line_each_and_one_together(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("init", ["kaiming", "loftq"])
+@pytest.mark.usefixtures("computes_in_fp32")
 def test_a_base_in_four_bits_is_scored_as_training_scores_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, worker_pool: PoolFactory, workshop: Path, capsys: Any, init: str
 ) -> None:
