@@ -30,6 +30,7 @@ from benchmarks.study.cells import Cell, Task
 from benchmarks.study.report import plot, table
 from benchmarks.study.search import search
 from benchmarks.study.tasks import Files, task_files
+from dsmoelora.config.checks import require
 from dsmoelora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,8 +94,9 @@ def task_of(name: str, options: argparse.Namespace) -> Task:
     """A task and where its cells lie.
 
     Raises:
-        ConfigError: there is no such task, or its data is not there
+        ConfigError: there is no such task, its data is not there, or no seed may choose a rate
     """
+    require(options.rate_seeds > 0, "--rate-seeds", options.rate_seeds, "1 or more", "Leave it out for 3.")
     folder = ROOT / ".cache" / "study" / options.name
     if options.train and options.eval:
         files = Files(options.train, options.eval)

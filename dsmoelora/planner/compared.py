@@ -6,7 +6,7 @@ from dsmoelora.config import AdapterConfig, OptimConfig
 
 _PAGE = "docs/choosing.md"
 _TOO_SMALL = (
-    1e-5  # of the dampings that were compared under SGD, 1e-6 was surely behind no preconditioner, 1e-4 was not
+    1e-5  # of the dampings that were compared under SGD, 1e-6 was surely behind no preconditioner, 1e-2 was not
 )
 
 
