@@ -92,18 +92,20 @@ def table(task: Task, arms: Sequence[str]) -> list[str]:
         f"|{len(_COLUMNS) * '---|'}",
     ]
     lines += [_line(one, control) for one in found]
-    missing = set(arms) - {one.arm for one in found}
-    return lines + (["", f"Not at their end: {', '.join(arm for arm in arms if arm in missing)}."] if missing else [])
+    shown = {one.arm for one in found}
+    missing = [arm for arm in arms if arm not in shown]
+    return lines + (["", f"Not at their end: {', '.join(missing)}."] if missing else [])
 
 
 def _line(one: Outcome, control: Outcome) -> str:
     losses = one.losses()
     spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
     seeds = [seed for seed in one.by_seed if seed in control.by_seed]
-    against, steps = "", f"{one.curve(seeds)[-1][0]}" if seeds else ""
     if not seeds:
-        against = "no seed in common"
-    elif one is not control:
+        against, steps = "no seed in common", ""
+    elif one is control:
+        against, steps = "", f"{one.curve(seeds)[-1][0]}"
+    else:
         pair = one.nll_SN(seeds), control.nll_SN(seeds), one.tokens_N
         low, high = interval(*pair)
         against = f"{difference(*pair):+.4f} [{low:+.4f}, {high:+.4f}]"
