@@ -36,6 +36,9 @@ def test_a_7b_model_is_planned_without_it(tmp_path: Path) -> None:
     shares = {bound: int(share) for bound, share in re.findall(r"(\w+) (\d+) %", said[1])}
     assert said[0] == max(shares, key=lambda bound: shares[bound]) and abs(sum(shares.values()) - 100) <= 2
     assert "at 2 a device and hour" in fits.stdout
+    (rate,) = re.findall(r"^([\d,]+ tokens/s), mfu", fits.stdout, re.MULTILINE)
+    (step,) = re.findall(r"^([\d.]+ s) a step, bound", fits.stdout, re.MULTILINE)
+    assert f"| {rate}, 1.2 hours | 128 x 512 tokens in {step}, " in (ROOT / "docs" / "planning.md").read_text()
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     too_much = plan("--model.path", tmp_path, "--gpus", 1, "--gpu", "rtx-4090", "--train.micro_batch_size", 128)
     assert too_much.returncode == 1

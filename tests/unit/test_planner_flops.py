@@ -11,7 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dsmoelora.adapters import Factor, inject
+from dsmoelora.adapters import Factor, adapter_context, inject
+from dsmoelora.adapters.context import BatchTokens
+from dsmoelora.adapters.keyed.keys import key_columns, token_keys
 from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, ParallelConfig, Recipe, TrainConfig
 from dsmoelora.model import recompute_activations
 from dsmoelora.model.output_head import ChunkedLoss
@@ -110,6 +112,18 @@ def test_a_layer_that_is_computed_again_is_no_progress() -> None:
     to_inputs = WIDTH * (WIDTH + 2 * narrow + columns)
     assert model_flops(again) - model_flops(once) == 2 * ROWS * LENGTH * to_inputs
     assert sum(once.values()) < sum(again.values())
+
+
+def test_a_pass_is_planned_alike_again_and_leaves_no_tensor_without_memory_behind() -> None:
+    """Columns of dropout's masks are kept for the life of a process, which may train after its plan."""
+    key_columns.cache_clear()
+    recipe = recipe_of(lora_dropout=0.1)
+    assert pass_bytes(LLAMA, recipe, ALONE) == pass_bytes(LLAMA, recipe, ALONE)
+    model = AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32)
+    inject(model, recipe.adapter)
+    ids = torch.arange(LENGTH).expand(ROWS, -1)
+    adapter_context(model).tokens = BatchTokens(token_keys(0, torch.arange(ROWS), torch.ones_like(ids)))
+    assert torch.isfinite(model.train()(input_ids=ids).logits.sum()).item()
 
 
 def test_a_packed_base_computes_as_much() -> None:

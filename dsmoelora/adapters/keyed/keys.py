@@ -12,6 +12,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _MASK_32 = 0xFFFFFFFF
 
@@ -60,6 +61,10 @@ def hash_of_columns(keys_T: Tensor, columns_C: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def key_columns(layer_key: int, num_columns: int, device: torch.device) -> Tensor:
-    """(num_columns,) int32: hashes of the layer's key and the column, made once for every layer."""
-    columns = torch.arange(num_columns, device=device, dtype=torch.int64)
-    return _as_int32(_mix(_mix(columns) ^ (layer_key & _MASK_32)))
+    """(num_columns,) int32: hashes of the layer's key and the column, made once for every layer.
+
+    Real ones, and made unseen, even where a planner traces a step: they outlive the trace, and are no part of the step.
+    """
+    with _disable_current_modes():
+        columns = torch.arange(num_columns, device=device, dtype=torch.int64)
+        return _as_int32(_mix(_mix(columns) ^ (layer_key & _MASK_32)))
