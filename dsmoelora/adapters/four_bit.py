@@ -91,6 +91,22 @@ class FrozenLinear4bit(nn.Linear):
             weight_OD = self.prepare(weight_OD)
         return packed(weight_OD, dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear4bit:
+        """Move or copy the layer (`to`, `cuda`, ...).
+
+        Raises:
+            ModelError: to another dtype (`float`, ...), which would make other codes of the weight's codes
+        """
+        dtype = self.weight.dtype
+        wanted = fn(torch.empty(0, dtype=dtype, device=self.weight.device)).dtype
+        if wanted != dtype:
+            raise ModelError(
+                f"A weight packed in 4 bits cannot be cast from {dtype} to {wanted}: it is codes, no numbers. "
+                "Load the model in the dtype that it shall have (model.dtype)."
+            )
+        super()._apply(fn, recurse)
+        return self
+
     def reset_parameters(self) -> None:
         """Nothing: a packed weight comes from a file."""
 

@@ -83,6 +83,18 @@ def test_a_layer_computes_with_the_rounded_weight(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad_x, expected, **tolerance)
 
 
+def test_a_packed_weight_is_moved_and_never_cast() -> None:
+    """`float()` of a model would make other codes of its codes."""
+    layer = layer_of(torch.randn(48, 64).bfloat16())
+    before = layer.weight.clone()
+    for cast in (nn.Module.float, nn.Module.half, lambda model: model.to(torch.float64)):
+        with pytest.raises(ModelError, match=r"cannot be cast from torch.bfloat16 to torch.float\d\d: it is codes"):
+            cast(nn.Sequential(layer))
+    moved = nn.Sequential(layer).bfloat16().to("cpu")[0]
+    assert torch.equal(moved.weight.view(torch.uint8), before.view(torch.uint8))
+    assert layer.to("meta").weight.dtype == torch.bfloat16
+
+
 def test_nothing_but_the_parameter_is_kept_for_the_backward_pass() -> None:
     layer, kept = layer_of(torch.randn(48, 64)), []
 
