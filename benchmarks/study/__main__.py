@@ -16,11 +16,10 @@ A cell (arm, rate, seed) is a folder below `.cache/study/<name>/<task>`. Ctrl-C 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.machine import DTYPE_NAME, setting
@@ -30,6 +29,7 @@ from benchmarks.study.cells import Cell, Task
 from benchmarks.study.report import plot, table
 from benchmarks.study.search import search
 from benchmarks.study.tasks import Files, task_files
+from benchmarks.study.workers import worker_pool
 from dsmoelora.config.checks import require
 from dsmoelora.errors import UserError
 
@@ -111,8 +111,7 @@ def task_of(name: str, options: argparse.Namespace) -> Task:
 
 def run(tasks: Sequence[Task], arms: Sequence[str], jobs: int) -> None:
     """All arms of all tasks; two rates or seeds, of whatever arm, run at a time."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool, ThreadPoolExecutor(max(jobs, len(arms))) as threads:
+    with worker_pool(jobs) as pool, ThreadPoolExecutor(max(jobs, len(arms))) as threads:
         for task in tasks:
             task.folder.mkdir(parents=True, exist_ok=True)
             pool.submit(prepare, task).result()
