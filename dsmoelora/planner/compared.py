@@ -23,7 +23,10 @@ def found_for(config: AdapterConfig) -> str:
     rank = config.r * config.num_in_layer
     alpha = config.lora_alpha * (config.num_in_layer**0.5 if config.use_rslora else config.num_in_layer)
     keys = f"adapter.num_experts 1, top_k 1, r {rank}, lora_alpha {alpha:g}"
-    return f"no mixture has learned surely more than plain LoRA of its size: try {keys}, at a rate of its own ({_PAGE})"
+    found = f"no mixture has learned surely more than plain LoRA of its size: try {keys}, at a rate of its own"
+    if not config.shared_experts:
+        found += "; with shared_experts 1 one was ahead of itself without, where tasks contradict each other"
+    return f"{found} ({_PAGE})"
 
 
 def notes_of(optim: OptimConfig) -> list[str]:

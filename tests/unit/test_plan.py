@@ -66,6 +66,7 @@ def test_the_plan_names_the_plain_lora_to_compare_with(recipe: Recipe) -> None:
     """Of as many trained factors, at the same scale alpha / R."""
     recipe.adapter.shared_experts = 1
     rows = dict(make_plan(recipe, ZERO_3, world_size=2, resume="none").rows)
+    assert "shared_experts" not in rows["compared"]
     # 4 routed experts of rank 2 and a shared one; alpha 16 over rank 2 is a scale of 8
     assert "adapter.num_experts 1, top_k 1, r 10, lora_alpha 80" in rows["compared"]
     assert (Path(__file__).parents[2] / re.findall(r"docs/\w+\.md", rows["compared"])[0]).is_file()
@@ -76,9 +77,10 @@ def test_the_plan_names_the_plain_lora_to_compare_with(recipe: Recipe) -> None:
     [
         ({"num_experts": 1, "top_k": 1}, "no mixture"),
         ({"experts_from": ["a"]}, "not compared"),
+        ({"num_experts": 4}, "with shared_experts 1 one was ahead"),
     ],
 )
-def test_what_was_not_compared_is_not_judged(settings: dict[str, Any], words: str) -> None:
+def test_a_recipe_hears_what_was_found_for_its_kind(settings: dict[str, Any], words: str) -> None:
     assert words in found_for(AdapterConfig(**settings))
 
 
