@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,20 +24,26 @@ from benchmarks.study.search import Chosen, search
 
 # Every table of the docs: page, study and task, arms with the control first.
 SHOWN = (
-    ("choosing", "short/conflicting", "lora experts gradient"),
-    ("choosing", "long/conflicting", "lora experts"),
-    ("choosing", "thousand/conflicting", "lora experts"),
+    ("choosing", "short/conflicting", "lora experts lora-active dense shared falling-k gradient"),
+    ("choosing", "long/conflicting", "lora experts lora-active dense shared slow-routers falling-k experts-20-10"),
+    ("choosing", "long/conflicting", "experts lora-active dense shared slow-routers falling-k experts-20-10"),
+    ("choosing", "thousand/conflicting", "lora experts shared"),
     (
         *("choosing", "short/demo"),
         "lora experts slow-routers lora-active lora-gradient gradient short-betas"
         " lora-short-betas betas-0.99 lora-betas-0.99 lora-plus",
     ),
-    ("choosing", "short/demo", "experts experts-4-2 experts-20-10 balance sigmoid-bias falling-k svd"),
-    ("choosing", "long/demo", "lora experts"),
+    (
+        "choosing",
+        "short/demo",
+        "experts experts-4-2 experts-8-4 experts-20-10 dense shared slow-routers balance sigmoid-bias falling-k svd",
+    ),
+    ("choosing", "long/demo", "lora experts shared"),
     ("choosing", "thousand/demo", "lora experts"),
     ("choosing", "recipe/demo", "lora-80 experts-20-10 slow-20-10 gradient-20-10 short-20-10"),
     ("choosing", "short/qa", "lora experts dense shared"),
     ("choosing", "long/qa", "lora experts"),
+    ("choosing", "thousand/qa", "lora experts"),
     ("riemannian", "short/demo", "experts scaled scaled-0.01 tangent tangent-0.01 short-betas betas-0.99 lora-plus"),
     (
         *("riemannian", "short/demo"),
@@ -141,6 +148,19 @@ def test_the_tables_of_the_docs_are_made_of_the_cells_that_lie_here(
     lines = table(Task(folder, **paths, **settings, seeds=tuple(range(10)), rate_seeds=()), [control, *others])
     assert len(lines) == 5 + len(others)
     assert "\n".join(lines) in (root / f"docs/{page}.md").read_text()
+
+
+def test_the_overview_repeats_the_tables() -> None:
+    """Of each kind of data and number of steps, the mixture against plain LoRA."""
+    text = (Path(__file__).parents[3] / "docs/choosing.md").read_text()
+    header, *rows = re.findall(r"^\| .*`.*|^\| data \|.*", text.split("\n**")[1], re.MULTILINE)
+    for row in rows:
+        _, label, *differences, _ = row.split("|")
+        (task,) = re.findall(r"`(\w+)`", label)
+        for steps, difference in zip(re.findall(r"(\d[\d,]*) steps", header), differences, strict=True):
+            of_task = text.split(f"\n{task}: {steps.replace(',', '')} steps of 4 rows, ")[1]
+            found = next(line for line in of_task.splitlines() if line.startswith("| experts |"))
+            assert found.split("|")[7] == difference
 
 
 def test_a_cell_that_diverges_ends_and_counts_as_worst(task: Task) -> None:
