@@ -36,7 +36,8 @@ SHOWN = (
     (
         "choosing",
         "short/demo",
-        "experts experts-4-2 experts-8-4 experts-20-10 dense shared slow-routers balance sigmoid-bias falling-k svd",
+        "experts experts-4-2 experts-8-4 experts-20-10 dense shared slow-routers balance sigmoid-bias falling-k svd"
+        " one-first",
     ),
     ("choosing", "long/demo", "lora experts shared"),
     ("choosing", "thousand/demo", "lora experts"),
