@@ -25,7 +25,7 @@ def found_for(config: AdapterConfig) -> str:
     keys = f"adapter.num_experts 1, top_k 1, r {rank}, lora_alpha {alpha:g}"
     found = f"no mixture has learned surely more than plain LoRA of its size: try {keys}, at a rate of its own"
     if not config.shared_experts:
-        found += "; with shared_experts 1 one was ahead of itself without, where tasks contradict each other"
+        found += "; shared_experts 1 helped a mixture where tasks contradict each other"
     return f"{found} ({_PAGE})"
 
 
