@@ -5,9 +5,8 @@ from __future__ import annotations
 from dsmoelora.config import AdapterConfig, OptimConfig
 
 _PAGE = "docs/choosing.md"
-_TOO_SMALL = (
-    1e-5  # of the dampings that were compared under SGD, 1e-6 was surely behind no preconditioner, 1e-2 was not
-)
+# Of the dampings that were compared under SGD, 1e-6 was surely behind no preconditioner, 1e-2 was not.
+_TOO_SMALL = 1e-5
 
 
 def found_for(config: AdapterConfig) -> str:
