@@ -80,6 +80,7 @@ _ALL = [
     Arm("experts", why="E=8 R=4 K=2"),
     Arm("lora", _lora(32), why="plain LoRA with as many trained numbers"),
     Arm("lora-active", _lora(8), why="plain LoRA with as many numbers as a token uses"),
+    Arm("lora-12", _lora(12), why="plain LoRA of rank 12: what a token uses with a shared expert"),
     Arm("gradient", {"init": "gradient"}, why="directions of the gradient, dealt out among experts"),
     Arm("gradient-per-expert", {"init": "gradient", "init_spread": "per_expert"}, why="... each expert by itself"),
     Arm("lora-gradient", _lora(32) | {"init": "gradient"}, why="plain LoRA from directions of the gradient"),
