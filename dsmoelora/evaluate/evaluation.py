@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from dsmoelora.adapters.folder_files import WEIGHTS_FILE
+from dsmoelora.adapters.folder_files import WEIGHTS_FILE, read_adapter_config
 from dsmoelora.errors import bad_value
 from dsmoelora.evaluate.items import Item, Items, given_answer
 from dsmoelora.evaluate.reader import Reader, Tokens, in_batches
@@ -21,6 +21,7 @@ from dsmoelora.evaluate.scores import SCORES, Outcome, ScoreName
 from dsmoelora.evaluate.store import DIGEST, Store
 from dsmoelora.evaluate.summary import summary_of
 from dsmoelora.model import Trained
+from dsmoelora.model.folder import base_digest
 from dsmoelora.parallel import comm
 from dsmoelora.signs_of_life.heartbeat import Heartbeat, Phase
 from dsmoelora.signs_of_life.meter import Meter
@@ -51,9 +52,15 @@ class Asked:
     max_new_tokens: int = 256
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a later start to go on; what a person can read comes first."""
+        """What must be the same for a later start to go on; what a person can read comes first.
+
+        Raises:
+            ModelError: the base cannot be read
+        """
         with (self.trained.adapter / WEIGHTS_FILE).open("rb") as file:
-            adapter = hashlib.file_digest(file, "sha256").hexdigest()
+            adapter = hashlib.file_digest(file, "sha256")
+        described = read_adapter_config(self.trained.adapter) | {"base_model_name_or_path": None}
+        adapter.update(json.dumps(described, sort_keys=True).encode())
         rows = hashlib.sha256()
         for item in self.items.items:
             prompt = None if item.prompt is None else [item.prompt.messages, item.prompt.tools]
@@ -67,7 +74,12 @@ class Asked:
         if self.score in ("exact", "number"):
             identity["max_new_tokens"] = self.max_new_tokens
         template = self.tokenizer.get_chat_template().encode()
-        digests = {"adapter": adapter, "data": rows.hexdigest(), "tokenizer": hashlib.sha256(template).hexdigest()}
+        digests = {
+            "base": base_digest(self.trained.base),
+            "adapter": adapter.hexdigest(),
+            "data": rows.hexdigest(),
+            "tokenizer": hashlib.sha256(template).hexdigest(),
+        }
         return identity | {name: DIGEST + digest[:16] for name, digest in digests.items()}
 
 

@@ -61,7 +61,7 @@ class Store:
 
     def add(self, stage: str, batch: int, outcomes: Sequence[Outcome], rank: int) -> None:
         """Keep what came of a batch."""
-        line = json.dumps({"stage": stage, "batch": batch, "outcomes": outcomes}, ensure_ascii=False)
+        line = json.dumps({"stage": stage, "batch": batch, "outcomes": outcomes})
         file = self.folder / PARTS / f"rank-{rank:05}.jsonl"
         with file.open("ab+") as part:  # a kill may have torn the last line
             part.seek(max(0, part.seek(0, os.SEEK_END) - 1))

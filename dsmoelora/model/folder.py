@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +14,7 @@ from dsmoelora.errors import ModelError, bad_value
 from dsmoelora.model.loading import load_model_config, load_tokenizer
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+_READ_WHOLE, _EVERY, _READ = 64 << 20, 1 << 20, 4 << 10  # bytes of a file
 
 
 def check_model_folder(config: ModelConfig) -> list[str]:
@@ -69,6 +71,30 @@ def check_trainable(config: ModelConfig) -> None:
             f"model.path is {config.path!r}, a folder without weights ({', '.join(_WEIGHTS)}). "
             "Download them; without them there is only --dry-run."
         )
+
+
+def base_digest(base: str) -> str:
+    """What tells a base model from others, wherever its folder lies; the name of one that is on a hub.
+
+    Of large files 4 KiB of each MiB are read.
+
+    Raises:
+        ModelError: a file cannot be read
+    """
+    folder, digest = Path(base), hashlib.sha256()
+    if not folder.is_dir():
+        return base
+    for file in sorted({file for pattern in ("config.json", *_WEIGHTS) for file in folder.glob(pattern)}):
+        try:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            with file.open("rb") as content:
+                for place in range(0, size, _READ if size <= _READ_WHOLE else _EVERY):
+                    content.seek(place)
+                    digest.update(content.read(_READ))
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read ({error.strerror}). Copy the base model again.") from error
+    return digest.hexdigest()
 
 
 def _has_weights(config: ModelConfig) -> bool:

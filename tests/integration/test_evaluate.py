@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dsmoelora.cli import run_guarded
@@ -148,9 +149,20 @@ def test_a_folder_of_another_evaluation_is_refused(
     assert run(monkeypatch, *argv[:4], "--data", str(other), "--score", "loss") == 1
     said = capsys.readouterr().err
     assert "its data is not the same. Name another folder with --out" in said and "sha256" not in said
+    assert run(monkeypatch, *argv, "loss", "--base-only", "--base", str(another_base(tmp_path / "base"))) == 1
+    assert "its base is not the same" in capsys.readouterr().err
     assert results(tmp_path) == before
-    assert run(monkeypatch, *argv, "loss") == 0  # all is done: the summary comes again
+    assert run(monkeypatch, *argv, "loss", "--base", str(shutil.copytree("model", tmp_path / "copy"))) == 0  # all is done: the summary comes again
     assert "left" not in capsys.readouterr().out
+
+
+def another_base(folder: Path) -> Path:
+    """One that differs in a single tensor."""
+    shutil.copytree("model", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def test_several_files_have_a_line_each_and_one_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
