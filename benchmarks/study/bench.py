@@ -29,7 +29,7 @@ from dsmoelora.adapters.starts.gradient import gradient_start
 from dsmoelora.config import DTYPES, AdapterConfig, DataSource, ModelConfig
 from dsmoelora.data import InstructionDataset, MicroBatch, load_instructions
 from dsmoelora.data.loader import Row, collate
-from dsmoelora.errors import ModelError
+from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.model import load_tokenizer
 from dsmoelora.optim import ShardOptimizer, build_optimizer, build_schedule, trainables
 from dsmoelora.optim.rows import adapter_tensors
@@ -78,10 +78,10 @@ class Bench:
         num_below = num_layers - max(1, num_layers // _PARTS[self.task.depth])
         # an optimizer step may take no row twice, an epoch none: so many rows are wanted at most
         wanted = {row for seed in self.task.seeds for row in self.order(seed, self.task.num_steps)}
-        folder = self.task.folder / "hidden"
+        folder, digest = self.task.folder / "hidden", self.task.settings()["model"]
         for which, (samples, rows) in enumerate(((self._train, sorted(wanted)), (self._held_out, self.eval_rows))):
             file = folder / f"{self.task.depth}-{self.task.dtype}-{('train', 'eval')[which]}.bin"
-            self._hidden[id(samples)] = cached(self.model, num_below, samples, rows, file)
+            self._hidden[id(samples)] = cached(self.model, digest, num_below, samples, rows, file)
         batch = self._batch(self._held_out, self.eval_rows[:2])
         expected_BSD = hidden_below(self.model, num_below, batch.input_ids, batch.attention_mask)
         whole = self._logits(batch, input_ids=batch.input_ids)
@@ -249,9 +249,18 @@ def bench_of(task: Task) -> Bench:
 
 
 def prepare(task: Task) -> None:
-    """For a worker process, before all others: compute what all share, and write down how many targets rows have."""
-    bench = bench_of(task)
-    task.tokens_file.write_text(json.dumps(bench.tokens_N.tolist()))
+    """For a worker process, before all others: compute what all share, and write down how many targets rows have.
+
+    Raises:
+        ConfigError: the folder has cells that looked at other held-out rows
+    """
+    counts = bench_of(task).tokens_N.tolist()
+    if task.tokens_file.exists() and json.loads(task.tokens_file.read_text()) != counts:
+        raise ConfigError(
+            f"{task.folder} has cells that looked at other held-out rows. Give their --eval-rows, --max-length, "
+            "--template and --model, or take another --name, or this folder away."
+        )
+    task.tokens_file.write_text(json.dumps(counts))
 
 
 def run_cell(task: Task, cell: Cell, until: int) -> None:

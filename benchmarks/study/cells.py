@@ -18,6 +18,7 @@ from benchmarks.study.halving import budgets
 from dsmoelora.config import AdapterConfig, LossesConfig, OptimConfig
 from dsmoelora.config.dtype import DtypeName
 from dsmoelora.errors import ConfigError
+from dsmoelora.model.folder import base_digest
 
 _LONG = 200  # steps, of which an eighth is trained for longer than held-out rows are looked at
 
@@ -79,9 +80,9 @@ class Task:
 
 @functools.cache
 def _digest(path: Path) -> str:
-    """Of a file, or of what a model is made from, wherever it lies."""
-    file = path / "config.json" if path.is_dir() else path
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    """Of a file, or of a model, wherever it lies."""
+    digest = base_digest(str(path)) if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest[:16]
 
 
 @dataclass(frozen=True)

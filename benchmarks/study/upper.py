@@ -92,18 +92,22 @@ class HiddenStates:
         return nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
-def cached(model: Any, num_below: int, samples: Samples, rows: Sequence[int], file: Path) -> HiddenStates:
+def cached(
+    model: Any, digest: str, num_below: int, samples: Samples, rows: Sequence[int], file: Path
+) -> HiddenStates:
     """The hidden states of these rows, from the file where it has them all, else computed into it.
 
     Args:
         model: whole, frozen
+        digest: what tells it from others
         num_below: layers below the first adapted one
         samples: the set
         rows: numbers of the rows that are wanted
-        file: for this model and set; beside it lies a description of what it holds
+        file: for such a model and set; beside it lies a description of what it holds
     """
     dtype, width = model.dtype, model.config.hidden_size
-    about = {"set": samples.fingerprint, "layers": num_below, "dtype": str(dtype), "width": width}
+    kind = {"dtype": str(dtype), "width": width}
+    about = {"model": digest, "set": samples.fingerprint, "layers": num_below} | kind
     description = file.with_suffix(".json")
     known = json.loads(description.read_text()) if description.exists() else {}
     held = known.pop("rows", []) if known else []

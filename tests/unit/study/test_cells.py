@@ -13,16 +13,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.study.arms import ARMS
-from benchmarks.study.bench import Bench
+from benchmarks.study.bench import Bench, prepare
 from benchmarks.study.cells import Cell, Results, Task
 from benchmarks.study.halving import budgets
 from benchmarks.study.stages import stages
 from benchmarks.study.state import forget_states
+from benchmarks.study.upper import hidden_below
 from dsmoelora.adapters import inject
 from dsmoelora.adapters.layer import adapted_layers
 from dsmoelora.config import ModelConfig
 from dsmoelora.errors import ConfigError
 from dsmoelora.model import load_tokenizer
+from tests.helpers import tiny_llama
 
 
 def test_losses_from_cached_hidden_states_are_those_of_the_whole_model(task: Task) -> None:
@@ -187,3 +189,27 @@ def test_every_arm_is_a_recipe(arm: str) -> None:
     config = ARMS[arm].optim_config(1e-3, 60)
     assert config.lr == 1e-3 and config.warmup_steps == 5
     assert ARMS[arm].adapter_config(3).seed == 3
+
+
+def test_a_cell_is_of_its_model_whatever_that_is_called(task: Task, tmp_path: Path) -> None:
+    """Neither its losses nor the hidden states below its layers are another's of the same shape."""
+    Bench(task).run(Cell("lora", 1e-3), 2)
+    other = replace(task, model=tiny_llama(tmp_path / "other", seed=1, num_hidden_layers=6, initializer_range=0.1))
+    with pytest.raises(ConfigError, match="was made with other settings \\(model"):
+        Results.read(Cell("lora", 1e-3), other)
+    bench = Bench(other)
+    (states,) = (found for key, found in bench._hidden.items() if key == id(bench._held_out))
+    row = bench.eval_rows[0]
+    input_ids = torch.tensor([bench._held_out.sample(row)[0]])
+    whole = AutoModelForCausalLM.from_pretrained(other.model, dtype=torch.float32, attn_implementation="eager")
+    expected = hidden_below(whole, 4, input_ids, torch.ones_like(input_ids))
+    torch.testing.assert_close(states.of([row]), expected)
+
+
+def test_cells_of_other_held_out_rows_keep_their_targets(task: Task) -> None:
+    prepare(task)
+    before = task.tokens_file.read_text()
+    with pytest.raises(ConfigError, match=r"looked at other held-out rows\. Give their --eval-rows"):
+        prepare(replace(task, eval_rows=6))
+    assert task.tokens_file.read_text() == before
+    prepare(task)
