@@ -92,9 +92,7 @@ class HiddenStates:
         return nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
-def cached(
-    model: Any, digest: str, num_below: int, samples: Samples, rows: Sequence[int], file: Path
-) -> HiddenStates:
+def cached(model: Any, digest: str, num_below: int, samples: Samples, rows: Sequence[int], file: Path) -> HiddenStates:
     """The hidden states of these rows, from the file where it has them all, else computed into it.
 
     Args:

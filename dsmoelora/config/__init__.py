@@ -14,7 +14,7 @@ from dsmoelora.config.adapter_options import check_losses
 from dsmoelora.config.checks import require
 from dsmoelora.config.data import DataConfig, DataSource
 from dsmoelora.config.dtype import DTYPES
-from dsmoelora.config.freeze import check_optim_of_frozen
+from dsmoelora.config.freeze import check_losses_of_frozen, check_optim_of_frozen
 from dsmoelora.config.optim import OptimConfig
 from dsmoelora.config.run import TRACKERS, CompileChoice, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 
@@ -109,6 +109,7 @@ class Recipe:
         self._check_noise()
         check_losses(self.adapter, self.losses.weights)
         self._check_given()
+        check_losses_of_frozen(self.adapter, self.losses.weights)
         check_optim_of_frozen(self.adapter, self.optim)
 
     def _check_given(self) -> None:

@@ -202,6 +202,9 @@ def check_losses(config: AdapterSettings, losses: Mapping[str, float]) -> None:
         )
     if losses["z"] and not ROUTERS[config.router].is_trained:
         raise bad_value("losses.z", losses["z"], f"0 with adapter.router = {config.router}: {reason}", "Drop it.")
+    if losses["z"] and config.router_start in ("mean", "sum"):
+        allowed = f"0 with adapter.router_start = {config.router_start}, whose logits are the gates"
+        raise bad_value("losses.z", losses["z"], allowed, "Drop it, or take adapter.router_start = softmax.")
     coactive, allowed = losses["contrastive_coactive"], ""
     if uses_all:
         allowed = "0 where every token uses every expert, for there are no unselected experts to tell from"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 from dsmoelora.config.adapter_options import EXPERTS, ROUTERS, ExpertName, RouterName
@@ -52,6 +53,19 @@ def check_freeze(config: FreezeSettings) -> None:
     if config.router == "sigmoid_bias":
         allowed = "without router where adapter.router is sigmoid_bias, whose bias moves"
         require("router" not in frozen, _KEY, frozen, allowed, "Take another router.")
+
+
+def check_losses_of_frozen(config: FreezeSettings, losses: Mapping[str, float]) -> None:
+    """Refuse losses of the experts' outputs where what makes these is frozen.
+
+    Raises:
+        ConfigError: naming the loss
+    """
+    stays = set(EXPERTS[config.expert].parameters) <= set(config.freeze)
+    for name, weight in losses.items():
+        ok = not weight or not name.startswith("contrastive") or not stays
+        allowed = f"0 where adapter.freeze is {config.freeze}, for the outputs that it tells apart stay as they are"
+        require(ok, f"losses.{name}", weight, allowed, "Drop one of the two.")
 
 
 def check_optim_of_frozen(config: FreezeSettings, optim: OptimConfig) -> None:

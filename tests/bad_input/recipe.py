@@ -93,6 +93,9 @@ EARLY: dict[str, Case] = {
     "a start from the base weight for experts with a mixer": override(
         "--adapter.init", "svd", "--adapter.expert", "moslora"
     ),
+    "a loss of logits that are the gates": override(
+        "--adapter.router", "constant", "--adapter.top_k", "null", "--losses.z", 0.1
+    ),
     "rows for a gradient that nothing starts from": override("--adapter.init_samples", 8),
     "no row for a start from the gradient": override("--adapter.init", "gradient", "--adapter.init_samples", 0),
     "a frozen role that the experts do not have": override("--adapter.freeze", "[m]"),

@@ -105,7 +105,8 @@ def expected_gradients(case: Case, gate_power: float, scope: str) -> dict[str, T
     """The chain rule of the loop; where the gate's power counts, the loop is weighed with it instead of the gate."""
     leaves = list(case.leaves.values())
     exact = torch.autograd.grad(loop_over_experts(case, case.gate_TE), leaves, case.grad_TO.double())
-    power_TE = torch.where(case.selected_TE, case.gate_TE.detach() ** gate_power, 0.0)
+    gate_TE = case.gate_TE.detach()
+    power_TE = torch.where(case.selected_TE, torch.copysign(gate_TE.abs() ** gate_power, gate_TE), 0.0)
     weighed = torch.autograd.grad(loop_over_experts(case, power_TE), leaves, case.grad_TO.double(), allow_unused=True)
     with_power = {"a", "b", "m", "x"} if scope == "factors_and_input" else {"a", "b", "m"}
     chosen = (w if name in with_power else e for name, e, w in zip(case.leaves, exact, weighed, strict=True))
@@ -126,6 +127,17 @@ def test_output_and_gradients_are_those_of_a_loop_over_experts(
         # the gate's gradient is computed in fp32, as the router works in fp32
         tolerance = 1e-5 if name == "gate" else 1e-11
         torch.testing.assert_close(grad, expected[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("gate_power", [0.5, 0.0])
+def test_a_negative_gate_keeps_its_sign_in_every_power(gate_power: float) -> None:
+    """Free gates of the router `constant` may fall below 0: there the expert's output is taken away."""
+    case = make_case()
+    case.gate_TE = (case.gate_TE.detach() - 0.3 * case.selected_TE).requires_grad_()
+    assert (case.gate_TE[case.selected_TE] < 0).any()
+    expected = expected_gradients(case, gate_power, "factors")
+    for name, grad in case.gradients(gate_power).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_the_gate_power_leaves_the_gradients_of_input_and_gate_exact() -> None:

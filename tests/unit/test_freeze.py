@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dsmoelora import AdapterConfig, inject, load_adapter
 from dsmoelora.adapters import adapted_layers
-from dsmoelora.config import OptimConfig, Recipe
+from dsmoelora.config import LossesConfig, OptimConfig, Recipe
 from dsmoelora.errors import ConfigError
 from dsmoelora.optim import build_optimizer
 from tests.given_adapters import IDS_BS, our_adapter, peft_adapter
@@ -178,3 +178,12 @@ def test_an_adapter_with_frozen_roles_is_loaded_whole(base_path: Path, tmp_path:
 def test_what_cannot_be_frozen_is_refused(adapter: dict[str, Any], optim: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe(adapter=AdapterConfig(**adapter), optim=OptimConfig(**optim))
+
+
+@pytest.mark.parametrize(("expert", "freeze"), [("lora", ["b", "a"]), ("moslora", ["m", "b", "a"])])
+def test_a_loss_of_outputs_that_stay_is_refused(expert: Any, freeze: list[Any]) -> None:
+    losses = LossesConfig(contrastive=0.1)
+    Recipe(adapter=AdapterConfig(expert=expert, freeze=freeze[:-1], experts_from=["x"]), losses=losses)
+    message = r"losses.contrastive is 0.1, but it must be 0 where adapter.freeze is \['"
+    with pytest.raises(ConfigError, match=message):
+        Recipe(adapter=AdapterConfig(expert=expert, freeze=freeze, experts_from=["x"]), losses=losses)

@@ -183,8 +183,8 @@ def with_shared(gate_TE: Tensor, num_shared: int) -> Tensor:
 
 
 def powered(gate_TE: Tensor, power: float) -> Tensor:
-    """What enters the factors' gradients instead of the gate: its power, and 0 for an expert that is not selected."""
-    return gate_TE if power == 1.0 else torch.where(gate_TE != 0, gate_TE**power, 0.0)
+    """What enters the factors' gradients instead of the gate: its power with its sign, 0 for an expert not selected."""
+    return gate_TE if power == 1.0 else gate_TE.sign() * gate_TE.abs() ** power
 
 
 def _wide(tensor: Tensor) -> Tensor:
