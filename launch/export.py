@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 import transformers
 
 from dsmoelora.adapters.folder_files import adapter_config, read_adapter_config
-from dsmoelora.adapters.given import open_folder
 from dsmoelora.cli import FlagParser, run_guarded
-from dsmoelora.config import DataSource, ModelConfig
+from dsmoelora.config import AdapterConfig, DataSource, ModelConfig
 from dsmoelora.data import InstructionDataset, load_instructions
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.export import (
@@ -33,9 +32,9 @@ from dsmoelora.export import (
     expert_loras,
     peft_base,
     read_experts,
+    same_for_every_token,
     write_loras,
 )
-from dsmoelora.export.merge import plan_merge
 from dsmoelora.model import load_tokenizer, model_for_inference
 
 NOT_THE_MIXTURE = "A mixture that is routed token by token cannot be merged into one LoRA adapter exactly"
@@ -55,10 +54,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     check_output(options.out)
     base = options.model or read_adapter_config(options.adapter)["base_model_name_or_path"]
+    config = adapter_config(read_adapter_config(options.adapter))
     if options.format == "peft":
         export_experts(options, base)
-    elif adapter_config(read_adapter_config(options.adapter)).router == "constant" and options.data is None:
-        export_constant(options, base)
+    elif config.router == "constant" and options.data is None:
+        export_constant(options, base, config)
     else:
         export_average(options, base)
 
@@ -122,22 +122,27 @@ def export_experts(options: argparse.Namespace, base: str) -> None:
     print_use(options, described, first, next(iter(loras.values())))
 
 
-def export_constant(options: argparse.Namespace, base: str) -> None:
+def export_constant(options: argparse.Namespace, base: str, config: AdapterConfig) -> None:
     """A single adapter, exactly the mixture: every token has the same gates (router `constant`)."""
-    folder = open_folder(options.adapter, "--adapter")
-    merge = plan_merge([folder], [1.0], "svd" if options.rank else "cat", options.rank or None)
-    shapes = {name: (layer.in_features, layer.out_features) for name, layer in folder.layers.items()}
-    described, lora = peft_base(base, shapes, options.trust_remote_code), merge.lora()
+    if options.fit:
+        raise ConfigError("--fit fits to what the mixture does on the rows of a file, and there is none. Add --data.")
+    refuse_dora(options, config)
+    lora, kept = same_for_every_token(options.adapter, options.rank)
+    shapes = {name: (a_RD.shape[1], len(b_OR)) for name, (a_RD, b_OR) in lora.layers.items()}
+    described = peft_base(base, shapes, options.trust_remote_code)
     write_loras(options.out, described, {"": lora})
-    print(f"{folder.num_experts} experts with the same gates for every token, as one adapter of rank {lora.r}.")
+    print(f"{config.num_in_layer} experts with the same gates for every token, as one adapter of rank {lora.r}.")
+    if options.rank:
+        print(f"Rank {lora.r} keeps {100 * kept:.2f}% of its squared norm.")
     print_use(options, described, options.out, lora)
 
 
-def export_average(options: argparse.Namespace, base: str) -> None:
-    """A single adapter for the average gates."""
-    if options.data is None:
-        raise ConfigError("--format average measures gates on a data file. Add --data, e.g. --data data/eval.jsonl.")
-    config, experts = read_experts(options.adapter)
+def refuse_dora(options: argparse.Namespace, config: AdapterConfig) -> None:
+    """One adapter cannot be what several DoRA experts are.
+
+    Raises:
+        ConfigError: they are of that kind
+    """
     if config.expert == "dora":
         raise bad_value(
             "--format",
@@ -146,6 +151,14 @@ def export_average(options: argparse.Namespace, base: str) -> None:
             "of low rank does",
             "Use --format peft, or the mixture itself with dsmoelora.load_adapter.",
         )
+
+
+def export_average(options: argparse.Namespace, base: str) -> None:
+    """A single adapter for the average gates."""
+    if options.data is None:
+        raise ConfigError("--format average measures gates on a data file. Add --data, e.g. --data data/eval.jsonl.")
+    config, experts = read_experts(options.adapter)
+    refuse_dora(options, config)
     shapes = {name: factors.in_out for name, factors in experts.items()}
     described = peft_base(base, shapes, options.trust_remote_code)
     tokenizer = load_tokenizer(ModelConfig(path=str(options.adapter), trust_remote_code=options.trust_remote_code))

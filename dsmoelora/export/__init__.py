@@ -1,6 +1,6 @@
 """Trained experts as plain PEFT LoRA adapters, for programs that know nothing of mixtures."""
 
-from dsmoelora.export.average import Average, average_experts
+from dsmoelora.export.average import Average, average_experts, same_for_every_token
 from dsmoelora.export.experts import ExpertFactors, expert_loras, read_experts
 from dsmoelora.export.peft_folder import Lora, PeftBase, check_output, peft_base, write_loras
 
@@ -14,5 +14,6 @@ __all__ = [
     "expert_loras",
     "peft_base",
     "read_experts",
+    "same_for_every_token",
     "write_loras",
 ]

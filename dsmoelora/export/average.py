@@ -19,7 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from dsmoelora.adapters import adapted_layers, adapter_context, eject, inject
+from dsmoelora.adapters.experts.function import with_shared
 from dsmoelora.adapters.folder import load_adapter
+from dsmoelora.adapters.folder_files import WEIGHTS_FILE
+from dsmoelora.adapters.given.experts import shapes_in
+from dsmoelora.adapters.given.ours import same_gates
 from dsmoelora.config import AdapterConfig
 from dsmoelora.data import InstructionDataset
 from dsmoelora.data.dataset import IGNORED
@@ -84,14 +88,7 @@ def average_experts(
         CheckpointError: the folder is damaged, or was trained on another base model
     """
     config, experts = read_experts(folder)
-    twice = 2 if config.shifts_base else 1
-    full = twice * config.num_in_layer * config.r
-    if not 0 <= rank <= full:
-        count = "(num_experts + shared_experts)" if config.shared_experts else "num_experts"
-        count = "r" if config.style == "decoder_layer" else f"{'2 x ' * (twice - 1)}{count} x r"
-        allowed = f"between 1 and {count} = {full}"
-        raise bad_value("--rank", rank, allowed, "Leave it out for the whole rank.")
-    rank = rank or full
+    rank = _settled_rank(config, rank)
     base_loss = mean_loss(model.eval(), samples, num_samples)
     load_adapter(model, folder)
     with measured_gates(model) as gates, measured_moments(model, fits) as moments:
@@ -116,6 +113,43 @@ def average_experts(
     _put_on(model, lora, shifts)
     found = Fit(mean_loss(model, samples, num_samples), average_error / square, error / square)
     return replace(average, lora=lora, kept=kept, fit=found)
+
+
+def same_for_every_token(folder: Path, rank: int) -> tuple[Lora, float]:
+    """A mixture with the router `constant` as one adapter, and the share that it keeps: all, at its whole rank.
+
+    Args:
+        folder: adapter folder
+        rank: of the adapter; 0 for that of all experts
+
+    Raises:
+        ConfigError: a rank above that
+        CheckpointError: the folder is damaged
+    """
+    config, experts = read_experts(folder)
+    rank, names = _settled_rank(config, rank), shapes_in(folder / WEIGHTS_FILE)
+    pairs, shifts = {}, {}
+    for name, factors in experts.items():
+        gate_E = with_shared(same_gates(folder, config, names, name), factors.num_shared)
+        pairs[name] = weighted_sum(factors, config.scale * gate_E)
+        shifts[name] = _scaled_shift(factors, config.scale)
+    return _as_lora(pairs, shifts, {name: factors.a_EDR.dtype for name, factors in experts.items()}, rank)
+
+
+def _settled_rank(config: AdapterConfig, rank: int) -> int:
+    """That of all experts where it is 0.
+
+    Raises:
+        ConfigError: a rank above that
+    """
+    twice = 2 if config.shifts_base else 1
+    full = twice * config.num_in_layer * config.r
+    if not 0 <= rank <= full:
+        count = "(num_experts + shared_experts)" if config.shared_experts else "num_experts"
+        count = "r" if config.style == "decoder_layer" else f"{'2 x ' * (twice - 1)}{count} x r"
+        allowed = f"between 1 and {count} = {full}"
+        raise bad_value("--rank", rank, allowed, "Leave it out for the whole rank.")
+    return rank or full
 
 
 def _as_lora(pairs: Pairs, shifts: Pairs, dtypes: dict[str, torch.dtype], rank: int) -> tuple[Lora, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,29 @@ def test_the_mixture_is_one_lora(
     torch.testing.assert_close(logits(with_peft(base_path, tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
     loaded = load_adapter(AutoModelForCausalLM.from_pretrained(base_path), folder)
     assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank"),
+    [({"shared_experts": 2}, 5 * 2), ({"init": "svd"}, 2 * 3 * 2), ({"lora_modules": ["k_proj"]}, 3 * 2)],
+    ids=str,
+)
+def test_an_average_of_such_a_mixture_is_exact(
+    base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], rank: int
+) -> None:
+    """With what has gate 1, and what was taken from the base, in it once."""
+    config = AdapterConfig(r=2, num_experts=3, router="constant", target_modules=["q_proj", "up_proj"], **settings)
+    folder = our_adapter(base_path, tmp_path / "adapter", config)
+    argv = ["export.py", "--adapter", str(folder), "--format", "average", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
+    export.main()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == rank
+    expected = logits(load_adapter(AutoModelForCausalLM.from_pretrained(base_path), folder))
+    found = logits(with_peft(base_path, tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(sys, "argv", [*argv[:-1], str(tmp_path / "other"), "--fit"])
+    with pytest.raises(ConfigError, match="Add --data"):
+        export.main()
 
 
 def test_the_mixture_of_blocks_is_one_lora(base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def open_ours(path: Path, key: str) -> GivenFolder:
     routers = {name: shape for name, shape in shapes.items() if ".router." in name}
     read, base = partial(_read, path, config, found), description["base_fingerprint"]
     router = (config.router, config.router_start) if config.num_experts > 1 else None
-    gates = partial(_gates, path, config, frozenset(routers)) if config.router == "constant" else None
+    gates = partial(same_gates, path, config, frozenset(routers)) if config.router == "constant" else None
     base_model = description["base_model_name_or_path"]
     return GivenFolder(path, base_model, config.num_experts, found, read, base, plain, routers, router, gates)
 
@@ -99,10 +100,17 @@ def _read(path: Path, config: AdapterConfig, layers: dict[str, GivenLayer], laye
     return _repeated(own, len(experts)) if is_single else own
 
 
-def _gates(path: Path, config: AdapterConfig, routers: frozenset[str], layer: str) -> Tensor:
-    """(E,) of a layer with the router `constant`, its own or its block's; 1 for the one expert of a plain layer."""
-    names = [f"{place}.router.weight" for place in (layer, layer.rpartition(".")[0])]
-    name = next((name for name in names if name in routers), None)
+def same_gates(path: Path, config: AdapterConfig, names: Container[str], layer: str) -> Tensor:
+    """(E,) fp64 of a layer with the router `constant`, its own or its block's; 1 for the one expert of a plain layer.
+
+    Args:
+        path: of the folder
+        config: of the adapter
+        names: of its tensors
+        layer: name of the layer
+    """
+    routers = [f"{place}.router.weight" for place in (layer, layer.rpartition(".")[0])]
+    name = next((name for name in routers if name in names), None)
     if layer_config(config, layer).num_experts == 1 or name is None:
         return torch.ones(1, dtype=torch.float64)
     assert config.router_start is not None, "the router has this option"
