@@ -27,6 +27,7 @@ from dsmoelora.signs_of_life.heartbeat import Heartbeat, Phase
 from dsmoelora.signs_of_life.meter import Meter
 
 Stage = Literal["base", "adapter"]
+_STAGES: tuple[Stage, ...] = ("base", "adapter")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Asked:
     score: ScoreName
     items: Items
     tokenizer: PreTrainedTokenizerBase
-    stages: tuple[Stage, ...] = ("base", "adapter")
+    stages: tuple[Stage, ...] = _STAGES
     batch_size: int = 8
     max_new_tokens: int = 256
 
@@ -213,9 +214,11 @@ class Evaluation:
         return [found[place] for place in range(len(found))]
 
     def _conclude(self) -> list[dict[str, Any]]:
-        """Put the ranks' parts together (rank 0)."""
+        """Put the ranks' parts together (rank 0), with what an earlier start has asked the other of the two."""
         asked = self._asked
-        stages: dict[str, list[Outcome]] = {stage: self._outcomes(stage) for stage in asked.stages}
+        known = [stage for stage in _STAGES if len(self._store.finished(stage)) == len(self._batches)]
+        told = [stage for stage in _STAGES if stage in asked.stages or stage in known]
+        stages: dict[str, list[Outcome]] = {stage: self._outcomes(stage) for stage in told}
         summary = summary_of(SCORES[asked.score], asked.items.items, stages)
         described = {"adapter_folder": str(asked.trained.adapter), **asked.identity(), "scores": summary}
         self._store.write_results(_rows(asked.items.items, stages), described)

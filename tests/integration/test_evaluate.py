@@ -152,6 +152,7 @@ def test_a_folder_of_another_evaluation_is_refused(
     assert run(monkeypatch, *argv, "loss", "--base-only", "--base", str(another_base(tmp_path / "base"))) == 1
     assert "its base is not the same" in capsys.readouterr().err
     assert results(tmp_path) == before
+    assert run(monkeypatch, *argv, "loss", "--base-only") == 0 and results(tmp_path) == before, "nothing is lost"
     copy = shutil.copytree("model", tmp_path / "copy")
     assert run(monkeypatch, *argv, "loss", "--base", str(copy)) == 0  # all is done: the summary comes again
     assert "left" not in capsys.readouterr().out
