@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self.run = TrainingRun(engine.recipe, engine, folder, eval_data, metrics={"step": engine.step})
 
-    def fit(self, resume_from: Path | None = None) -> None:
+    def fit(self, resume_from: Path | None = None, describe: Callable[[], object] = lambda: None) -> None:
         """Train, evaluate and save as the recipe says, or until the engine's `stop` says otherwise.
 
         A run that came to its end leaves a file `DONE`. One that was asked to stop leaves a checkpoint of its last
@@ -98,6 +98,7 @@ class Trainer:
 
         Args:
             resume_from: checkpoint to go on from
+            describe: writes down what this run is, on rank 0, when the checkpoint has been accepted
 
         Raises:
             CheckpointError: the checkpoint was trained with something else, see `identity`
@@ -106,19 +107,20 @@ class Trainer:
         """
         self._mark(FAILED_FILE, None)
         try:
-            self._train(resume_from)
+            self._train(resume_from, describe)
         except Stopped:
             self._leave()
         except HopelessError as error:
             self._mark(FAILED_FILE, str(error))
             raise
 
-    def _train(self, resume_from: Path | None) -> None:
+    def _train(self, resume_from: Path | None, describe: Callable[[], object]) -> None:
         run, recipe = self.run, self._engine.recipe.train
         if self._packing is not None:
             self._engine.check_packing()
         if resume_from is not None:
             self._resume(resume_from)
+        comm.together(lambda: describe() if comm.rank() == 0 else None)
         self._mark(DONE_FILE, None)
         self._check_finite()
         self._memory.start()

@@ -126,6 +126,8 @@ def train(command: Command, console: Console) -> None:
     from dsmoelora.parallel import comm
     from dsmoelora.parallel.stopping import Stopped, StopRequest
     from dsmoelora.parallel.watchdog import watched
+    from dsmoelora.parallel.zero_config import merge_config
+    from dsmoelora.run.folder import write_description
 
     comm.init()
     folder = command.recipe.run.folder
@@ -136,7 +138,8 @@ def train(command: Command, console: Console) -> None:
         except Stopped:
             stop.leave("nothing was trained.")
             return
-        trainer.fit(checkpoint)
+        recipe, config = command.recipe, merge_config(command.recipe, command.deepspeed, comm.world_size())
+        trainer.fit(checkpoint, partial(write_description, folder, recipe, config, checkpoint))
         if command.recipe.data.streaming:  # of sets that were read beforehand it was said beforehand
             say_losses(console, "data.train", trainer.train_data.reports)
 
@@ -152,8 +155,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     from dsmoelora.data.cache import cache_folder
     from dsmoelora.engine import Engine
     from dsmoelora.parallel import comm
-    from dsmoelora.parallel.zero_config import merge_config
-    from dsmoelora.run.folder import find_checkpoint, write_description
+    from dsmoelora.run.folder import find_checkpoint
     from dsmoelora.signs_of_life.waits import num_bytes, watching
     from dsmoelora.trainer import Trainer, default_callbacks
 
@@ -175,8 +177,6 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
         assert isinstance(train_data, InstructionDataset), "streamed samples are not packed"
         console.print(packing_report(train_data, packing, recipe), soft_wrap=True)
     scores = stop.together(lambda: load_scores(recipe))
-    config = merge_config(recipe, command.deepspeed, comm.world_size())
-    comm.together(lambda: write_description(folder, recipe, config) if comm.rank() == 0 else None)
     trackers = comm.together(lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else [])
     measures = comm.together(lambda: load_measures(recipe) if comm.rank() == 0 else [])
     console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from dsmoelora.checkpoint.files import fsync_folder
-from dsmoelora.checkpoint.index import INDEX_NAME, faults_of_sizes, read_index
+from dsmoelora.checkpoint.index import faults_of_sizes, read_index
 from dsmoelora.errors import CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def prune(root: Path, step: int, keep: int) -> None:
     """Remove checkpoints older than the newest `keep` up to `step`, and replaced ones; a failure is only a warning.
 
     Checkpoints that are plainly damaged do not count among those kept. Newer ones than `step` belong to a run that
-    went on elsewhere, and folders without an index are not ours: both stay.
+    went on elsewhere, and folders without an index that we can read are not ours: both stay.
     """
     try:
         doomed = _superseded(root, step, keep)
@@ -100,10 +100,10 @@ def prune(root: Path, step: int, keep: int) -> None:
 
 
 def _superseded(root: Path, step: int, keep: int) -> list[tuple[int, Path]]:
-    ours = [(n, folder) for n, folder in _numbered(root, _CHECKPOINT) if n <= step and (folder / INDEX_NAME).exists()]
-    ours.sort(reverse=True)
-    kept = [folder for _, folder in ours if _looks_whole(folder)][:keep]
-    return [(n, folder) for n, folder in ours if folder not in kept] + _numbered(root, _REPLACED)
+    found = [(n, folder, _looks_whole(folder)) for n, folder in _numbered(root, _CHECKPOINT) if n <= step]
+    kept = [folder for _, folder, is_whole in sorted(found, reverse=True) if is_whole][:keep]
+    doomed = [(n, folder) for n, folder, is_whole in found if is_whole is not None and folder not in kept]
+    return doomed + _numbered(root, _REPLACED)
 
 
 def _replaced_folder(root: Path, step: int) -> Path:
@@ -117,8 +117,10 @@ def _numbered(root: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
     return [(int(match.group(1)), folder) for match, folder in matches if match]
 
 
-def _looks_whole(folder: Path) -> bool:
+def _looks_whole(folder: Path) -> bool | None:
+    """None where nothing that can be read says what belongs to it."""
     try:
-        return not faults_of_sizes(folder, read_index(folder).files)
+        files = read_index(folder).files
     except CheckpointError:
-        return False
+        return None
+    return not faults_of_sizes(folder, files)

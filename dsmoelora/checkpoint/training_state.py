@@ -100,6 +100,9 @@ def newest_whole_checkpoint(root: Path) -> Path | None:
 
     Each rank checks an equal part of all bytes. Damaged checkpoints are skipped with a warning on rank 0 that says what
     is wrong and what is used instead. None when there is none.
+
+    Raises:
+        CheckpointError: all that there are are damaged, or cannot be read
     """
     root = Path(root)
     damaged: list[tuple[Path, list[str]]] = []
@@ -110,10 +113,16 @@ def newest_whole_checkpoint(root: Path) -> Path | None:
             whole = root / name
             break
         damaged.append((root / name, faults))
+    if damaged and whole is None:
+        folder, faults = damaged[0]
+        others = f"; nor is any of {len(damaged) - 1} older ones" if damaged[1:] else ""
+        raise CheckpointError(
+            f"{folder} is no whole checkpoint: {listing(faults)}{others}. "
+            "Make them readable again, or move them away to begin at step 0."
+        )
     if comm.rank() == 0:
-        instead = f"{whole} is used instead" if whole else "There is no whole checkpoint to use instead"
         for folder, faults in damaged:
-            _logger.warning("%s is damaged and skipped: %s. %s.", folder, listing(faults), instead)
+            _logger.warning("%s is damaged and skipped: %s. %s is used instead.", folder, listing(faults), whole)
     return whole
 
 

@@ -13,6 +13,7 @@ RECIPE_FILE = "recipe.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
+ORIGIN_FILE = "ORIGIN"  # of a run that began from a checkpoint of another one: its path
 DONE_FILE = "DONE"
 FAILED_FILE = "FAILED"  # of a run that cannot succeed as it is, with the reason
 

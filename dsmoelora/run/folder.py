@@ -17,7 +17,8 @@ from dsmoelora.config import DTYPES, Recipe
 from dsmoelora.config.dtype import DtypeName
 from dsmoelora.config.recipe_file import recipe_yaml
 from dsmoelora.errors import CheckpointError, ConfigError, listing
-from dsmoelora.run.files import ADAPTER_FOLDER, DEEPSPEED_FILE, METRICS_FILE, RECIPE_FILE
+from dsmoelora.parallel import comm
+from dsmoelora.run.files import ADAPTER_FOLDER, DEEPSPEED_FILE, METRICS_FILE, ORIGIN_FILE, RECIPE_FILE
 
 
 def check_run_folder(recipe: Recipe, resume: str) -> None:
@@ -25,7 +26,7 @@ def check_run_folder(recipe: Recipe, resume: str) -> None:
 
     Args:
         recipe: of the run
-        resume: `none`, `auto` or a checkpoint folder
+        resume: `none`, `auto` or a checkpoint folder; one of another run may be named again by the run that began there
 
     Raises:
         ConfigError: the folder holds an earlier run and `resume` is `none`, or it cannot be written
@@ -36,28 +37,40 @@ def check_run_folder(recipe: Recipe, resume: str) -> None:
     results = [name for name in (METRICS_FILE, ADAPTER_FOLDER) if (folder / name).exists()] if folder.exists() else []
     checkpoints = folders.candidates(folder) if folder.exists() else []
     found = [path.name for path in checkpoints] + results
-    same_run = resume == "auto" or (resume != "none" and Path(resume).resolve().parent == folder.resolve())
+    is_known = resume not in ("none", "auto") and _origin(folder) == Path(resume).resolve()
+    same_run = resume == "auto" or is_known or (resume != "none" and _lies_in(Path(resume), folder))
     if found and not same_run:
         raise ConfigError(
             f"{folder} holds a run already ({listing(found)}). Add --resume auto to go on with it, "
             "set another run.name to begin anew, or remove the folder."
         )
-    if resume not in ("none", "auto"):
-        _check_named(Path(resume), checkpoints)
+    if resume not in ("none", "auto") and not (is_known and checkpoints):
+        _check_named(Path(resume), checkpoints if _lies_in(Path(resume), folder) else [])
 
 
 def find_checkpoint(recipe: Recipe, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None to begin at step 0 (collective)."""
+    """The checkpoint to go on from, or None to begin at step 0 (collective).
+
+    A run that began from a checkpoint of another one goes on from its own, as soon as it has any.
+
+    Raises:
+        CheckpointError: none of the run's checkpoints is whole, or it has none yet and the other's is gone
+    """
+    folder = recipe.run.folder
     if resume == "none":
         return None
-    if resume == "auto":
-        return newest_whole_checkpoint(recipe.run.folder)
-    return Path(resume)
+    if resume != "auto" and _lies_in(Path(resume), folder):
+        return Path(resume)
+    if (own := newest_whole_checkpoint(folder)) is not None:
+        return own
+    return Path(resume) if resume != "auto" else comm.together(lambda: _found_origin(folder))
 
 
 def dtype_before(recipe: Recipe, resume: str) -> DtypeName | None:
     """The dtype of the run that is gone on with; None where there is none, or nobody knows."""
-    folder = recipe.run.folder if resume == "auto" else Path(resume).parent
+    folder = recipe.run.folder
+    if resume != "auto" and not (folder / RECIPE_FILE).is_file():
+        folder = Path(resume).parent
     if resume == "none" or not (folder / RECIPE_FILE).is_file():
         return None
     with contextlib.suppress(yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
@@ -66,10 +79,15 @@ def dtype_before(recipe: Recipe, resume: str) -> DtypeName | None:
     return None
 
 
-def write_description(folder: Path, recipe: Recipe, deepspeed: dict[str, Any]) -> None:
+def write_description(folder: Path, recipe: Recipe, deepspeed: dict[str, Any], checkpoint: Path | None = None) -> None:
     """Put the whole recipe and the DeepSpeed configuration in force into the run folder (rank 0).
 
     A recipe that differs, from before a resume, is kept under the next free name `recipe.<n>.yaml`.
+
+    Args:
+        folder: of the run
+        recipe, deepspeed: in force
+        checkpoint: that the run goes on from
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / RECIPE_FILE, recipe_yaml(recipe)
@@ -79,7 +97,31 @@ def write_description(folder: Path, recipe: Recipe, deepspeed: dict[str, Any]) -
             number += 1
         path.rename(kept)
     path.write_text(text, encoding="utf-8")
+    if checkpoint is None:
+        (folder / ORIGIN_FILE).unlink(missing_ok=True)
+    elif not _lies_in(checkpoint, folder):
+        (folder / ORIGIN_FILE).write_text(str(checkpoint.resolve()), encoding="utf-8")
     (folder / DEEPSPEED_FILE).write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
+
+
+def _lies_in(checkpoint: Path, folder: Path) -> bool:
+    return checkpoint.resolve().parent == folder.resolve()
+
+
+def _origin(folder: Path) -> Path | None:
+    """The checkpoint of another run that this one began from."""
+    file = folder / ORIGIN_FILE
+    return Path(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _found_origin(folder: Path) -> Path | None:
+    origin = _origin(folder)
+    if origin is not None and not origin.is_dir():
+        raise CheckpointError(
+            f"{folder} began from {origin} and has no checkpoint of its own, but there is no such folder any more. "
+            "Put it back, or set another run.name to begin anew."
+        )
+    return origin
 
 
 def existing_parent(folder: Path) -> Path:

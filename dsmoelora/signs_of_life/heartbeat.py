@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+import psutil
+
 FOLDER = "heartbeat"
 INTERVAL_S = 5.0  # between two signs of a rank, at most
 _FRESH_S = 60.0  # as old may a living rank's sign look where clocks of nodes differ
+_FORGOTTEN_S = 3600.0  # no clocks of nodes differ by as much
 _FILE_BYTES = 512  # of a file; room for the longest host name and a reason
 _REASON_CHARS = 160
 
@@ -113,26 +116,29 @@ def clear_signs(folder: Path) -> None:
 def running_elsewhere(folder: Path) -> Sign | None:
     """The sign of rank 0 of another start of the run in `folder` that is alive now.
 
-    Takes three signs' time where the last start ended without a word a moment ago on another node.
+    A process of this node is looked for, and lives while it is suspended, too. That of another node is watched for
+    three signs' time, whatever its clock says; suspended it cannot be told from one that is gone.
     """
     sign = read_sign(folder, 0)
-    if sign is None or not sign.is_fresh() or _has_ended_here(sign) or silent_ranks(folder, [0], 3 * INTERVAL_S):
+    if sign is None or sign.phase in ENDED:
+        return None
+    if sign.host == socket.gethostname():
+        return sign if _lives_here(sign) else None
+    if time.time() - sign.alive > _FORGOTTEN_S or silent_ranks(folder, [0], 3 * INTERVAL_S):
         return None
     sign = read_sign(folder, 0)
     return sign if sign and sign.phase not in ENDED else None
 
 
-def _has_ended_here(sign: Sign) -> bool:
-    """Whether the writer was a process of this node that is no more, or this very process."""
-    if sign.host != socket.gethostname():
-        return False
-    if sign.pid == os.getpid():
-        return True
+def _lives_here(sign: Sign) -> bool:
+    """Whether the writer, a process of this node, is another one than this and has not ended."""
     try:
-        state = Path(f"/proc/{sign.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state in "ZX"  # it has ended, and nobody has asked how
+        writer = psutil.Process(sign.pid)
+        has_ended = writer.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # and nobody has asked how
+        is_another = writer.create_time() > sign.alive + _FRESH_S  # with the number of one that has ended
+    except psutil.NoSuchProcess:
+        return False
+    return sign.pid != os.getpid() and not has_ended and not is_another
 
 
 def write_sign(folder: Path, sign: Sign) -> None:

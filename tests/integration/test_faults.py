@@ -201,3 +201,44 @@ def test_a_data_file_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(
         elsewhere.rename(data)
     assert worker_pool(2).run(attempt, [*argv, "--resume", "auto"]) == ["", ""]
     assert_ends_like(folder, undisturbed)
+
+
+def test_a_run_that_branched_off_goes_on_from_there_until_it_has_a_checkpoint_of_its_own(
+    workshop: Path, undisturbed: Path, worker_pool: PoolFactory
+) -> None:
+    """By the same command as before, as a job that comes back gives it, or by `auto`."""
+    folder, argv, start = workshop / "runs" / "branch", argv_of(workshop, "branch"), undisturbed / "checkpoint-9"
+    named, auto = [*argv, "--resume", str(start)], [*argv, "--resume", "auto"]
+    no_room = (start / "rank-00000.safetensors").stat().st_size - 1
+    for command in (named, auto):
+        for message in worker_pool(2).run(attempt, command, no_room):
+            assert "File too large" in message
+        assert not list(folder.glob("checkpoint-*"))
+        assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [10, 11, 12]
+    assert worker_pool(2).run(attempt, named) == ["", ""]
+    steps = [[row["step"], row["loss"]] for row in read_metrics(undisturbed / "metrics.jsonl") if row["step"] > 9]
+    assert [[row["step"], row["loss"]] for row in read_metrics(folder / "metrics.jsonl")] == steps
+    assert worker_pool(2).run(attempt, [*named, "--train.max_steps", str(NUM_STEPS + 1)]) == ["", ""]
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [10, 11, 12, 13]
+
+
+def test_what_cannot_go_on_leaves_the_run_as_it_is(workshop: Path, undisturbed: Path, worker_pool: PoolFactory) -> None:
+    """Another seed by mistake, and checkpoints of which none can be read."""
+    folder, argv = workshop / "runs" / "left", [*argv_of(workshop, "left"), "--resume", "auto"]
+    shutil.copytree(undisturbed, folder)
+
+    def told(*more: str) -> str:
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".jsonl", ".yaml", ".json")}
+        message, same = worker_pool(2).run(attempt, [*argv, *more])
+        now = {path: path.read_bytes() for path in before if "heartbeat" not in str(path)}
+        assert message == same and now == {path: before[path] for path in now}
+        assert len(list(folder.glob("*.yaml"))) == 1
+        return message
+
+    assert "run.seed was 3, and is 4" in told("--run.seed", "4")
+    for checkpoint in folder.glob("checkpoint-*"):
+        index = checkpoint / "index.json"
+        index.write_text(index.read_text().replace('"version": 2', '"version": 3'))
+    message = told()
+    assert "checkpoint-12 is no whole checkpoint: index.json has format version 3, known is 2" in message
+    assert "move them away to begin at step 0" in message

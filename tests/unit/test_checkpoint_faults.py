@@ -31,6 +31,7 @@ from tests.checkpoints import (
     load,
     names_below,
     newest,
+    on_ranks,
     save,
     saved_run,
 )
@@ -99,12 +100,15 @@ def test_every_flipped_bit_of_the_index_is_noticed(tmp_path: Path) -> None:
             read_index(index.parent)
 
 
-def test_without_any_whole_checkpoint_there_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_any_whole_checkpoint_there_is_none_to_go_on_from(tmp_path: Path) -> None:
+    """A run must not begin anew where there are steps that somebody may mend."""
     assert newest(tmp_path / "nowhere") is None
-    saved_run(tmp_path, (50,))
-    flip_a_bit(tmp_path / "checkpoint-50" / "rank-00000.safetensors")
-    assert newest(tmp_path) is None
-    assert "There is no whole checkpoint to use instead" in caplog.text
+    saved_run(tmp_path, (40, 50))
+    for step in (40, 50):
+        flip_a_bit(tmp_path / f"checkpoint-{step}" / "rank-00000.safetensors")
+    for outcome in on_ranks(2, lambda rank: newest_whole_checkpoint(tmp_path)):
+        assert isinstance(outcome, CheckpointError)
+        assert "checkpoint-50 is no whole checkpoint: rank-00000" in str(outcome) and "any of 1 older" in str(outcome)
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
@@ -273,6 +277,15 @@ def test_plainly_damaged_ones_do_not_count(tmp_path: Path) -> None:
     truncate(tmp_path / "checkpoint-60" / "rank-00000.safetensors")
     save(tmp_path, 70, per_parameter(PARAMETERS, 2), numbers[50], keep=2)
     assert names_below(tmp_path) == ["checkpoint-50", "checkpoint-70"]
+
+
+def test_those_of_another_version_stay(tmp_path: Path) -> None:
+    """Somebody may go on from them with the release that wrote them."""
+    numbers = saved_run(tmp_path, (40, 50))
+    index = tmp_path / "checkpoint-40" / "index.json"
+    index.write_text(index.read_text().replace('"version": 2', '"version": 3'))
+    save(tmp_path, 60, per_parameter(PARAMETERS, 2), numbers[50], keep=1)
+    assert names_below(tmp_path) == ["checkpoint-40", "checkpoint-60"]
 
 
 def test_newer_ones_and_foreign_folders_stay(tmp_path: Path) -> None:

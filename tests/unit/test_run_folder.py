@@ -72,6 +72,26 @@ def test_a_checkpoint_of_another_run_does_not_open_a_used_folder(recipe: Recipe)
         check_run_folder(recipe, str(foreign))
 
 
+def test_a_run_that_began_from_another_ones_checkpoint_may_name_it_again(recipe: Recipe) -> None:
+    foreign = make_checkpoints(Recipe(run=RunConfig(name="other", dir=recipe.run.dir)), 5) / "checkpoint-5"
+    folder = make_checkpoints(recipe)
+    write_description(folder, recipe, {}, foreign)
+    (folder / "metrics.jsonl").touch()
+    for resume in (str(foreign), "auto"):
+        check_run_folder(recipe, resume)
+        assert find_checkpoint(recipe, resume) == foreign
+    with pytest.raises(ConfigError, match="holds a run already"):
+        check_run_folder(recipe, str(foreign.with_name("checkpoint-4")))
+    foreign.rmdir()
+    with pytest.raises(CheckpointError, match=r"began from .*checkpoint-5 and has no checkpoint of its own, but there"):
+        find_checkpoint(recipe, "auto")
+    make_checkpoints(recipe, 7)
+    check_run_folder(recipe, str(foreign))
+    write_description(folder, recipe, {})
+    with pytest.raises(ConfigError, match="holds a run already"):
+        check_run_folder(recipe, str(foreign))
+
+
 def test_the_description_reproduces_the_run(recipe: Recipe, tmp_path: Path) -> None:
     recipe.optim = OptimConfig(lr=3e-4)
     write_description(tmp_path / "run", recipe, {"zero_optimization": {"stage": 3}})

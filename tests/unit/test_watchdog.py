@@ -88,10 +88,12 @@ def test_a_folder_that_another_start_uses_is_refused(
     monkeypatch.setattr("dsmoelora.signs_of_life.heartbeat.INTERVAL_S", 1.0)
     place = {"pid": os.getppid()} if is_here else {"host": "elsewhere", "pid": 1}
     write_sign(folder, Sign(0, 7, Phase.TRAIN, 0.0, time.time(), **place))
-    threading.Timer(0.2, write_sign, (folder, Sign(0, 8, Phase.TRAIN, 0.0, time.time(), **place))).start()
-    expected = r"is in use: rank 0 \(host .* at step 8\) is alive.*set another run.name"
+    next_sign = threading.Timer(0.2, write_sign, (folder, Sign(0, 8, Phase.TRAIN, 0.0, time.time(), **place)))
+    next_sign.start()
+    expected = r"is in use: rank 0 \(host .* at step [78]\) is alive.*set another run.name"
     with pytest.raises(ConfigError, match=expected), watched(folder, 60.0):
         pass
+    next_sign.join()
     found = read_sign(folder, 0)
     assert found is not None and found.step == 8, "nothing of the other's is removed"
 
@@ -126,6 +128,27 @@ def test_what_an_ended_start_left_behind_is_no_obstacle(
     begin = time.monotonic()
     assert running_elsewhere(folder) is None
     assert time.monotonic() - begin < 5, "nobody waits"
+
+
+def test_a_process_that_is_suspended_still_has_its_folder(folder: Path) -> None:
+    """But not one that did not live yet when the sign was written, and has the number of one that has ended."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        found = []
+        for age_s in (0.0, 3600.0):
+            write_sign(folder, Sign(0, 7, Phase.TRAIN, 0.0, time.time() - age_s, pid=process.pid))
+            found.append(running_elsewhere(folder))
+        process.kill()
+    assert found[0] is not None and found[0].pid == process.pid and found[1] is None
+
+
+@pytest.mark.parametrize("behind_s", [65.0, -600.0])
+def test_clocks_of_nodes_are_not_compared(folder: Path, behind_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmoelora.signs_of_life.heartbeat.INTERVAL_S", 1.0)
+    signs = [Sign(0, 7, Phase.TRAIN, 0.0, time.time() - behind_s + k, host="elsewhere") for k in range(2)]
+    write_sign(folder, signs[0])
+    threading.Timer(0.2, write_sign, (folder, signs[1])).start()
+    assert running_elsewhere(folder) == signs[1]
 
 
 def test_a_start_that_was_killed_on_another_node_is_no_obstacle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
