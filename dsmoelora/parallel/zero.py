@@ -50,7 +50,7 @@ _READ: dict[type, tuple[str, ...]] = {
     BF16_Optimizer: ("bf16_groups", "fp32_groups_flat_partition", "real_dp_process_group", "update_lp_params"),
     DeepSpeedZeroOptimizer: (
         *("round_robin_bit16_groups", "round_robin_bit16_offsets", "single_partition_of_fp32_groups"),
-        *("real_dp_process_group", "update_lp_params"),
+        *("real_dp_process_group", "update_lp_params", "cpu_offload", "overflow", "averaged_gradients"),
     ),
 }
 
@@ -361,9 +361,27 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def step(engine: deepspeed.DeepSpeedEngine) -> None:
-    """`engine.step()` with one loss scale from its beginning to its end (collective)."""
+    """`engine.step()` with one loss scale from its beginning to its end, and without a trace of a gradient it drops.
+
+    Between the micro-batches of a step it counts them, and no more (collective).
+    """
+    is_last = engine.is_gradient_accumulation_boundary()
     with loss_scale.held(engine), _kept_whole(engine):
         engine.step()
+    if is_last:  # between two steps DeepSpeed still says of the gradient before that it was not finite
+        _forget_dropped_gradient(engine)
+
+
+def _forget_dropped_gradient(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Have the next gradient summed from 0 where the last one was not finite.
+
+    With the optimizer on the host, stages 1 and 2 let go of the fp32 sum of 16-bit gradients in a step, but not in one
+    that they skip: all further gradients would be added to what is not finite.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload and optimizer.overflow:
+        for index in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[index] = None
 
 
 @contextmanager

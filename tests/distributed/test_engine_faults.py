@@ -115,6 +115,26 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all(
         assert losses[3] < losses[1], "they are of the same tokens"
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("stage", "accumulation"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_skipped_step_leaves_nothing_in_the_gradients_on_the_host(
+    worker_pool: PoolFactory, base: Path, stage: int, accumulation: int, dtype: Any
+) -> None:
+    """All steps are those of a run whose optimizer is on the device, but for the rounding of fp32 sums."""
+    recipe = recipe_of(base)
+    recipe = replace(recipe, model=replace(recipe.model, dtype=dtype))
+    on_device = Job(recipe, accumulation, zero={"stage": 2}, partitioned=False)
+    on_host = replace(on_device, zero={"stage": stage, "offload_optimizer": {"device": "cpu"}})
+    expected, *_ = worker_pool(2).run(train_with_a_mishap, on_device, "gradient", 1, 1, 0)
+    told, *_ = worker_pool(2).run(train_with_a_mishap, on_host, "gradient", 1, 1, 0)
+    assert told.skipped == expected.skipped == [False, True, False, False]
+    torch.testing.assert_close(told.losses, expected.losses, rtol=1e-6, atol=0)
+    for kind, tensors in expected.numbers[-1].items():
+        for name, pieces in tensors.items():
+            for (*_, values), (*_, found) in zip(pieces, told.numbers[-1][kind][name], strict=True):
+                torch.testing.assert_close(found, values, rtol=1e-5, atol=1e-7)
+
+
 def make_all_tokens_equal(base: Path, folder: Path) -> Path:
     """A copy of the model in which all tokens have one embedding, so that routers cannot tell them apart."""
     folder.mkdir()

@@ -94,11 +94,13 @@ def in_dtype(recipe: Recipe, dtype: Any) -> Recipe:
     return replace(recipe, model=replace(recipe.model, dtype=dtype))
 
 
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_all_ranks_skip_what_overflows_on_one_and_lower_the_scale(
-    worker_pool: PoolFactory, recipe: Recipe, stage: int
+    worker_pool: PoolFactory, recipe: Recipe, stage: int, on_host: bool
 ) -> None:
-    job = Job(recipe, 2, zero={"stage": stage}, partitioned=stage == 3)
+    offload = {"offload_optimizer": {"device": "cpu"}} if on_host else {}
+    job = Job(recipe, 2, zero={"stage": stage} | offload, partitioned=stage == 3)
     for told in worker_pool(2).run(train_with_overflows, job, (1, 3)):
         assert told.skipped == [False, True, False, True, False, False]
         assert told.scales == [FULL, FULL, FULL, FULL / 2, FULL / 2, FULL / 2]
