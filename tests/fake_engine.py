@@ -76,6 +76,7 @@ class FakeEngine:
         return StepResult(math.nan if skipped else loss, 1.0, 1e-3, skipped, num_tokens, num_tokens // 2)
 
     def draw_start(self, micro_batches: list[MicroBatch]) -> StartReport:
+        self.stop.check()
         rows = sorted(int(row) for batch in micro_batches for row in batch.sequence_ids)
         self.calls.append(f"draw_start of {rows} at {self.step}")
         return StartReport(12, 3)

@@ -86,4 +86,7 @@ class Callback:
         """After the last step, with checkpoint and adapter in place."""
 
     def on_stop(self, run: TrainingRun) -> None:
-        """Instead of `on_train_end`, when the run was asked to stop and its checkpoint is in place."""
+        """Instead of `on_train_end`, when the run was asked to stop and its checkpoint, if there is one, is in place.
+
+        The request may have come before `on_train_begin`.
+        """

@@ -45,7 +45,8 @@ class MetricsFile(Callback):
         self._file.close()
 
     def on_stop(self, run: TrainingRun) -> None:
-        self.on_train_end(run)
+        if self._file is not None:
+            self._file.close()
 
 
 def scalars(metrics: Mapping[str, float | None]) -> dict[str, float]:

@@ -60,4 +60,5 @@ class TensorBoard(Callback):
         self._writer.close()
 
     def on_stop(self, run: TrainingRun) -> None:
-        self.on_train_end(run)
+        if self._writer is not None:
+            self._writer.close()

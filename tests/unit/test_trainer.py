@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from dsmoelora.callbacks import Callback, MetricsFile, Samples, TrainingRun
+from dsmoelora.callbacks.tensorboard import TensorBoard
 from dsmoelora.config import DataConfig, DataSource, Recipe, RunConfig, TrainConfig
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.packing import pack
@@ -22,7 +23,7 @@ from dsmoelora.engine import StepResult
 from dsmoelora.errors import CheckpointError, HopelessError
 from dsmoelora.parallel.stopping import Stopped, StopRequest
 from dsmoelora.run.files import read_metrics
-from dsmoelora.trainer import Trainer
+from dsmoelora.trainer import Trainer, default_callbacks
 from tests.fake_engine import FakeDataset, FakeEngine
 from tests.helpers import tiny_tokenizer
 
@@ -403,6 +404,20 @@ def test_a_crash_after_an_evaluation_was_made_up_for_does_not_write_its_line_twi
 def test_nothing_is_saved_where_no_step_was_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine(make_recipe())
     fit_and_stop(engine, tmp_path, Ask("on_train_begin", 0))
+    assert engine.calls == []
+    assert caplog.messages[-1].endswith("s after the request: no step had been taken.")
+
+
+def test_a_request_before_experts_have_their_start_ends_the_run_as_any_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe()
+    recipe.adapter.init = "gradient"
+    engine = FakeEngine(recipe)
+    engine.stop = StopRequest(tmp_path)
+    with engine.stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        make_trainer(engine, tmp_path, default_callbacks(Console(quiet=True), [TensorBoard()])).fit()
     assert engine.calls == []
     assert caplog.messages[-1].endswith("s after the request: no step had been taken.")
 
