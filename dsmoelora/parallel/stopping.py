@@ -181,9 +181,10 @@ class StopRequest:
             if select.select([ear], [], [], _LOOK_EVERY_S)[0]:
                 for number in ear.recv(64):
                     self._count(number)
-            if not has_seen_file and self._file is not None and self._file.exists():
-                has_seen_file = True
-                signal.pthread_kill(main, _SIGNALS[0])
+            with suppress(OSError):  # of a network's file system; the next look may be luckier
+                if not has_seen_file and self._file is not None and self._file.exists():
+                    has_seen_file = True
+                    signal.pthread_kill(main, _SIGNALS[0])
 
     def _count(self, number: int) -> None:
         if number not in _FROM_A_TERMINAL:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsmoelora.errors import ConfigError, LostRankError
@@ -201,5 +201,6 @@ def _stacks() -> str:
 def _say(text: str) -> None:
     stream = sys.__stderr__
     if stream is not None:  # the plain one: a progress bar may sit on sys.stderr
-        stream.write(text)
-        stream.flush()
+        with suppress(OSError):  # a log on a full disk must not keep a process that hangs from its end
+            stream.write(text)
+            stream.flush()

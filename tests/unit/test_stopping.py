@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import time
@@ -84,6 +85,25 @@ def test_the_file_is_a_request_and_goes_away_when_it_was_met(tmp_path: Path, cap
     (message,) = caplog.messages
     assert message.endswith(" s after the request: nothing was trained.")
     assert 60.0 <= float(message.split()[1]) < 70.0  # counted from the file's own time
+
+
+def test_a_look_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network's file system whose server is away for a moment."""
+    looks: list[Path] = []
+    look = Path.exists
+
+    def exists(path: Path) -> bool:
+        looks.append(path)
+        if len(looks) == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return look(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    (tmp_path / "STOP").touch()
+    stop = StopRequest(tmp_path)
+    with stop.listening():
+        wait_until_asked(stop)
+    assert looks[:2] == [tmp_path / "STOP"] * 2
 
 
 def test_a_request_interrupts_work_that_waits(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +49,21 @@ def test_files_that_grow_are_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.
                 file.write("a row")
             wait_for_beats(count)
     assert len(beats) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EACCES])
+def test_what_cannot_be_read_just_now_is_left_out(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a folder that was there when its own was listed, and has been renamed since."""
+    for name in ("there", "gone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.arrow").write_text("a row")
+    list_folder = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "gone":
+            raise OSError(number, os.strerror(number), str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert num_bytes(tmp_path) == len("a row")
+    assert num_bytes(tmp_path / "nowhere") == 0

@@ -227,10 +227,21 @@ watchdog.stop(Phase.DONE)
 """
 
 
-def start_life(folder: Path, how: str) -> subprocess.Popen:
+def start_life(folder: Path, how: str, stderr: Any = subprocess.PIPE) -> subprocess.Popen:
     folder.mkdir()
     command = [sys.executable, "-c", LIFE, str(folder), how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def test_a_hang_ends_a_process_that_cannot_say_so(tmp_path: Path) -> None:
+    """As with a log on a disk that is full."""
+    with Path("/dev/full").open("w") as full:
+        hanging = start_life(tmp_path / "a", "hangs", stderr=full)
+    try:
+        assert hanging.wait(timeout=40) == HANG_EXIT_CODE
+    finally:
+        hanging.kill()
+        hanging.communicate()
 
 
 def test_a_hang_ends_the_process_and_work_or_a_suspension_does_not(tmp_path: Path) -> None:
