@@ -179,6 +179,10 @@ def _refuse_what_cannot_work(config: dict[str, Any], recipe: Recipe) -> None:
             not getattr(read, "compute_grad_norm", True),
             "a gradient that is not finite would be applied",
         ),
+        "stage3_module_granularity_threshold": (
+            read.module_granularity_threshold > 0,
+            "it has modules fetched as one, and a layer's experts and router are fetched by their own",
+        ),
         "zenflow": (read.zenflow is not None, "ZenFlow updates some columns later than others"),
         "offload_optimizer.super_offload": (offload.super_offload, sharded_step),
         "offload_optimizer.ratio": (offload.ratio < 1.0, sharded_step),

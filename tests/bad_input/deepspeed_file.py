@@ -47,4 +47,5 @@ EARLY: dict[str, Case] = {
     ),
     "a step that does not look at the gradient's norm": zero(2, compute_grad_norm=False),
     "ZeRO++'s quantised weights": zero(3, zero_quantized_weights=True),
+    "modules that are fetched as one": zero(3, stage3_module_granularity_threshold=1000),
 }

@@ -115,6 +115,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (with_zero(zero_quantized_nontrainable_weights=True), ("zero_quantized_nontrainable_weights", "ZeRO++")),
     (with_zero(zero_quantized_gradients=True), ("zero_quantized_gradients", "ZeRO++")),
     (with_zero(zenflow={"topk_ratio": 0.1}), ("zenflow", "ZenFlow")),
+    (with_zero(stage3_module_granularity_threshold=1), ("stage3_module_granularity_threshold", "fetched by their own")),
     (with_zero(offload_optimizer={"device": "cpu", "super_offload": True}), ("super_offload",)),
     (with_zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), ("offload_optimizer.ratio",)),
     (with_zero(offload_optimizer={"device": "nvme"}), ("offload_optimizer.device", "NVMe")),
