@@ -63,11 +63,14 @@ def open_source(source: DataSource, streaming: bool = False) -> RowSource:
         streaming: it must be possible to read it piece by piece; a dataset of the hub is not downloaded
 
     Raises:
-        DataError: there is none, it is of an unknown type, or it has several splits and none was chosen
+        DataError: there is none, it is of an unknown type, it has several splits and none was chosen, or it does not
+            have the split or subset that was
     """
     path = Path(source.path)
     if path.is_dir():
-        return _of_dataset(source, _load_folder(path))
+        found = _load_folder(path)
+        _check_part(source, found)
+        return _of_dataset(source, found)
     if not path.exists() and may_be_hub_name(source.path):
         return _of_dataset(source, _load_from_hub(source, streaming))
     if not path.exists():
@@ -253,6 +256,22 @@ def _load_folder(path: Path) -> Any:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # of several libraries; whatever it is, the folder is damaged
         raise DataError(f"{path} cannot be loaded as a saved dataset ({_first_line(error)}). Save it anew.") from None
+
+
+def _check_part(source: DataSource, found: Any) -> None:
+    """A saved folder has no subsets, and one that holds a single set has no split but its own."""
+    if source.subset is not None:
+        raise DataError(
+            f"{source.path} is a saved folder, but its subset is {source.subset!r}, which only a dataset of the hub "
+            "has. Drop the subset."
+        )
+    if isinstance(found, dict) or source.split in (None, str(found.split)):
+        return
+    what = "a set without a split" if found.split is None else f"the split {str(found.split)!r} alone"
+    raise DataError(
+        f"{source.path} is a saved folder with {what}, but its split is {source.split!r}. Drop the split, or name the "
+        "folder that holds it."
+    )
 
 
 def may_be_hub_name(path: str) -> bool:

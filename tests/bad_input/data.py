@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import datasets
+
 from tests.bad_input.bench import ROW, Bench, Case, override
 
 
@@ -27,6 +29,16 @@ def unmatched_quotes(bench: Bench) -> list[str]:
 
 def plain_folder(bench: Bench) -> list[str]:
     return bench.train("--data.train", f"[{{path: {bench.model}}}]")
+
+
+def saved(part: str) -> Case:
+    """A folder that holds one set without a name, and something that it does not have."""
+
+    def case(bench: Bench) -> list[str]:
+        datasets.Dataset.from_list([ROW]).save_to_disk(bench.folder / "saved")
+        return bench.train("--data.train", f"[{{path: {bench.folder}/saved, {part}}}]")
+
+    return case
 
 
 def labelled(labels: list[str], answer: int) -> Case:
@@ -87,6 +99,8 @@ EARLY: dict[str, Case] = {
     "a split of a file": lambda bench: bench.train(
         "--data.train", f"[{{path: {bench.folder}/train.jsonl, split: train}}]"
     ),
+    "a split of a saved folder that has none": saved("split: test"),
+    "a subset of a saved folder": saved("subset: main"),
     "packing streamed sets": override("--data.streaming", "true", "--data.packing", "true"),
     "processes for streamed sets": override("--data.streaming", "true", "--data.num_proc", 2),
     "a shuffle buffer for sets that are not streamed": override("--data.shuffle_buffer", 100),

@@ -314,6 +314,26 @@ def test_splits_of_a_saved_folder(tmp_path: Path) -> None:
     assert contents(tmp_path / "single") == [(1, "Hi", "train")]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parts_that_a_saved_folder_does_not_have(tmp_path: Path, streaming: bool) -> None:
+    rows = datasets.Dataset.from_list([ROW])
+    rows.save_to_disk(tmp_path / "plain")
+    datasets.Dataset.from_list([ROW], split=datasets.Split.TRAIN).save_to_disk(tmp_path / "train")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "parts")
+
+    def refusal(name: str, **options: str) -> str:
+        with pytest.raises(DataError) as caught:
+            open_source(DataSource(str(tmp_path / name), **options), streaming)
+        return str(caught.value)
+
+    assert open_source(DataSource(str(tmp_path / "train"), split="train"), streaming).name.endswith("train (train)")
+    wrong = "saved folder with the split 'train' alone, but its split is 'test'. Drop the split, or name"
+    assert wrong in refusal("train", split="test")
+    assert "saved folder with a set without a split, but its split is 'train'" in refusal("plain", split="train")
+    for name in ("plain", "train", "parts"):
+        assert "is a saved folder, but its subset is 'main'" in refusal(name, subset="main")
+
+
 def test_other_folders(tmp_path: Path) -> None:
     file(tmp_path, "rows.jsonl", json.dumps(ROW))
     assert "none that save_to_disk" in message_of(tmp_path) and "rows.jsonl" in message_of(tmp_path)
