@@ -305,7 +305,7 @@ def _recipe_files(argv: list[str]) -> Iterator[Path]:
 
 def _recipe_first(argv: list[str]) -> list[str]:
     """The arguments with recipe files in front: an override counts wherever it stands."""
-    files = [word for file in _recipe_files(argv) for word in ("--config", str(file))]
+    files = [word for file in _recipe_files(argv) for word in (*_emptied_by(file), "--config", str(file))]
     rest = [
         word
         for place, word in enumerate(argv)
@@ -314,13 +314,27 @@ def _recipe_first(argv: list[str]) -> list[str]:
     return files + _whole_lists(rest) + (["--config"] if argv[-1:] == ["--config"] else [])
 
 
-def _whole_lists(argv: list[str]) -> list[str]:
-    """The arguments with an emptying one before each that sets a list of mappings.
+def _lists_of_mappings() -> list[str]:
+    """The keys whose lists must be emptied before they are set anew.
 
-    jsonargparse would fill the mappings of a list with what the recipe's list of the same length says: a new path
-    would keep the old one's weight.
+    jsonargparse would fill the mappings of a list with what the list before it says: a new path would keep the old
+    one's weight.
     """
-    lists = {f"--{key}" for key, annotation in key_types().items() if dataclasses.is_dataclass(list_item(annotation))}
+    return [key for key, annotation in key_types().items() if dataclasses.is_dataclass(list_item(annotation))]
+
+
+def _emptied_by(file: Path) -> Iterator[str]:
+    """Arguments that empty the lists of mappings which a recipe file sets, for the files before it."""
+    tree = yaml.safe_load(read_text("--config", file))
+    for key in _lists_of_mappings():
+        section, name = key.split(".")
+        if name in tree.get(section, {}):
+            yield f"--{key}=[]"
+
+
+def _whole_lists(argv: list[str]) -> list[str]:
+    """The arguments with an emptying one before each that sets a list of mappings."""
+    lists = {f"--{key}" for key in _lists_of_mappings()}
     words: list[str] = []
     for word, after in zip_longest(argv, argv[1:], fillvalue=""):
         flag, equals, value = word.partition("=")

@@ -64,6 +64,19 @@ def test_an_override_replaces_a_whole_list(tmp_path: Path, num_sets: int) -> Non
         assert sources == [DataSource(f"new{i}") for i in range(num_sets)]
 
 
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_a_second_recipe_replaces_a_whole_list(tmp_path: Path, key: str) -> None:
+    weight = ", weight: 3" if key == "train" else ""
+    first = f"data: {{{key}: [{{path: a, format: alpaca, fields: {{instruction: q}}{weight}}}], max_length: 99}}"
+    second, other = f"data: {{{key}: [{{path: b}}]}}", "optim: {lr: 1}"
+    files = [write(tmp_path, text, f"{number}.yaml") for number, text in enumerate((first, second, other))]
+    data = parse_command([word for file in files for word in ("--config", file)]).recipe.data
+    assert getattr(data, key) == [DataSource("b")]
+    assert data.max_length == 99
+    data = parse_command(["--config", files[1], "--config", files[0]]).recipe.data
+    assert getattr(data, key)[0].fields == {"instruction": "q"}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
