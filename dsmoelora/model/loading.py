@@ -53,18 +53,23 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     A bare sentencepiece file is converted. A base model's tokenizer without a chat template is given one.
 
     Raises:
-        ModelError: there is none, or it cannot be read
+        ModelError: there is none, it cannot be read, or no token of it could pad
     """
     if has_sentencepiece_alone(Path(config.path)):
         tokenizer = load_sentencepiece(Path(config.path))
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise _cannot_load("tokenizer", config, error) from error
-    if tokenizer.pad_token_id is None or not _has_embedding(config, tokenizer.pad_token_id):
-        tokenizer.pad_token = tokenizer.eos_token
     ensure_chat_template(tokenizer)
+    if tokenizer.pad_token_id is None or not _has_embedding(config, tokenizer.pad_token_id):
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"The tokenizer of {config.path} has neither an end-of-sequence token nor a pad token with an "
+                "embedding. Set eos_token in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -301,11 +306,11 @@ def load_model_config(config: ModelConfig) -> Any:
     """The transformers configuration of the model, without its weights.
 
     Raises:
-        ModelError: the folder is missing or has no valid config.json
+        ModelError: the folder is missing, has no valid config.json, or brings code whose packages are missing
     """
     try:
         return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _cannot_load("configuration", config, error) from error
 
 
@@ -378,5 +383,7 @@ def without_dropout(described: PretrainedConfig) -> dict[str, float]:
 def _cannot_load(what: str, config: ModelConfig, error: Exception) -> ModelError:
     is_folder = Path(config.path).is_dir()
     allowed = "config.json, tokenizer files and *.safetensors" if is_folder else "a folder, or a hub name in reach"
+    if isinstance(error, ImportError):
+        allowed = "a model whose code imports packages that are installed"
     reason = " ".join(str(error).split())[:300]
     return ModelError(f"model.path is {config.path!r}: its {what} cannot be loaded; wanted is {allowed}. {reason}")

@@ -100,9 +100,13 @@ def trained_tokenizer(adapter: Path, trust_remote_code: bool = False) -> PreTrai
 
     Raises:
         CheckpointError: there is none that can be read
+        ModelError: it brings code whose packages are missing
     """
     try:
         return AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"The tokenizer of {adapter} needs a package that is not installed. {reason}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{adapter} holds no tokenizer that can be read. Copy the adapter folder again."

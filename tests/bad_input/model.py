@@ -51,6 +51,11 @@ def no_template_and_no_end(bench: Bench) -> list[str]:
     return bench.train()
 
 
+def no_pad_and_no_end(bench: Bench) -> list[str]:
+    bench.spoiled_json("model/tokenizer_config.json", eos_token=None, pad_token=None)
+    return bench.train()
+
+
 def adapter_in_the_folder(bench: Bench) -> list[str]:
     (bench.model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     return bench.train()
@@ -130,6 +135,7 @@ EARLY: dict[str, Case] = {
     "the tokenizer is missing": no_tokenizer,
     "tokenizer.json is damaged": broken_tokenizer,
     "neither chat template nor end-of-sequence token": no_template_and_no_end,
+    "neither pad token nor end-of-sequence token": no_pad_and_no_end,
     "tokens that the embedding has no row for": small_embedding,
     "a target beside all-linear": override("--adapter.target_modules", "[all-linear, lm_head]"),
     "an adapter in the model folder": adapter_in_the_folder,

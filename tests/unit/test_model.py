@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -10,10 +11,19 @@ import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, PretrainedConfig
 
 from dsmoelora.config import ModelConfig
-from dsmoelora.errors import ConfigError
-from dsmoelora.model import load_model, model_without_weights, watched_loading, without_dropout
+from dsmoelora.errors import ConfigError, ModelError
+from dsmoelora.model import (
+    load_model,
+    load_tokenizer,
+    model_without_weights,
+    trained_tokenizer,
+    watched_loading,
+    without_dropout,
+)
+from dsmoelora.model.loading import load_model_config
 from dsmoelora.signs_of_life import waits
 from tests.architectures import save_model
+from tests.helpers import bring_own_code, tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -58,6 +68,24 @@ def test_each_tensor_that_is_loaded_is_a_sign_of_life_and_counted(
             time.sleep(0.01)
     assert all_of_them in caplog.text
     assert len(beats) > 1
+
+
+def test_a_package_that_a_models_code_lacks_is_named(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    bring_own_code(folder)
+    code = folder / "own_llama.py"
+    code.write_text("import nobody_has_this\n" + code.read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "own_llama.OwnTokenizer"]}, "tokenizer_class": "OwnTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = ModelConfig(path=str(folder), trust_remote_code=True)
+    for load in (
+        lambda: load_model_config(config),
+        lambda: load_tokenizer(config),
+        lambda: trained_tokenizer(folder, trust_remote_code=True),
+    ):
+        with pytest.raises(ModelError, match="not found in your environment: nobody_has_this"):
+            load()
 
 
 def test_an_attention_that_the_model_cannot_have_is_answered_with_one_that_it_can(tmp_path: Path) -> None:
