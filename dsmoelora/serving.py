@@ -16,11 +16,12 @@ from functools import wraps
 from typing import Any
 
 import transformers
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
-from dsmoelora.data.chat import prompt_ids, stop_ids
+from dsmoelora.data.chat import prompt_ids
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.errors import ConfigError, ModelError, bad_value
+from dsmoelora.model.greedy import greedy_config
 
 TESTED = "5.23"
 # Numbers of a request, each with the least and the largest that is allowed.
@@ -56,7 +57,7 @@ def check_servable() -> None:
         (ModelManager, "_load_processor", {"model_id_and_revision"}),
         (ModelManager, "process_model_name", {"model_id"}),
         (ModelManager, "get_gen_models", set()),
-        (BaseHandler, "_build_generation_config", {"body"}),
+        (BaseHandler, "_build_generation_config", {"body", "model_generation_config", "use_cb"}),
     ]
     for owner, name, parameters in wanted:
         method = getattr(owner, name, None)
@@ -102,12 +103,15 @@ def _our_parts(name: str, load: Callable[[], Loaded]) -> Iterator[None]:
     server: Any = importlib.import_module("transformers.cli.serving.server")
     handler: Any = importlib.import_module("transformers.cli.serving.utils").BaseHandler
     loaded: list[Loaded] = []
+    own = GenerationConfig()  # settings of the base, which hold where a client gives no temperature
 
     def once() -> Loaded:
         if not loaded:
             model, tokenizer = load()
-            model.generation_config.eos_token_id = stop_ids(tokenizer, model.generation_config.eos_token_id)
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
+            greedy = greedy_config(model.generation_config, tokenizer)
+            vars(own).update(vars(model.generation_config))
+            own.pad_token_id, own.eos_token_id = greedy.pad_token_id, greedy.eos_token_id
+            model.generation_config = greedy  # `generate` fills from it whatever a request leaves open
             loaded.append((model, prompting_as_in_training(tokenizer)))
         return loaded[0]
 
@@ -133,7 +137,8 @@ def _our_parts(name: str, load: Callable[[], Loaded]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_replaced(model_manager, "ModelManager", Manager))
         stack.enter_context(_replaced(server, "build_server", _telling_errors(server.build_server)))
-        stack.enter_context(_replaced(handler, "_build_generation_config", _as_asked(handler._build_generation_config)))
+        build = _as_asked(handler._build_generation_config, own)
+        stack.enter_context(_replaced(handler, "_build_generation_config", build))
         yield
 
 
@@ -147,17 +152,27 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _as_asked(build: Callable[..., Any]) -> Callable[..., Any]:
-    """`_build_generation_config` that refuses numbers out of range, and samples where a temperature is given.
+def _as_asked(build: Callable[..., Any], own: GenerationConfig) -> Callable[..., Any]:
+    """`_build_generation_config` that refuses numbers out of range, and knows what a temperature means.
 
-    The original leaves `do_sample` to the base, so that one that answers greedily would ignore every temperature.
+    With one of 0 nothing of the base's settings holds, as in `greedy_answers`; with one above 0 answers are sampled.
+    The original leaves both to the base, so that one with a penalty would not answer greedily, and one that answers
+    greedily would ignore every temperature.
+
+    Args:
+        build: the original
+        own: settings of the base
     """
 
     @wraps(build)
-    def built(handler: Any, body: dict[str, Any], *args: Any, **options: Any) -> Any:
+    def built(handler: Any, body: dict[str, Any], model_generation_config: GenerationConfig, **options: Any) -> Any:
         check_numbers(body)
-        config = build(handler, body, *args, **options)
-        if body.get("temperature"):
+        temperature = body.get("temperature")
+        if temperature == 0:
+            return build(handler, body, model_generation_config, **options)
+        config = build(handler, body, own, **options)
+        config.update(**own.to_dict(), defaults_only=True)  # where a client gives some settings of its own
+        if temperature:
             config.do_sample = True
         return config
 

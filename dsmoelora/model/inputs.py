@@ -17,7 +17,8 @@ from dsmoelora.adapters.context import AdapterContext, BatchTokens
 from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.data import MicroBatch
-from dsmoelora.data.chat import Prompt, prompt_ids, stop_ids
+from dsmoelora.data.chat import Prompt, prompt_ids
+from dsmoelora.model.greedy import greedily
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -81,18 +82,8 @@ def greedy_answers(
         RowProblem: the chat template refuses a prompt
     """
     batch = prompt_inputs(tokenizer, prompts, model.device)
-    with torch.no_grad():
-        output = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stop_ids(tokenizer, model.generation_config.eos_token_id),
-            **options,
-        )
+    with torch.no_grad(), greedily(model, tokenizer):
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, **options)
     answers = output[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 

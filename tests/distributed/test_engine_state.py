@@ -175,7 +175,7 @@ def ask_with_another_end_of_turn(job: Job) -> list[int]:
     engine, stops = build_engine(job), []
 
     def generate(**options: Any) -> Tensor:
-        stops.extend(options["eos_token_id"])
+        stops.extend(engine.model.generation_config.eos_token_id)
         return options["input_ids"]
 
     engine.tokenizer.eos_token = "<pad>"

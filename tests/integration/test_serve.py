@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
 from dsmoelora import serving
-from dsmoelora.data.chat import prompt_ids
+from dsmoelora.data.chat import Prompt, prompt_ids
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.model import load_trained, trained_tokenizer
+from dsmoelora.model.inputs import prompt_inputs
 from launch import serve
 from launch.generate import answer
 from tests.conftest import thorough
@@ -162,6 +163,30 @@ def test_a_temperature_samples_also_where_the_base_answers_greedily(
 
     assert answers(temperature=0) == answers(temperature=None) == {wanted[0]}
     assert len(answers(temperature=1.0)) > 1
+
+
+def test_a_temperature_of_0_is_greedy_whatever_the_base_asks_for(adapter: Path) -> None:
+    """As launch/generate.py answers; without a temperature the base's settings hold."""
+    from transformers.cli.serving import model_manager
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+
+    model, tokenizer = load_trained(adapter, None)
+    model.generation_config.update(repetition_penalty=9.0, no_repeat_ngram_size=1, min_new_tokens=12)
+    wanted = answer(model, tokenizer, PROMPTS[0], None, 12)
+    inputs = prompt_inputs(tokenizer, [Prompt([{"role": "user", "content": PROMPTS[0]}])], model.device)
+    handler = ChatCompletionHandler(Mock(), Mock(_compile=False))
+
+    def answered(**body: Any) -> str:
+        model = manager._load_model("tuned")
+        settings = handler._build_generation_config({"max_tokens": 12, **body}, model.generation_config)
+        output = model.generate(**inputs, generation_config=settings)
+        return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+    with serving._our_parts("tuned", lambda: (model, tokenizer)):
+        manager = model_manager.ModelManager(force_model="tuned")
+        assert answered(temperature=0) == wanted
+        assert answered() != wanted
+        assert answered(generation_config='{"do_sample": false}') == answered()
 
 
 def test_prompts_are_those_of_training(adapter: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, TextStreamer
 
+from dsmoelora.data.chat import Prompt, prompt_ids
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.model import own_device
 from launch import generate
@@ -35,6 +37,39 @@ def test_an_answer_ends_with_the_token_of_the_template_where_the_model_has_anoth
     model.register_forward_pre_hook(count)
     assert answer(model, tokenizer, "Hi", None, max_new_tokens=9) == ""
     assert num_calls == 1
+
+
+def test_answers_are_greedy_whatever_the_base_asks_for(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "model", initializer_range=0.5)).eval()
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": "abc"}])
+    said: list[int] = []
+    with torch.no_grad():
+        while len(said) < 12 and said[-1:] != [tokenizer.eos_token_id]:
+            said.append(int(model(torch.tensor([ids + said])).logits[0, -1].argmax()))
+    own = GenerationConfig(
+        **{"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 3, "min_new_tokens": 12},
+        **{"suppress_tokens": said[:1], "forced_eos_token_id": 9, "return_dict_in_generate": True},
+        **{"do_sample": True, "temperature": 0.5, "top_k": 3, "cache_implementation": "static"},
+    )
+    model.generation_config = own
+    caches = []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: caches.append(type(inputs["past_key_values"])), with_kwargs=True
+    )
+    assert answer(model, tokenizer, "abc", None, 12) == tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert set(caches) == {StaticCache}, "what does not bear on the answer is as the base wants it"
+    assert model.generation_config is own
+    streamed = io.StringIO()
+    with contextlib.redirect_stdout(streamed):
+        generate._answered(
+            model,
+            tokenizer,
+            Prompt([{"role": "user", "content": "abc"}]),
+            12,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    assert streamed.getvalue().strip() == tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 def test_code_of_the_base_runs_with_the_flag_alone(
