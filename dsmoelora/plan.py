@@ -33,6 +33,7 @@ from dsmoelora.model import (
     check_weights,
     chosen_to_pack,
     layers_to_pack,
+    limits_of,
     load_tokenizer,
     loftq_searches,
     model_without_weights,
@@ -96,6 +97,7 @@ def make_plan(recipe: Recipe, deepspeed: dict[str, Any], world_size: int, resume
     merge_config(recipe, deepspeed, world_size)
     plan.notes += check_model_folder(recipe.model)
     model = model_without_weights(recipe.model)
+    limits_of(model).check_length("data.max_length", recipe.data.max_length)
     _check_tokens(plan, recipe)
     _note_splits(plan, recipe)
     check_weights(recipe.model, model)
@@ -263,7 +265,7 @@ def _describe_model(
     packed = f" and {num_packed / base:.0%} of them in 4 bits" if num_packed else ""
     plan.add("model", f"{recipe.model.path} ({type(model).__name__})")
     plan.add("base weights", f"{base:,} frozen, {_size(num_bytes)} in {recipe.model.dtype}{packed}{share}")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and recipe.data.max_length > limit:
         plan.notes.append(f"data.max_length = {recipe.data.max_length} is beyond the model's {limit} positions.")
 

@@ -16,12 +16,15 @@ from functools import wraps
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
 from dsmoelora.data.chat import prompt_ids
+from dsmoelora.data.limits import UNLIMITED, Limits
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.errors import ConfigError, ModelError, bad_value
 from dsmoelora.model.greedy import greedy_config
+from dsmoelora.model.limits import limits_of
 
 TESTED = "5.23"
 # Numbers of a request, each with the least and the largest that is allowed.
@@ -112,7 +115,9 @@ def _our_parts(name: str, load: Callable[[], Loaded]) -> Iterator[None]:
             vars(own).update(vars(model.generation_config))
             own.pad_token_id, own.eos_token_id = greedy.pad_token_id, greedy.eos_token_id
             model.generation_config = greedy  # `generate` fills from it whatever a request leaves open
-            loaded.append((model, prompting_as_in_training(tokenizer)))
+            limits = limits_of(model)
+            model.generate = within_limits(limits, tokenizer, model.generate)
+            loaded.append((model, prompting_as_in_training(tokenizer, limits)))
         return loaded[0]
 
     class Manager(model_manager.ModelManager):
@@ -219,8 +224,47 @@ def _telling_errors(build: Callable[..., Any]) -> Callable[..., Any]:
     return built
 
 
-def prompting_as_in_training(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, whose `apply_chat_template` now makes the tokens of a prompt by `prompt_ids`."""
+def within_limits(
+    limits: Limits, tokenizer: PreTrainedTokenizerBase, generate: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`generate` that refuses what the model has no embeddings for, and ends an answer with the last position.
+
+    Args:
+        limits: of the model
+        tokenizer: of the model
+        generate: the model's own
+    """
+
+    @wraps(generate)
+    def within(*, input_ids: Tensor, generation_config: GenerationConfig, **options: Any) -> Any:
+        with _as_bad_request():
+            for ids in input_ids.tolist():
+                limits.check(tokenizer, ids)
+        if limits.num_positions is not None and generation_config.max_new_tokens is not None:
+            room = limits.num_positions - input_ids.shape[1] + 1  # the last token of an answer is not read
+            generation_config.max_new_tokens = min(generation_config.max_new_tokens, room)
+        return generate(input_ids=input_ids, generation_config=generation_config, **options)
+
+    return within
+
+
+@contextmanager
+def _as_bad_request() -> Iterator[None]:
+    try:
+        yield
+    except RowProblem as problem:
+        from fastapi import HTTPException
+
+        raise HTTPException(400, f"The prompt cannot be asked: {problem}") from None
+
+
+def prompting_as_in_training(tokenizer: PreTrainedTokenizerBase, limits: Limits = UNLIMITED) -> PreTrainedTokenizerBase:
+    """The tokenizer, whose `apply_chat_template` now makes the tokens of a prompt by `prompt_ids`.
+
+    Args:
+        tokenizer: of the model
+        limits: of the model; a prompt beyond them is a bad request
+    """
     render = tokenizer.apply_chat_template
 
     def apply(conversation: Any, tools: Any = None, *, tokenize: bool = True, **options: Any) -> Any:
@@ -229,14 +273,11 @@ def prompting_as_in_training(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
         form = options.pop("return_tensors", None)
         for known in ("add_generation_prompt", "return_dict", "load_audio_from_video"):
             options.pop(known, None)
-        try:
+        with _as_bad_request():
             if not conversation:
                 raise RowProblem("it has no messages.")
             ids = prompt_ids(tokenizer, conversation, tools, **options)
-        except RowProblem as problem:
-            from fastapi import HTTPException
-
-            raise HTTPException(400, f"The prompt cannot be asked: {problem}") from None
+            limits.check(tokenizer, ids)
         if form is None:  # as continuous batching wants it
             return {"input_ids": ids, "attention_mask": [1] * len(ids)}
         return BatchEncoding({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type=form)

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 SCORES = ("loss", "exact", "number", "choice")
 OF_ANSWERS, OF_CHOICES = ("exact", "number"), ("choice",)  # scores that alone have some flags
+MAX_LENGTH = 2048  # tokens of a row at most, where nobody says how many and the model has as many positions
 ALONE = {"-h", "--help"}
 REMEDY = "What was scored is kept: start again with the same command"
 ELSEWHERE = "or name another folder with --out"
@@ -80,13 +82,17 @@ def main() -> None:
 def read(options: argparse.Namespace) -> Asked:
     """Rows, tokenizer, and how the model will be loaded; everything that can be wrong before it is."""
     from dsmoelora.evaluate import LOADERS, Asked, Reading
-    from dsmoelora.model import find_trained, trained_tokenizer
+    from dsmoelora.model import find_trained, limits_at, trained_tokenizer
 
     trained = find_trained(options.adapter, options.base, options.trust_remote_code, options.quantize)
     tokenizer = trained_tokenizer(options.adapter, options.trust_remote_code)
     data: DataConfig = options.sources
-    how = Reading(tokenizer, data.max_length, data.on_bad_row, options.num_samples, options.choices)
+    limits = limits_at(trained.base, options.trust_remote_code)
+    max_length, remarks = limits.length("data.max_length", options.max_length, data.max_length)
+    of_rows = (data.on_bad_row, options.num_samples, options.choices)
+    how = Reading(tokenizer, max_length, *of_rows, limits, options.max_new_tokens)
     items = LOADERS[options.score](data.eval, how)
+    items = replace(items, remarks=remarks + items.remarks)
     more: dict[str, Any] = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
     return Asked(trained, options.score, items, tokenizer, options.stages, **more)
 
@@ -169,7 +175,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="rows that go through a model at once; default: 8")
     add("--max-new-tokens", type=int, help="length of an answer at most, of exact and number; default: 256")
     add("--choices", choices=("letters", "texts"), help="of choice: what the answers are; default: letters")
-    add("--data.max_length", type=int, default=2048, dest="max_length", metavar="N", help="tokens of a row at most")
+    add("--data.max_length", type=int, dest="max_length", metavar="N", help="tokens of a row at most; default: 2048")
     add("--data.on_bad_row", choices=("error", "skip"), default="error", dest="on_bad_row", help="default: error")
     add(
         "--hang-timeout",
@@ -187,7 +193,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     _check_what(options)
     _check_flags_of_scores(options)
     sources = [data_source("--data", text) for text in options.data]
-    options.sources = DataConfig(eval=sources, max_length=options.max_length, on_bad_row=options.on_bad_row)
+    max_length = MAX_LENGTH if options.max_length is None else options.max_length
+    options.sources = DataConfig(eval=sources, max_length=max_length, on_bad_row=options.on_bad_row)
     if options.out is None:
         names = "-".join(Path(source.path).stem for source in options.sources.eval)
         first = f"-{options.num_samples}" if options.num_samples else ""  # a quick look is another evaluation

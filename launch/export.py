@@ -35,15 +35,11 @@ from dsmoelora.export import (
     same_for_every_token,
     write_loras,
 )
-from dsmoelora.model import load_tokenizer, model_for_inference
+from dsmoelora.model import limits_at, load_tokenizer, model_for_inference
 
 NOT_THE_MIXTURE = "A mixture that is routed token by token cannot be merged into one LoRA adapter exactly"
-DEFAULTS = {
-    "rank": 0,
-    "num_samples": 256,
-    "max_length": 512,
-    "fit": False,
-}  # of the flags that only --format average has
+DEFAULTS = {"rank": 0, "num_samples": 256, "max_length": None, "fit": False}  # of what only --format average has
+MAX_LENGTH = 512  # tokens of a row at most, where nobody says how many and the model has as many positions
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank
 
 
@@ -80,7 +76,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     average.add_argument("--fit", action="store_true", default=None, help="fit b to what the mixture did on the rows")
     average.add_argument("--rank", type=int, help="rank of the adapter; default: that of all, which drops nothing")
     average.add_argument("--num-samples", type=int, help=f"rows used at most; default: {DEFAULTS['num_samples']}")
-    average.add_argument("--max-length", type=int, help=f"tokens of a row at most; default: {DEFAULTS['max_length']}")
+    average.add_argument("--max-length", type=int, help=f"tokens of a row at most; default: {MAX_LENGTH}")
     options = parser.parse_args(argv)
     if options.format == "peft":
         for name in ("data", *DEFAULTS):
@@ -162,7 +158,12 @@ def export_average(options: argparse.Namespace, base: str) -> None:
     shapes = {name: factors.in_out for name, factors in experts.items()}
     described = peft_base(base, shapes, options.trust_remote_code)
     tokenizer = load_tokenizer(ModelConfig(path=str(options.adapter), trust_remote_code=options.trust_remote_code))
-    samples = load_instructions([DataSource(options.data)], "--data", tokenizer, options.max_length)
+    limits = limits_at(base, options.trust_remote_code)
+    max_length, remarks = limits.length("--max-length", options.max_length, MAX_LENGTH)
+    for remark in remarks:
+        print(remark)
+    sources = [DataSource(options.data)]
+    samples = load_instructions(sources, "--data", tokenizer, max_length, num_embeddings=limits.num_embeddings)
     print(f"Measuring base, mixture and average, {min(options.num_samples, len(samples)):,} rows each ...", flush=True)
     remedy = "Give its folder with --model, and --trust-remote-code where it brings code that you trust."
     model = model_for_inference(base, remedy, options.trust_remote_code)

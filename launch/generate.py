@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from dsmoelora.cli import FlagParser, run_guarded
 from dsmoelora.config.run import QUANTIZE
 from dsmoelora.data.chat import Prompt
+from dsmoelora.data.limits import LimitProblem
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.tools import tools_of
 from dsmoelora.data.turns import Message
@@ -91,7 +92,8 @@ def answer(
     """The assistant's greedy answer to one prompt.
 
     Raises:
-        ModelError: the chat template refuses it, as some refuse every system message
+        ModelError: the chat template refuses it, as some refuse every system message, or it is beyond what the model
+            has embeddings for
     """
     messages = [*_opening(system), {"role": "user", "content": prompt}]
     return _answered(model, tokenizer, Prompt(messages, tools), max_new_tokens)
@@ -141,7 +143,7 @@ def _answered(
     try:
         (text,) = greedy_answers(model, tokenizer, [prompt], max_new_tokens, **options)
     except RowProblem as problem:
-        if prompt.messages[0]["role"] != "system":
+        if prompt.messages[0]["role"] != "system" or isinstance(problem, LimitProblem):
             raise ModelError(f"The prompt cannot be asked: {problem}") from None
         raise ModelError(f"--system cannot be used: {problem} Leave --system out.") from None
     return text

@@ -150,10 +150,11 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
     Raises:
         Stopped: there was a request before anything was ready
     """
-    from dsmoelora.callbacks import open_trackers
+    from dsmoelora.callbacks import check_samples, open_trackers
     from dsmoelora.data import InstructionDataset, packing_report
     from dsmoelora.data.cache import cache_folder
     from dsmoelora.engine import Engine
+    from dsmoelora.model import load_tokenizer
     from dsmoelora.parallel import comm
     from dsmoelora.run.folder import find_checkpoint
     from dsmoelora.signs_of_life.waits import num_bytes, watching
@@ -177,6 +178,7 @@ def build(command: Command, console: Console, heartbeat: Heartbeat, stop: StopRe
         assert isinstance(train_data, InstructionDataset), "streamed samples are not packed"
         console.print(packing_report(train_data, packing, recipe), soft_wrap=True)
     scores = stop.together(lambda: load_scores(recipe))
+    stop.together(lambda: check_samples(recipe, eval_data, load_tokenizer(recipe.model)))
     trackers = comm.together(lambda: open_trackers(recipe, folder, checkpoint is not None) if comm.rank() == 0 else [])
     measures = comm.together(lambda: load_measures(recipe) if comm.rank() == 0 else [])
     console.print(f"Loading {recipe.model.path}, ranks: {comm.world_size()} ...", soft_wrap=True)

@@ -6,7 +6,7 @@ from dsmoelora.callbacks.health import RouterHealth
 from dsmoelora.callbacks.memory import PeakMemory
 from dsmoelora.callbacks.metrics import MetricsFile
 from dsmoelora.callbacks.progress import ProgressBar
-from dsmoelora.callbacks.samples import Samples
+from dsmoelora.callbacks.samples import Samples, check_samples
 from dsmoelora.callbacks.scores import HeldOutScore
 from dsmoelora.callbacks.summary import Summary
 from dsmoelora.callbacks.trackers import open_trackers
@@ -24,5 +24,6 @@ __all__ = [
     "Summary",
     "TrainingRun",
     "Utilisation",
+    "check_samples",
     "open_trackers",
 ]

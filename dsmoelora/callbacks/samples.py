@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -9,10 +10,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from dsmoelora.callbacks.base import Callback, TrainingRun
-from dsmoelora.data.chat import Prompt
+from dsmoelora.config import Recipe
+from dsmoelora.data import InstructionDataset
+from dsmoelora.data.chat import Prompt, prompt_ids
+from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.questions import split_prompt
+from dsmoelora.data.turns import Message
+from dsmoelora.errors import DataError
+from dsmoelora.model import limits_at
 from dsmoelora.parallel import comm
 
 
@@ -58,6 +66,27 @@ class Samples(Callback):
         return table
 
 
+def check_samples(recipe: Recipe, data: InstructionDataset | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that the model can answer the prompts that are asked, before anything is trained.
+
+    Raises:
+        DataError: it has no embedding for a token of one, or for the position of one or of its answer
+    """
+    if data is None or not recipe.train.num_samples:
+        return
+    limits = limits_at(recipe.model.path, recipe.model.trust_remote_code)
+    for index, messages in _talks(data, recipe.train.num_samples):
+        prompt, _ = split_prompt(messages, data.tools(index))
+        try:
+            ids = prompt_ids(tokenizer, prompt.messages, prompt.tools)
+            limits.check(tokenizer, ids, recipe.train.sample_max_new_tokens, "train.sample_max_new_tokens")
+        except RowProblem as problem:
+            raise DataError(
+                f"train.num_samples is {recipe.train.num_samples}, but of {data.origin(index)} the prompt cannot be "
+                f"answered: {problem}"
+            ) from None
+
+
 def _answers(run: TrainingRun) -> list[str]:
     prompts = [prompt for prompt, _ in _questions(run)]
     if not prompts:
@@ -69,6 +98,9 @@ def _questions(run: TrainingRun) -> list[tuple[Prompt, str]]:
     data = run.eval_data
     if data is None:
         return []
-    # Rows of plain text have no messages, and no question to ask.
-    talks = ((messages, i) for i in range(len(data)) if (messages := data.messages(i)))
-    return [split_prompt(messages, data.tools(i)) for messages, i in islice(talks, run.recipe.train.num_samples)]
+    return [split_prompt(messages, data.tools(i)) for i, messages in _talks(data, run.recipe.train.num_samples)]
+
+
+def _talks(data: InstructionDataset, count: int) -> Iterator[tuple[int, list[Message]]]:
+    """The first samples with a question to ask, which rows of plain text have not."""
+    return islice(((i, messages) for i in range(len(data)) if (messages := data.messages(i))), count)

@@ -14,6 +14,7 @@ from dsmoelora.evaluate import LOADERS, SCORES, Reading
 from dsmoelora.evaluate.items import Item
 from dsmoelora.evaluate.reader import Tokens, batches_of, in_batches
 from dsmoelora.evaluate.scores import ScoreName
+from dsmoelora.model import limits_at
 from dsmoelora.parallel import comm
 
 
@@ -44,7 +45,16 @@ class HeldOutScore(Callback):
         """
         data, train = recipe.data, recipe.train
         assert train.eval_score != "none", "somebody asks for a score"
-        how = Reading(tokenizer, data.max_length, data.on_bad_row, train.eval_score_samples)
+        limits = limits_at(recipe.model.path, recipe.model.trust_remote_code)
+        how = Reading(
+            tokenizer,
+            data.max_length,
+            data.on_bad_row,
+            train.eval_score_samples,
+            limits=limits,
+            max_new_tokens=train.sample_max_new_tokens,
+            new_key="train.sample_max_new_tokens",
+        )
         return cls(train.eval_score, LOADERS[train.eval_score](data.eval, how).items, train.micro_batch_size)
 
     def on_evaluate(self, run: TrainingRun, loss: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,7 @@ from dsmoelora.data import load_instructions
 from dsmoelora.data.chat import Prompt, TokenisedChat, prompt_ids, tokenise_chats
 from dsmoelora.data.dataset import labels_of
 from dsmoelora.data.formats import Conversation
+from dsmoelora.data.limits import UNLIMITED, Limits
 from dsmoelora.data.problems import RowProblem
 from dsmoelora.data.questions import Question, SkippedRow, read_questions, without_letters
 from dsmoelora.data.report import all_losses
@@ -72,6 +73,9 @@ class Reading:
         on_bad_row: `error` stops at the first row that cannot be scored, `skip` leaves such rows out
         num_samples: rows taken of each source; 0 for all
         choices: how answers are offered: behind letters in the prompt, or each text as an answer of its own
+        limits: of the model that reads them
+        max_new_tokens: of a generated answer at most
+        new_key: where that is set, for messages
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -79,6 +83,9 @@ class Reading:
     on_bad_row: Literal["error", "skip"] = "error"
     num_samples: int = 0
     choices: ChoicesAre = "letters"
+    limits: Limits = UNLIMITED
+    max_new_tokens: int = 0
+    new_key: str = "--max-new-tokens"
 
 
 def learned_texts(sources: Sequence[DataSource], how: Reading) -> Items:
@@ -90,7 +97,8 @@ def learned_texts(sources: Sequence[DataSource], how: Reading) -> Items:
     items: list[Item] = []
     remarks: list[str] = []
     for source in sources:
-        data = load_instructions([source], "--data", how.tokenizer, how.max_length, on_bad_row=how.on_bad_row)
+        more: dict[str, Any] = {"on_bad_row": how.on_bad_row, "num_embeddings": how.limits.num_embeddings}
+        data = load_instructions([source], "--data", how.tokenizer, how.max_length, **more)
         remarks += all_losses(data.reports)
         for index in range(min(len(data), how.num_samples or len(data))):
             messages, (ids, labels) = data.messages(index), data.sample(index)
@@ -115,7 +123,9 @@ def prompts(sources: Sequence[DataSource], how: Reading, numbers: bool = False) 
     def item(question: Question) -> Item:
         if numbers and wanted_number(question.wanted) is None:
             raise RowProblem("its answer comes to no number, after #### or as its last one.")
-        size = len(prompt_ids(how.tokenizer, question.prompt.messages, question.prompt.tools))
+        ids = prompt_ids(how.tokenizer, question.prompt.messages, question.prompt.tools)
+        how.limits.check(how.tokenizer, ids, how.max_new_tokens, how.new_key)
+        size = len(ids)
         _check_length(size, how)
         return Item(question.path, question.row, question.prompt, question.wanted, num_tokens=size)
 
@@ -142,6 +152,8 @@ def choices(sources: Sequence[DataSource], how: Reading) -> Items:
         if how.choices == "texts":
             asked, answers = without_letters(question), choice.texts
         texts = tuple(_answered(asked, answer, how.tokenizer) for answer in answers)
+        for ids, _ in texts:
+            how.limits.check(how.tokenizer, ids)
         longest = max(len(ids) for ids, _ in texts)
         _check_length(longest, how)
         return Item(asked.path, asked.row, asked.prompt, asked.wanted, texts, answers, choice.right, longest)

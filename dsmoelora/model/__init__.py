@@ -1,5 +1,6 @@
 """The frozen base model: how it is loaded, what it is called with, and its loss."""
 
+from dsmoelora.model.limits import limits_at, limits_of
 from dsmoelora.model.loading import (
     check_weights,
     chosen_to_pack,
@@ -25,6 +26,8 @@ __all__ = [
     "chosen_to_pack",
     "find_trained",
     "layers_to_pack",
+    "limits_at",
+    "limits_of",
     "load_model",
     "load_model_config",
     "load_tokenizer",

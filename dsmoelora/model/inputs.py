@@ -18,7 +18,9 @@ from dsmoelora.adapters.keyed.keys import token_keys
 from dsmoelora.adapters.routers.prompt import prompt_tokens
 from dsmoelora.data import MicroBatch
 from dsmoelora.data.chat import Prompt, prompt_ids
+from dsmoelora.data.limits import UNLIMITED, Limits
 from dsmoelora.model.greedy import greedily
+from dsmoelora.model.limits import limits_of
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -53,13 +55,29 @@ def model_inputs(batch: MicroBatch, attention: str, device: torch.device) -> dic
     return {name: sent(tensor, device) for name, tensor in tensors.items()} | more
 
 
-def prompt_inputs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], device: torch.device) -> dict[str, Tensor]:
+def prompt_inputs(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    device: torch.device,
+    limits: Limits = UNLIMITED,
+    max_new_tokens: int = 0,
+) -> dict[str, Tensor]:
     """Token ids and mask (B, S) of what comes before an answer, padded on the left, for `generate`.
+
+    Args:
+        tokenizer: of the model
+        prompts: of one batch
+        device: of the model
+        limits: of the model
+        max_new_tokens: of an answer at most
 
     Raises:
         RowProblem: the chat template refuses one
+        LimitProblem: one is beyond the limits, with its answer or without
     """
     ids = [prompt_ids(tokenizer, prompt.messages, prompt.tools) for prompt in prompts]
+    for each in ids:
+        limits.check(tokenizer, each, max_new_tokens)
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     tokenizer.padding_side = side
@@ -80,8 +98,9 @@ def greedy_answers(
 
     Raises:
         RowProblem: the chat template refuses a prompt
+        LimitProblem: the model has no embedding for a token, or for its position
     """
-    batch = prompt_inputs(tokenizer, prompts, model.device)
+    batch = prompt_inputs(tokenizer, prompts, model.device, limits_of(model), max_new_tokens)
     with torch.no_grad(), greedily(model, tokenizer):
         output = model.generate(**batch, max_new_tokens=max_new_tokens, **options)
     answers = output[:, batch["input_ids"].shape[1] :]

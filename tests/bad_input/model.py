@@ -6,6 +6,7 @@ import json
 
 from safetensors.torch import load_file, save_file
 
+from tests.architectures import save_model
 from tests.bad_input.bench import Bench, Case, cut, override
 
 
@@ -106,6 +107,16 @@ def small_embedding(bench: Bench) -> list[str]:
     return bench.train()
 
 
+def few_positions(bench: Bench, max_length: int) -> list[str]:
+    """A model with 64 of them."""
+    model = ("--model.path", save_model("gpt2", bench.folder / "gpt2"), "--adapter.target_modules", "[c_attn]")
+    return bench.train(*model, "--data.max_length", max_length)
+
+
+def answers_without_positions(bench: Bench) -> list[str]:
+    return [*few_positions(bench, 64), "--train.num_samples", "1", "--train.sample_max_new_tokens", "50"]
+
+
 EARLY: dict[str, Case] = {
     "no model is named": override("--model.path", ""),
     "the model folder does not exist": override("--model.path", "./nowhere"),
@@ -137,6 +148,7 @@ EARLY: dict[str, Case] = {
     "neither chat template nor end-of-sequence token": no_template_and_no_end,
     "neither pad token nor end-of-sequence token": no_pad_and_no_end,
     "tokens that the embedding has no row for": small_embedding,
+    "samples longer than the positions of the model": lambda bench: few_positions(bench, 65),
     "a target beside all-linear": override("--adapter.target_modules", "[all-linear, lm_head]"),
     "an adapter in the model folder": adapter_in_the_folder,
     "quantised weights": quantised,
@@ -170,5 +182,6 @@ LATE: dict[str, Case] = {
     "a chat template that leaves answers out": template(_WORDS, "(message['content'] if loop.first else '')"),
     "a chat template that changes answers": template(_WORDS, "(message['content'] | replace('It', 'A'))"),
     "a chat template that refuses a conversation": template("{% for", "{{ raise_exception('no talks') }}{% for"),
+    "held-out prompts whose answers have no positions": answers_without_positions,
     "the weights lack a tensor": missing_tensor,
 }

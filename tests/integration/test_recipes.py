@@ -61,7 +61,9 @@ STAND_INS = {
     "demo.yaml": StandIn("llama", ALPACA, ATTENTION),
     "dora.yaml": StandIn("llama", ALPACA, NO_OUTPUT_NO_GATE),
     "goat.yaml": StandIn("llama", MATHS, ALL),
-    "gpt2_tiny_text.yaml": StandIn("gpt2", {"text": "Once upon a time."}, "2 x c_attn, 4 x c_proj, 2 x c_fc"),
+    "gpt2_tiny_text.yaml": StandIn(
+        "gpt2", {"text": "Once upon a time."}, "2 x c_attn, 4 x c_proj, 2 x c_fc", ("--data.max_length", "64")
+    ),
     "llama2_7b_alpaca.yaml": StandIn("llama", ALPACA, ATTENTION),
     "llama3_8b_chat.yaml": StandIn("llama", MESSAGES, ALL),
     "lora_plus.yaml": StandIn("llama", ALPACA, ALL),
