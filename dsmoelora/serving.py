@@ -20,8 +20,11 @@ from torch import Tensor
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
 from dsmoelora.data.chat import prompt_ids
+from dsmoelora.data.keys import THOUGHTS
 from dsmoelora.data.limits import UNLIMITED, Limits
-from dsmoelora.data.problems import RowProblem
+from dsmoelora.data.problems import RowProblem, kind
+from dsmoelora.data.tools import tools_of
+from dsmoelora.data.turns import Message, asked_messages
 from dsmoelora.errors import ConfigError, ModelError, bad_value
 from dsmoelora.model.greedy import greedy_config
 from dsmoelora.model.limits import limits_of
@@ -33,6 +36,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, math.inf),
     "top_p": (0, 1),
 }
+# Keys of a request's message; a client that sends an answer back may have put others beside them.
+_READ = ("role", "content", "name", "tool_calls", "function_call", "tool_call_id", *THOUGHTS)
 Loaded = tuple[Any, PreTrainedTokenizerBase]
 
 
@@ -61,6 +66,7 @@ def check_servable() -> None:
         (ModelManager, "process_model_name", {"model_id"}),
         (ModelManager, "get_gen_models", set()),
         (BaseHandler, "_build_generation_config", {"body", "model_generation_config", "use_cb"}),
+        (BaseHandler, "get_processor_inputs_from_messages", {"messages", "modality"}),
     ]
     for owner, name, parameters in wanted:
         method = getattr(owner, name, None)
@@ -144,12 +150,13 @@ def _our_parts(name: str, load: Callable[[], Loaded]) -> Iterator[None]:
         stack.enter_context(_replaced(server, "build_server", _telling_errors(server.build_server)))
         build = _as_asked(handler._build_generation_config, own)
         stack.enter_context(_replaced(handler, "_build_generation_config", build))
+        stack.enter_context(_replaced(handler, "get_processor_inputs_from_messages", staticmethod(read_messages)))
         yield
 
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
+    original = inspect.getattr_static(owner, name)
     setattr(owner, name, value)
     try:
         yield
@@ -217,11 +224,46 @@ def _telling_errors(build: Callable[..., Any]) -> Callable[..., Any]:
             return JSONResponse({"error": error}, status)
 
         app = build(*args, **options)
-        for kind in (HTTPException, RequestValidationError):
-            app.add_exception_handler(kind, tell)
+        for problem in (HTTPException, RequestValidationError):
+            app.add_exception_handler(problem, tell)
         return app
 
     return built
+
+
+def read_messages(messages: Any, modality: Any = None) -> list[Message]:
+    """The messages of a request as training reads the turns of a row.
+
+    The original joins parts with blanks, keeps the role `developer`, and leaves out names, thoughts and the words
+    beside calls.
+
+    Args:
+        messages: of the request
+        modality: as the original takes it; there is text alone
+
+    Raises:
+        HTTPException: a bad request; training would refuse such turns
+    """
+    with _as_bad_request():
+        if not isinstance(messages, list):
+            raise RowProblem(f"messages is {kind(messages)}, but it must be a list.")
+        return asked_messages("messages", [_of_request(message) for message in messages])
+
+
+def _of_request(message: Any) -> Any:
+    """A message without what clients send back of our own answers, and with parts as rows have them."""
+    if not isinstance(message, dict):
+        return message
+    kept = {key: message[key] for key in _READ if message.get(key) is not None}
+    content = kept.setdefault("content", "")
+    if isinstance(content, list):
+        kept["content"] = [_as_text(part) for part in content] or ""
+    return kept
+
+
+def _as_text(part: Any) -> Any:
+    is_text = isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text")
+    return {"type": "text", "text": part.get("text")} if is_text else part
 
 
 def within_limits(
@@ -276,7 +318,7 @@ def prompting_as_in_training(tokenizer: PreTrainedTokenizerBase, limits: Limits 
         with _as_bad_request():
             if not conversation:
                 raise RowProblem("it has no messages.")
-            ids = prompt_ids(tokenizer, conversation, tools, **options)
+            ids = prompt_ids(tokenizer, conversation, tools_of({"tools": tools}), **options)
             limits.check(tokenizer, ids)
         if form is None:  # as continuous batching wants it
             return {"input_ids": ids, "attention_mask": [1] * len(ids)}

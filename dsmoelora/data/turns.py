@@ -67,6 +67,18 @@ def conversation_of(column: str, given: list[Any]) -> tuple[list[Message], tuple
     return [turn.message for turn in turns], None if len(learned) == roles.count("assistant") else learned
 
 
+def asked_messages(column: str, given: list[Any]) -> list[Message]:
+    """The messages of turns that an answer is asked to, in the form that training gives them.
+
+    Nothing is learned of them, so earlier words may be empty.
+
+    Raises:
+        RowProblem: a turn is wrong
+    """
+    turns = [_turn(f"{column}[{i}]", turn, may_be_empty=True) for i, turn in enumerate(given)]
+    return [turn.message for turn in _joined(turns)]
+
+
 def thoughts_of(name: str, given: dict[str, Any]) -> dict[str, str]:
     """What the assistant thought before it answered, under the keys that templates read.
 
@@ -97,7 +109,7 @@ def _joined(turns: list[Turn]) -> list[Turn]:
     return joined
 
 
-def _turn(name: str, turn: Any) -> Turn:
+def _turn(name: str, turn: Any, may_be_empty: bool = False) -> Turn:
     if not isinstance(turn, dict):
         raise RowProblem(f"{name} is {kind(turn)}, but it must be an object with role and content (or from and value).")
     # Tables fill with null what a row does not have.
@@ -116,7 +128,8 @@ def _turn(name: str, turn: Any) -> Turn:
         extra["tool_calls"] = calls_of(f"{name}.{content_key}", turn.get(content_key))
         message = {"role": role, "content": "", **extra}
     else:
-        message = {"role": role, "content": _content(name, turn, content_key, role, "tool_calls" in extra), **extra}
+        has_calls = "tool_calls" in extra
+        message = {"role": role, "content": _content(name, turn, content_key, role, has_calls, may_be_empty), **extra}
     return Turn(name, message, _is_learned(name, turn, role), is_call)
 
 
@@ -149,7 +162,7 @@ def _for_template(name: str, turn: dict[str, Any], role: str) -> dict[str, Any]:
     }
 
 
-def _content(name: str, turn: dict[str, Any], key: str, role: str, has_calls: bool) -> str:
+def _content(name: str, turn: dict[str, Any], key: str, role: str, has_calls: bool, may_be_empty: bool) -> str:
     content = turn.get(key)
     if isinstance(content, list) and content:
         content = "".join(_text_of_part(f"{name}.{key}[{i}]", part) for i, part in enumerate(content))
@@ -159,6 +172,8 @@ def _content(name: str, turn: dict[str, Any], key: str, role: str, has_calls: bo
     if content == "" and role in ("system", "tool"):
         return ""
     if has_calls and (content is None or isinstance(content, str)):
+        return ""
+    if may_be_empty and content == "":
         return ""
     what = found({**turn, key: content} if key in turn else turn, key)
     raise RowProblem(f"{name}.{key} is {what}, but it must be a string with some text (the {role}'s words).")

@@ -18,6 +18,7 @@ import pytest
 
 from dsmoelora import serving
 from dsmoelora.data.chat import Prompt, prompt_ids
+from dsmoelora.data.turns import conversation_of
 from dsmoelora.errors import ConfigError, ModelError
 from dsmoelora.model import load_trained, trained_tokenizer
 from dsmoelora.model.inputs import prompt_inputs
@@ -198,6 +199,65 @@ def test_prompts_are_those_of_training(adapter: Path) -> None:
     assert found["input_ids"].tolist() == [prompt_ids(plain, messages)]
     assert found["attention_mask"].sum() == found["input_ids"].numel()
     assert plain.apply_chat_template(messages, tokenize=False) == ours.apply_chat_template(messages, tokenize=False)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Rome"}'}}
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' ' + m.name if m.name }}\n"
+    "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content }}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [{"type": "text", "text": "Hello wor"}, {"type": "text", "text": "ld"}]}],
+        [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi", "name": "Ann"}],
+        [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": "Let me look.", "reasoning_content": "Hm.", "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+        ],
+    ],
+    ids=["parts", "developer", "calls"],
+)
+def test_messages_of_a_request_are_read_as_rows_are(adapter: Path, messages: list[dict[str, Any]]) -> None:
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+
+    plain, served = trained_tokenizer(adapter), trained_tokenizer(adapter)
+    plain.chat_template = served.chat_template = TURNS
+    trained, _ = conversation_of("messages", [*messages, {"role": "assistant", "content": "x"}])
+    with serving._our_parts("tuned", Mock()):
+        read = ChatCompletionHandler(Mock(), Mock()).get_processor_inputs_from_messages(messages, Mock())
+    found = serving.prompting_as_in_training(served).apply_chat_template(read, add_generation_prompt=True)
+    assert found["input_ids"] == prompt_ids(plain, trained[:-1])
+
+
+def test_a_client_may_send_back_what_it_was_given(adapter: Path) -> None:
+    answered = {"role": "assistant", "content": "", "refusal": None, "annotations": [], "tool_calls": None}
+    said = {"role": "user", "content": [{"type": "input_text", "text": "Hi", "more": 1}]}
+    assert serving.read_messages([said, answered]) == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([{"role": "robot", "content": "x"}], "messages[0].role is 'robot', but it must be one of"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type is 'image_url'"),
+        (["x"], "messages[0] is a string"),
+        ("x", "messages is a string, but it must be a list"),
+    ],
+)
+def test_messages_that_training_would_refuse_are_a_bad_request(messages: Any, why: str) -> None:
+    fastapi = pytest.importorskip("fastapi")
+    with pytest.raises(fastapi.HTTPException) as refused:
+        serving.read_messages(messages)
+    assert refused.value.status_code == 400 and why in refused.value.detail
 
 
 def test_what_a_template_refuses_is_a_bad_request(adapter: Path) -> None:
