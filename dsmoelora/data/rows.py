@@ -116,13 +116,17 @@ def _conversation(row: dict[str, Any], column: str) -> Chat:
     return _completed(row, Chat(*conversation_of(column, list_of(row, column))))
 
 
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
 def _completed(row: dict[str, Any], chat: Chat) -> Chat:
     """With what stands in columns of its own for every kind of conversation: system prompt and tools."""
     tools = tools_of(row)
-    for key in ("system", "system_prompt"):
-        value = row.get(key)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            continue
+    given = [key for key in ("system", "system_prompt") if row.get(key) is not None and not _is_blank(row[key])]
+    if len(given) > 1:
+        raise RowProblem("it has both system and system_prompt. Keep one of them.")
+    for key in given:
         if chat.messages[0]["role"] == "system":
             raise RowProblem(f"{key} is given, but the conversation has a system message of its own. Keep one.")
         system = {"role": "system", "content": text_of(row, key, "the system prompt")}

@@ -31,7 +31,7 @@ from dsmoelora.data.vocabulary import check_ids
 from dsmoelora.errors import DataError
 from dsmoelora.signs_of_life.waits import waiting_for
 
-CACHE_VERSION = 6  # raise it when the same files would be tokenised in another way
+CACHE_VERSION = 7  # raise it when the same files would be tokenised in another way
 _BATCH = 256
 _ROWS_A_PROCESS = 5000  # with less, starting a second process takes what it saves (benchmarks/tokenising.py)
 ROWS_SCHEMA = pyarrow.schema(

@@ -70,6 +70,9 @@ EARLY: dict[str, Case] = {
     "a conversation without a learned turn": lambda bench: bench.rows(turns({"train": False})),
     "an answer that is marked as bad": lambda bench: bench.rows({"prompt": "a", "completion": "b", "label": False}),
     "an answer beside a rejected one": lambda bench: bench.rows({"prompt": "a", "completion": "b", "rejected": "c"}),
+    "two system prompts of one row": lambda bench: bench.rows(
+        turns({}) | {"system": "Be kind.", "system_prompt": "Be."}
+    ),
     "a row with pictures": lambda bench: bench.rows(turns({}) | {"images": ["a.png"]}),
     "a turn with a picture": lambda bench: bench.rows(turns({"content": [{"type": "image_url"}]})),
     "arguments of a call that are no JSON": lambda bench: bench.rows(
