@@ -22,6 +22,7 @@ from dsmoelora.adapters.folder_files import adapter_config, read_adapter_config
 from dsmoelora.cli import FlagParser, run_guarded
 from dsmoelora.config import AdapterConfig, DataSource, ModelConfig
 from dsmoelora.data import InstructionDataset, load_instructions
+from dsmoelora.data.report import all_losses
 from dsmoelora.errors import ConfigError, bad_value
 from dsmoelora.export import (
     Average,
@@ -38,7 +39,9 @@ from dsmoelora.export import (
 from dsmoelora.model import limits_at, load_tokenizer, model_for_inference
 
 NOT_THE_MIXTURE = "A mixture that is routed token by token cannot be merged into one LoRA adapter exactly"
-DEFAULTS = {"rank": 0, "num_samples": 256, "max_length": None, "fit": False}  # of what only --format average has
+# Of the flags that only --format average has.
+DEFAULTS = {"rank": 0, "num_samples": 256, "max_length": None, "on_bad_row": "error", "fit": False}
+NAMES = {"max_length": "data.max_length", "on_bad_row": "data.on_bad_row"}  # of flags that are called as in a recipe
 MAX_LENGTH = 512  # tokens of a row at most, where nobody says how many and the model has as many positions
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank
 
@@ -76,20 +79,29 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     average.add_argument("--fit", action="store_true", default=None, help="fit b to what the mixture did on the rows")
     average.add_argument("--rank", type=int, help="rank of the adapter; default: that of all, which drops nothing")
     average.add_argument("--num-samples", type=int, help=f"rows used at most; default: {DEFAULTS['num_samples']}")
-    average.add_argument("--max-length", type=int, help=f"tokens of a row at most; default: {MAX_LENGTH}")
+    lengths = ("--data.max_length", "--max-length")
+    average.add_argument(*lengths, type=int, dest="max_length", help=f"tokens of a row at most; default: {MAX_LENGTH}")
+    rows = ("error", "skip")
+    average.add_argument(
+        "--data.on_bad_row", choices=rows, dest="on_bad_row", help=f"default: {DEFAULTS['on_bad_row']}"
+    )
     options = parser.parse_args(argv)
     if options.format == "peft":
         for name in ("data", *DEFAULTS):
             if getattr(options, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')} belongs to --format average. Drop it.")
+                raise ConfigError(f"{_flag(name)} belongs to --format average. Drop it.")
     for name, least in (("rank", 1), ("num_samples", 1), ("max_length", 2)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise bad_value(f"--{name.replace('_', '-')}", value, f"{least} or more", "Leave it out for the default.")
+            raise bad_value(_flag(name), value, f"{least} or more", "Leave it out for the default.")
     for name, default in DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
     return options
+
+
+def _flag(name: str) -> str:
+    return f"--{NAMES.get(name, name.replace('_', '-'))}"
 
 
 def export_experts(options: argparse.Namespace, base: str) -> None:
@@ -159,11 +171,14 @@ def export_average(options: argparse.Namespace, base: str) -> None:
     described = peft_base(base, shapes, options.trust_remote_code)
     tokenizer = load_tokenizer(ModelConfig(path=str(options.adapter), trust_remote_code=options.trust_remote_code))
     limits = limits_at(base, options.trust_remote_code)
-    max_length, remarks = limits.length("--max-length", options.max_length, MAX_LENGTH)
-    for remark in remarks:
+    max_length, remarks = limits.length("data.max_length", options.max_length, MAX_LENGTH)
+    samples = load_instructions(
+        *([DataSource(options.data)], "--data", tokenizer, max_length),
+        on_bad_row=options.on_bad_row,
+        num_embeddings=limits.num_embeddings,
+    )
+    for remark in remarks + all_losses(samples.reports):
         print(remark)
-    sources = [DataSource(options.data)]
-    samples = load_instructions(sources, "--data", tokenizer, max_length, num_embeddings=limits.num_embeddings)
     print(f"Measuring base, mixture and average, {min(options.num_samples, len(samples)):,} rows each ...", flush=True)
     remedy = "Give its folder with --model, and --trust-remote-code where it brings code that you trust."
     model = model_for_inference(base, remedy, options.trust_remote_code)

@@ -117,20 +117,17 @@ def test_texts_beyond_the_model(
     program: Any, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A token without an embedding is refused; a text is cut where the positions end."""
-    is_export = program is export
-    key = "--max-length" if is_export else "--data.max_length"
-    name = key if is_export else "data.max_length"
-    what = ("--format", "average") if is_export else ("--score", "loss")
+    what = ("--format", "average") if program is export else ("--score", "loss")
 
     def score(question: str, *more: object) -> None:
         run(program, monkeypatch, gpt2, "--data", rows(tmp_path, question), *what, "--out", tmp_path / "out", *more)
 
     with pytest.raises(DataError, match=NO_TOKEN):
         score("a <tool>")
-    with pytest.raises(ConfigError, match=rf"{name} is 65, but it must be at most 64, the positions"):
-        score("x", key, 65)
+    with pytest.raises(ConfigError, match=r"data\.max_length is 65, but it must be at most 64, the positions"):
+        score("x", "--data.max_length", 65)
     score("x" * 30)
-    assert f"{name} is 64: the model has no more positions." in capsys.readouterr().out
+    assert "data.max_length is 64: the model has no more positions." in capsys.readouterr().out
 
 
 def test_wrong_rows_are_skipped_where_the_user_says_so(
@@ -139,6 +136,9 @@ def test_wrong_rows_are_skipped_where_the_user_says_so(
     data = ("--data", rows(tmp_path, "a <tool>", "x" * 60, "Hi"), "--data.on_bad_row", "skip", "--out", tmp_path)
     run(evaluate, monkeypatch, gpt2, *data, "--score", "exact", "--max-new-tokens", 8)
     assert "2 rows skipped (row 1: it holds '<tool>'" in capsys.readouterr().out.replace("\n", " ")
+    average = ("--format", "average", *data[:-1], tmp_path / "average")
+    run(export, monkeypatch, gpt2, *average)
+    assert "1 of 3 rows skipped (row 1: it holds '<tool>'" in capsys.readouterr().out
 
 
 def test_choices_beyond_the_model(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
