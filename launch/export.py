@@ -79,11 +79,11 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     average.add_argument("--fit", action="store_true", default=None, help="fit b to what the mixture did on the rows")
     average.add_argument("--rank", type=int, help="rank of the adapter; default: that of all, which drops nothing")
     average.add_argument("--num-samples", type=int, help=f"rows used at most; default: {DEFAULTS['num_samples']}")
-    lengths = ("--data.max_length", "--max-length")
-    average.add_argument(*lengths, type=int, dest="max_length", help=f"tokens of a row at most; default: {MAX_LENGTH}")
-    rows = ("error", "skip")
     average.add_argument(
-        "--data.on_bad_row", choices=rows, dest="on_bad_row", help=f"default: {DEFAULTS['on_bad_row']}"
+        "--data.max_length", type=int, dest="max_length", help=f"tokens of a row at most; default: {MAX_LENGTH}"
+    )
+    average.add_argument(
+        "--data.on_bad_row", choices=("error", "skip"), dest="on_bad_row", help=f"default: {DEFAULTS['on_bad_row']}"
     )
     options = parser.parse_args(argv)
     if options.format == "peft":
