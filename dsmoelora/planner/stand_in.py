@@ -1,13 +1,15 @@
 """One micro-batch of a rank on tensors without memory: what it keeps, and the most that lives at a time.
 
 The model's own code runs, with its adapters, its attention and its loss, forward and backward, so nothing is assumed of
-an architecture. Layers that are alike are run once or twice and counted as often as they are there.
+an architecture. Layers that are alike are run once or twice and counted as often as they are there (`fewer_layers`).
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +28,7 @@ from dsmoelora.adapters.experts import products
 from dsmoelora.adapters.routing import RoutingLog
 from dsmoelora.config import Recipe
 from dsmoelora.data import MicroBatch
+from dsmoelora.errors import UserError
 from dsmoelora.model import recompute_activations
 from dsmoelora.model.inputs import fill_context, model_inputs
 from dsmoelora.model.output_head import ChunkedLoss, can_keep_logits
@@ -33,6 +36,7 @@ from dsmoelora.model.quantizing import pack_on_meta
 from dsmoelora.parallel.exchange import TokenExchange
 from dsmoelora.parallel.expert_group import PartitionedExperts
 from dsmoelora.parallel.placement import ExpertPlacement
+from dsmoelora.planner.fewer_layers import all_are_alike, samples_of
 from dsmoelora.planner.flops import Flops, FlopsOfModel
 from dsmoelora.planner.live_bytes import LiveBytes
 from dsmoelora.planner.operations import CountOperations, Operations
@@ -86,28 +90,46 @@ def pass_bytes(shape: Any, recipe: Recipe, placement: ExpertPlacement) -> PassBy
         recipe: of the run, with its dtype settled
         placement: where experts lie
     """
-    num_layers = shape.get_text_config().num_hidden_layers
-    some = _period(shape)
-    if not some or num_layers <= 2 * some:
-        return _measured(shape, recipe, placement)
-    one, two = (_measured(_with_layers(shape, some * times), recipe, placement) for times in (1, 2))
-    more = (num_layers - some) / some
+    samples = samples_of(shape, recipe, _on_meta(shape, recipe))
+    times = [one.times for one in samples]
+    found = [_measured(one.shape, one.recipe, placement) for one in samples]
 
-    def of_all(small: float, large: float) -> float:
-        return small + more * (large - small)
+    def total(numbers: Iterable[float]) -> float:
+        return sum(map(operator.mul, times, numbers))
 
-    sent = {
-        key: (of_all(one.sent[key][0], messages), of_all(one.sent[key][1], num_bytes))
-        for key, (messages, num_bytes) in two.sent.items()
-    }
-    flops = _at_depth(one.flops, two.flops, more)
-    operations = _at_depth(one.operations, two.operations, more)
-    return PassBytes(of_all(one.kept, two.kept), of_all(one.peak, two.peak), two.calls, sent, flops, operations)
+    kept = total(one.kept for one in found)
+    peak = total(one.peak for one in found)
+    if len(samples) > 1 and not all_are_alike(samples):  # most may live at another moment than in the whole model
+        peak = max(peak, kept + max(one.peak - one.kept for one in found))
+    return PassBytes(
+        kept,
+        peak,
+        _seen_in_any([one.calls for one in found]),
+        {
+            key: (total(one.sent[key][0] for one in found), total(one.sent[key][1] for one in found))
+            for key in found[0].sent
+        },
+        _counted(times, [one.flops for one in found]),
+        _counted(times, [one.operations for one in found]),
+    )
 
 
-def _at_depth(one: Counter[_Key], two: Counter[_Key], more: float) -> Counter[_Key]:
-    """Counts of a model with so many periods of layers more than the first of the two has."""
-    return Counter({key: one[key] + round(more * (two[key] - one[key])) for key in two})
+def _counted(times: list[int], counters: list[Counter[_Key]]) -> Counter[_Key]:
+    """Of all counters together, each as often as it says; what is not in the whole model comes out below 0."""
+    total: Counter[_Key] = Counter()
+    for one, counter in zip(times, counters, strict=True):
+        total.update({key: one * count for key, count in counter.items()})
+    return +total
+
+
+def _seen_in_any(found: list[Calls]) -> Calls:
+    """The longest order of each class, and the most gradients."""
+    order: dict[type[nn.Module], list[str]] = {}
+    num_gradients: dict[type[nn.Module], int] = {}
+    for one in found:
+        order |= {kind: names for kind, names in one.order.items() if len(names) > len(order.get(kind, []))}
+        num_gradients |= {kind: max(num, num_gradients.get(kind, 0)) for kind, num in one.num_gradients.items()}
+    return Calls(order, num_gradients)
 
 
 def _measured(shape: Any, recipe: Recipe, placement: ExpertPlacement) -> PassBytes:
@@ -115,7 +137,10 @@ def _measured(shape: Any, recipe: Recipe, placement: ExpertPlacement) -> PassByt
     exchange = (
         TokenExchange(placement, recipe.parallel.exchange, recipe.adapter.num_used) if placement.ep_size > 1 else None
     )
-    inject(model, recipe.adapter, placement.local_experts, exchange, start=lambda _: None)
+    try:
+        inject(model, recipe.adapter, placement.local_experts, exchange, start=lambda _: None)
+    except UserError as error:  # nobody has asked for this model: the user's own was looked at before
+        raise RuntimeError(f"a model of fewer layers cannot be adapted: {error}") from error
     model.train()
     if recipe.train.activation_checkpointing:
         recompute_activations(model)
@@ -261,23 +286,3 @@ def _on_meta(shape: Any, recipe: Recipe) -> PreTrainedModel:
 def _unpacked(packed_P: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """As `four_bit.unpacked`, whose operators fake tensors need not know."""
     return packed_P.new_empty(shape, dtype=dtype)
-
-
-def _period(shape: Any) -> int:
-    """After how many layers their kinds come again; 0 where that cannot be told from the configuration."""
-    text = shape.get_text_config()
-    if hasattr(text, "first_k_dense_replace") or getattr(text, "decoder_sparse_step", 1) != 1:
-        return 0
-    kinds = getattr(text, "layer_types", None) or [""]
-    if getattr(text, "mlp_only_layers", None):
-        return 0
-    return next(n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds)))
-
-
-def _with_layers(shape: Any, num_layers: int) -> Any:
-    fewer = copy.deepcopy(shape)
-    text = fewer.get_text_config()
-    text.num_hidden_layers = num_layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:num_layers]
-    return fewer

@@ -27,7 +27,7 @@ def decoder_layers_of(model: nn.Module, names: Sequence[str], num_experts: int) 
         ConfigError: a layer lies in none, or a decoder layer has another number of them
         ModelError: a decoder layer has a router of its own
     """
-    found = {name: _decoder_layer(model, name) for name in names}
+    found = {name: decoder_layer_of(model, name) for name in names}
     outside = [name for name, layer in found.items() if not layer]
     if outside:
         allowed = f"linear layers of decoder layers {_WHERE}"
@@ -54,7 +54,8 @@ def hidden_size(model: nn.Module) -> int:
     return size
 
 
-def _decoder_layer(model: nn.Module, name: str) -> str:
+def decoder_layer_of(model: nn.Module, name: str) -> str:
+    """Name of the element of the outermost list of modules that a layer lies in; empty where it lies in none."""
     parts = name.split(".")
     for end in range(1, len(parts) - 1):
         if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
