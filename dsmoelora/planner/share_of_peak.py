@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from dsmoelora.config import Recipe
+from dsmoelora.config import ParallelConfig, Recipe
 from dsmoelora.model import load_model_config, without_dropout
 from dsmoelora.parallel.placement import ExpertPlacement
 from dsmoelora.planner.devices import Device, device_called, device_named
@@ -33,21 +33,19 @@ def device_of_run(recipe: Recipe) -> Device | None:
 def token_flops(recipe: Recipe) -> TokenFlops | None:
     """What a token of the recipe's model costs, wherever its experts lie and whatever its base is packed in.
 
-    None, with a word to the log, for a model whose code does not run on tensors without memory: a run can do without.
+    None, with a word to the log, where they cannot be counted, as of a model whose code does not run on tensors without
+    memory: a run can do without.
     """
-    plain = replace(
-        recipe,
-        model=replace(recipe.model, quantize="none"),
-        parallel=replace(recipe.parallel, ep_size=1),
-    )
-    described = load_model_config(plain.model)
+    alone = replace(recipe, parallel=ParallelConfig())
+    described = load_model_config(alone.model)
     without_dropout(described)
-    alone = ExpertPlacement(plain.adapter.num_in_layer, ep_size=1, world_size=1, rank=0)
+    all_experts = ExpertPlacement(alone.adapter.num_in_layer, ep_size=1, world_size=1, rank=0)
     try:
-        flops = pass_bytes(described, plain, alone).flops
-    except RuntimeError as error:  # what it computes depends on numbers
+        flops = pass_bytes(described, alone, all_experts).flops
+    except Exception as error:  # a model's own code need not run without weights, and may train all the same
+        logger.debug("The products of a token cannot be counted.", exc_info=error)
         logger.info(
             "no mfu(%%): the products of %s cannot be counted (%s)", recipe.model.path, str(error).split("\n")[0]
         )
         return None
-    return TokenFlops.of(flops, plain.train.micro_batch_size, plain.data.max_length)
+    return TokenFlops.of(flops, recipe.train.micro_batch_size, recipe.data.max_length)

@@ -162,9 +162,12 @@ def test_a_run_knows_what_its_tokens_cost_wherever_its_experts_lie(tmp_path: Pat
     LLAMA.save_pretrained(tmp_path)
     recipe = recipe_of()
     recipe.model.path = str(tmp_path)
-    spread = replace(recipe, parallel=ParallelConfig(ep_size=3), train=replace(recipe.train, device="h200"))
+    parallel = ParallelConfig(ep_size=3, exchange="gather")
+    spread = replace(recipe, parallel=parallel, train=replace(recipe.train, device="h200"))
+    packed = replace(recipe, model=replace(recipe.model, quantize="nf4"))
+    packed = replace(packed, adapter=replace(recipe.adapter, init="loftq"))  # which a plain base would refuse
     cost = token_flops(spread)
-    assert cost is not None and cost == token_flops(recipe)
+    assert cost is not None and cost == token_flops(recipe) == token_flops(packed)
     assert cost.in_row(LENGTH) == model_flops(pass_bytes(LLAMA, recipe, ALONE).flops) / ROWS / LENGTH
     device = device_of_run(spread)
     assert device is not None and device.name == "h200"
