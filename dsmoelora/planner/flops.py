@@ -5,11 +5,15 @@ T tokens, H heads of d numbers, S keys, E experts of rank R, F = E R.
     a frozen matrix (D, O)    forward 2 T D O; backward as much for its input, and nothing for the weight
     attention                 forward 4 T S H d (masked or not); backward twice that
     experts                   forward 2 T F (D + O); backward as much for the inputs and as much for the factors
-    router (E, D)             forward 2 T E D; backward twice that
+    mixers (moslora)          forward 2 O F R; backward twice that
+    lengths of rows (dora)    forward 2 T E O for what the base says, 2 F D O and 2 F R (D + O) for the norms; backward
+                              2 T E O for the gates and as much for the magnitudes
+    router (E, D)             forward 2 T E D; backward twice that; `constant` has no product
     head (D, V)               as a frozen matrix, of the tokens before a target
 
-What is computed again (layers with checkpointing, the scores of fused attention) is counted apart: it is work, but no
-progress. In bf16 the logits of routers take a second product (`product_fp32`), which is left out too.
+What is computed again (layers with checkpointing, the scores of fused attention, mixed factors, the change of what the
+base says) is counted apart: it is work, but no progress. In bf16 the logits of routers take a second product
+(`product_fp32`), which is left out too.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from transformers import PreTrainedModel
 
 from dsmoelora.adapters import RoutedLinear
 from dsmoelora.adapters.experts.bank import ExpertBank, Factor
+from dsmoelora.adapters.experts.dora import DoraRows
 from dsmoelora.adapters.four_bit import FrozenLinear4bit
+from dsmoelora.adapters.routers.given import ConstantRouter
 from dsmoelora.config import OptimConfig
 from dsmoelora.planner.shapes import ParameterShape
 
@@ -116,9 +122,11 @@ class FlopsOfModel:
             if isinstance(module, ExpertBank):
                 # before the call: the last of a layer that is computed again does not come to its end
                 module.register_forward_pre_hook(self._experts, with_kwargs=True)
+            elif isinstance(module, DoraRows):
+                module.register_forward_pre_hook(self._rows)
             elif _is_attention(module):
                 module.register_forward_hook(self._attention, with_kwargs=True)
-            elif not isinstance(module, nn.Embedding) and _has_matrices(module):
+            elif not isinstance(module, nn.Embedding | ConstantRouter) and _has_matrices(module):
                 module.register_forward_hook(self._matrices)
 
     def _add(self, source: Source, forward: float, backward: float, again: float = 0.0) -> None:
@@ -156,9 +164,21 @@ class FlopsOfModel:
         num_tokens, input_learns = args[1].shape[0], args[1].requires_grad
         self._factor(num_tokens, module.a, input_learns)
         self._factor(num_tokens, module.b, input_learns=True)
+        if module.m is not None:
+            mixed = 2 * module.b.numel() * module.m.shape[-1]
+            self._add(Source.EXPERTS, mixed, 2 * mixed, again=mixed)
         if len(args) == 2:  # no gates are given
             for weight in module.joined_parameters:
                 self._factor(num_tokens, weight, input_learns, Source.ROUTERS)
+
+    def _rows(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The change of what the base says, and the norms; for their `W0 a` the base layer itself is called."""
+        assert isinstance(module, DoraRows)
+        _, x_TD, gate_TE, _ = args
+        norms = 2 * (module.a.numel() + module.b.numel()) * module.a.shape[-1]
+        change = 2 * gate_TE.numel() * module.b.shape[1]
+        backward = change * (gate_TE.requires_grad + module.magnitude.requires_grad)
+        self._add(Source.EXPERTS, norms + change, backward, again=change * x_TD.requires_grad)
 
     def _attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

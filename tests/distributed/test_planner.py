@@ -57,6 +57,21 @@ def test_memory_of_a_rank(stage: int, checkpointing: bool, tmp_path: Path, worke
 
 
 @pytest.mark.parametrize("stage", [3, thorough(0)])
+def test_memory_of_a_rank_with_lengths_of_rows(stage: int, tmp_path: Path, worker_pool: PoolFactory) -> None:
+    """Those of the base are buffers, the base's output is kept, and its layers are called twice."""
+    recipe, zero = recipe_of(tmp_path, "fp32", 128), zero_of(stage)
+    recipe = replace(recipe, adapter=replace(recipe.adapter, expert="dora"))
+    plan = plan_memory(recipe, {"zero_optimization": zero}, 2)
+    found = worker_pool(2).run(train_and_measure, recipe, zero)[0]
+    always = plan.total(Phase.ALWAYS)
+    assert always == pytest.approx(found.at_rest, abs=ROUTERS_SUMS)
+    assert plan.total(Phase.PASS) - always == pytest.approx(found.peak, rel=0.1)
+    if stage == 3:
+        gathered = rehearse(recipe, {"zero_optimization": zero}, 2).gathered
+        assert gathered.peak == pytest.approx(found.gathered_peak, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [3, thorough(0)])
 def test_memory_of_a_rank_with_a_base_in_4_bits(stage: int, tmp_path: Path, worker_pool: PoolFactory) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra [quant] is not installed")
     recipe = recipe_of(tmp_path, "fp32", 128)

@@ -75,7 +75,12 @@ def counted_by_torch(shape: Any, recipe: Recipe) -> int:
         (LLAMA, {"lora_dropout": 0.1}),  # the experts make their features themselves
         (LLAMA, {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
         (LLAMA, {"router": "noisy_topk"}),
+        (LLAMA, {"router": "constant", "top_k": None}),
+        (LLAMA, {"expert": "moslora"}),
+        (LLAMA, {"expert": "dora"}),
+        (LLAMA, {"expert": "dora", "freeze": ["magnitude", "router"]}),
         (GPT2, {}),
+        (GPT2, {"expert": "dora"}),  # whose layers have biases
     ],
 )
 def test_the_formulas_are_what_torch_counts(shape: Any, adapter: dict[str, Any], checkpointing: bool) -> None:
