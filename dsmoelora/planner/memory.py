@@ -177,6 +177,7 @@ def _optimizer_parts(run: Rehearsal) -> list[Part]:
     return [
         Part("masters, fp32", own * _FP32 if stage else 0, on_host=away),
         Part("moments, fp32", own * _FP32 * num_moments(recipe.optim), on_host=away),
+        Part("start of the factors", run.start_bytes, on_host=away),
         Part("buffer of the preconditioner", buffer, on_host=away),
         Part("adapters, a copy for the host", own * run.itemsize if away and stage < 3 else 0, on_host=True),
     ]

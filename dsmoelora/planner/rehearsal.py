@@ -73,6 +73,11 @@ class Rehearsal:
             return sum(one.numel for one in trained)
         return sum(one.piece for one in trained) if self.zero.stage == 3 else self.string_numel // self.world_size
 
+    @property
+    def start_bytes(self) -> int:
+        """Of what a rank keeps of the factors' start with `adapter.init: svd`: a number for each of its own."""
+        return self.own_numel * self.itemsize if self.recipe.adapter.init == "svd" else 0
+
     def num_cut_rows(self, trained: list[ParameterShape]) -> int:
         """Rows of factors that lie on several ranks, of tensors of one process group."""
         return num_cut_rows(trained, self.zero.stage, self.string_numel // self.world_size)

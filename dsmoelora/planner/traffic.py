@@ -242,6 +242,6 @@ def of_the_host(run: Rehearsal) -> list[Traffic]:
 
 
 def _checkpoint(run: Rehearsal) -> Traffic:
-    """A rank's file: values and moments."""
-    num_bytes = run.own_numel * _FP32 * (1 + num_moments(run.recipe.optim))
+    """A rank's file: values and moments, and the factors' start."""
+    num_bytes = run.own_numel * _FP32 * (1 + num_moments(run.recipe.optim)) + run.start_bytes
     return Traffic("checkpoint", "checkpoint", "write", 1, num_bytes, 1)

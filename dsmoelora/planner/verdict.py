@@ -18,6 +18,7 @@ _REMEDIES = {
     "adapters, kept whole": "smaller stage3_param_persistence_threshold",
     "masters, fp32": "more ranks, or offload_optimizer",
     "moments, fp32": "more ranks, or offload_optimizer",
+    "start of the factors": "more ranks, or offload_optimizer",
     "reduce bucket": "smaller reduce_bucket_size (ds_configs/zero3.json has 20 million)",
     "activations, kept": "train.activation_checkpointing: true, or a smaller train.micro_batch_size",
     "inputs of the layers, kept": "smaller train.micro_batch_size or data.max_length",

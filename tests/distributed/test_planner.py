@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from dsmoelora.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, ParallelConfig, Recipe, TrainConfig
-from dsmoelora.planner import Phase, plan_memory, rehearse
+from dsmoelora.planner import Phase, memory_of, plan_memory, rehearse
+from dsmoelora.planner.traffic import _checkpoint as checkpoint_of
 from tests.conftest import PoolFactory, thorough
 from tests.helpers import tiny_llama
 from tests.memory_of_rank import train_and_measure
@@ -111,3 +113,50 @@ def test_what_is_held_between_two_steps_in_bf16(
     found = worker_pool(2).run(train_and_measure, recipe, zero)[0]
     always = sum(plan.total(Phase.ALWAYS, on_host=on_host) for on_host in (False, True))
     assert always == pytest.approx(found.at_rest, abs=ROUTERS_SUMS)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Bytes of a rank.
+
+    Args:
+        held: of the factors' start, on the device or the host
+        written: of the numbers in its file of a checkpoint
+    """
+
+    held: int
+    written: int
+
+
+def keep_and_write_start(recipe: Recipe, zero: dict[str, Any], folder: Path) -> Start:
+    from dsmoelora.engine import Engine
+    from dsmoelora.parallel import comm
+
+    engine = Engine.build(recipe, {"zero_optimization": zero})
+    assert engine._start is not None
+    checkpoint = engine.save(folder, {}, keep=1)
+    numbers = load_file(checkpoint / f"rank-{comm.rank():05}.safetensors").values()
+    return Start(sum(flat.nbytes for flat in engine._start.flat), sum(tensor.nbytes for tensor in numbers))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "dtype", "more"),
+    [
+        (1, 3, "bf16", {}),
+        (2, 3, "bf16", {"offload_optimizer": {"device": "cpu"}}),
+        (2, 2, "fp32", {}),
+        thorough(1, 0, "fp32", {}),
+        thorough(2, 1, "bf16", {}),
+    ],
+)
+def test_the_start_that_is_kept_and_written(
+    world_size: int, stage: int, dtype: Any, more: dict[str, Any], tmp_path: Path, worker_pool: PoolFactory
+) -> None:
+    recipe, zero = recipe_of(tmp_path, dtype, 16), zero_of(stage, **more)
+    recipe = replace(recipe, adapter=replace(recipe.adapter, init="svd"))
+    run = rehearse(recipe, {"zero_optimization": zero}, world_size)
+    (part,) = [one for one in memory_of(run).parts if one.name == "start of the factors"]
+    assert (part.is_exact, part.phase, part.on_host) == (True, Phase.ALWAYS, bool(more))
+    found = worker_pool(world_size).run(keep_and_write_start, recipe, zero, tmp_path / "run")[0]
+    assert part.num_bytes == found.held
+    assert checkpoint_of(run).sent_bytes == found.written
