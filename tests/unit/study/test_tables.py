@@ -25,27 +25,37 @@ from benchmarks.study.search import Chosen, search
 # Every table of the docs: page, study and task, arms with the control first.
 SHOWN = (
     ("choosing", "short/conflicting", "lora experts lora-active dense shared falling-k gradient"),
-    ("choosing", "long/conflicting", "lora experts lora-active dense shared slow-routers falling-k experts-20-10"),
-    ("choosing", "long/conflicting", "experts lora-active dense shared slow-routers falling-k experts-20-10"),
+    (
+        *("choosing", "long/conflicting"),
+        "lora experts lora-active lora-12 dense shared slow-routers falling-k experts-20-10 short-betas"
+        " lora-short-betas",
+    ),
+    (
+        *("choosing", "long/conflicting"),
+        "experts lora-active lora-12 dense shared slow-routers falling-k experts-20-10 short-betas",
+    ),
+    ("choosing", "long/conflicting", "shared lora-12"),
     ("choosing", "thousand/conflicting", "lora experts shared"),
     (
         *("choosing", "short/demo"),
-        "lora experts slow-routers lora-active lora-gradient gradient short-betas"
+        "lora experts slow-routers lora-active lora-svd lora-gradient gradient short-betas"
         " lora-short-betas betas-0.99 lora-betas-0.99 lora-plus",
     ),
     (
         "choosing",
         "short/demo",
-        "experts experts-4-2 experts-8-4 experts-20-10 dense shared slow-routers balance sigmoid-bias falling-k svd"
-        " one-first",
+        "experts experts-4-1 experts-4-2 experts-8-1 experts-8-4 experts-20-2 experts-20-10 dense shared slow-routers"
+        " balance sigmoid-bias falling-k svd one-first",
     ),
     ("choosing", "long/demo", "lora experts shared"),
     ("choosing", "thousand/demo", "lora experts"),
     ("choosing", "recipe/demo", "lora-80 experts-20-10 slow-20-10 gradient-20-10 short-20-10"),
-    ("choosing", "short/qa", "lora experts dense shared"),
+    ("choosing", "short/gsm8k", "lora experts shared"),
+    ("choosing", "short/qa", "lora experts dense shared short-betas lora-short-betas"),
     ("choosing", "long/qa", "lora experts"),
     ("choosing", "thousand/qa", "lora experts"),
     ("riemannian", "short/demo", "experts scaled scaled-0.01 tangent tangent-0.01 short-betas betas-0.99 lora-plus"),
+    ("riemannian", "short/qa", "experts scaled tangent short-betas"),
     (
         *("riemannian", "short/demo"),
         "sgd sgd-scaled-1e-06 sgd-scaled-0.01 sgd-scaled-1 sgd-tangent-1e-06 sgd-tangent-0.01 sgd-tangent-1",
