@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -36,12 +38,13 @@ def train_and_measure(recipe: Recipe, zero: dict[str, Any]) -> Held:
     """Three steps of one micro-batch: ZeRO-3 learns the order of the modules in the first two."""
     from dsmoelora.engine import Engine
 
-    before = bytes_of_tensors()
+    before = [weakref.ref(tensor) for tensor in _tensors()]
     engine = Engine.build(recipe, {"zero_optimization": zero})
     batch = padded_batch(recipe)
     for _ in range(3):
         engine.train_step([batch])
-    at_rest = bytes_of_tensors() - before
+    # an engine before this one may have left some that are gone by now
+    at_rest = bytes_of_tensors([tensor for one in before if (tensor := one()) is not None])
     coordinator = getattr(engine._deepspeed.optimizer, "_get_param_coordinator", lambda: None)()
     with _Gathering(coordinator) as gathering:
         peak = allocated_peak(lambda: engine.train_step([batch]))
@@ -81,19 +84,18 @@ def allocated_peak(run: Any) -> int:
     return min(peaks)
 
 
-def bytes_of_tensors() -> int:
-    """Of all tensors that Python knows of."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if (
-            isinstance(thing, torch.Tensor)
-            and thing.device.type == "cpu"
-            and type(thing) in (torch.Tensor, torch.nn.Parameter)
-        ):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+def bytes_of_tensors(without: Iterable[torch.Tensor] = ()) -> int:
+    """Of all tensors that Python knows of, but for those that lie where one of `without` does."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors()}
+    for tensor in without:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storages.values())
+
+
+def _tensors() -> list[torch.Tensor]:
+    gc.collect()
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    return [one for one in gc.get_objects() if type(one) in kinds and one.device.type == "cpu"]
 
 
 class _Gathering:
