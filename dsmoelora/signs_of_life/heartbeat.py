@@ -116,18 +116,21 @@ def clear_signs(folder: Path) -> None:
 def running_elsewhere(folder: Path) -> Sign | None:
     """The sign of rank 0 of another start of the run in `folder` that is alive now.
 
-    A process of this node is looked for, and lives while it is suspended, too. That of another node is watched for
-    three signs' time, whatever its clock says; suspended it cannot be told from one that is gone.
+    Takes three signs' time where it gives no new one: it may be about to end, or have ended without a word on another
+    node. A process of this node is looked for, and lives while it is suspended, too; one of another node that is
+    suspended cannot be told from one that is gone.
     """
     sign = read_sign(folder, 0)
     if sign is None or sign.phase in ENDED:
         return None
-    if sign.host == socket.gethostname():
-        return sign if _lives_here(sign) else None
-    if time.time() - sign.alive > _FORGOTTEN_S or silent_ranks(folder, [0], 3 * INTERVAL_S):
+    is_here = sign.host == socket.gethostname()
+    if not _lives_here(sign) if is_here else time.time() - sign.alive > _FORGOTTEN_S:
         return None
+    is_silent = bool(silent_ranks(folder, [0], 3 * INTERVAL_S))
     sign = read_sign(folder, 0)
-    return sign if sign and sign.phase not in ENDED else None
+    if sign is None or sign.phase in ENDED or (is_silent and not (is_here and _lives_here(sign))):
+        return None
+    return sign
 
 
 def _lives_here(sign: Sign) -> bool:

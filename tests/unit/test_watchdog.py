@@ -130,8 +130,9 @@ def test_what_an_ended_start_left_behind_is_no_obstacle(
     assert time.monotonic() - begin < 5, "nobody waits"
 
 
-def test_a_process_that_is_suspended_still_has_its_folder(folder: Path) -> None:
+def test_a_process_that_is_suspended_still_has_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But not one that did not live yet when the sign was written, and has the number of one that has ended."""
+    monkeypatch.setattr("dsmoelora.signs_of_life.heartbeat.INTERVAL_S", 0.2)
     with subprocess.Popen(["sleep", "600"]) as process:
         os.kill(process.pid, signal.SIGSTOP)
         found = []
@@ -140,6 +141,13 @@ def test_a_process_that_is_suspended_still_has_its_folder(folder: Path) -> None:
             found.append(running_elsewhere(folder))
         process.kill()
     assert found[0] is not None and found[0].pid == process.pid and found[1] is None
+
+
+def test_a_start_that_is_about_to_end_here_is_no_obstacle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmoelora.signs_of_life.heartbeat.INTERVAL_S", 1.0)
+    with subprocess.Popen(["sleep", "0.5"]) as process:
+        write_sign(folder, Sign(0, 7, Phase.TRAIN, 0.0, time.time(), pid=process.pid))
+        assert running_elsewhere(folder) is None
 
 
 @pytest.mark.parametrize("behind_s", [65.0, -600.0])
