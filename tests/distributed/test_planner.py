@@ -44,33 +44,30 @@ def zero_of(stage: int, **more: Any) -> dict[str, Any]:
     return {"stage": stage, "reduce_bucket_size": 10_000} | (LARGE if stage == 3 else {}) | more
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", [3, 0, thorough(1), thorough(2)])
-def test_memory_of_a_rank(stage: int, checkpointing: bool, tmp_path: Path, worker_pool: PoolFactory) -> None:
-    recipe, zero = recipe_of(tmp_path, "fp32", 128, checkpointing), zero_of(stage)
+def assert_holds_what_is_planned(recipe: Recipe, stage: int, pool: PoolFactory) -> None:
+    zero = zero_of(stage)
     plan = plan_memory(recipe, {"zero_optimization": zero}, 2)
-    found = worker_pool(2).run(train_and_measure, recipe, zero)[0]
+    found = pool(2).run(train_and_measure, recipe, zero)[0]
     always = plan.total(Phase.ALWAYS)
     assert always == pytest.approx(found.at_rest, abs=ROUTERS_SUMS)
     assert plan.total(Phase.PASS) - always == pytest.approx(found.peak, rel=0.1)
     if stage == 3:
         gathered = rehearse(recipe, {"zero_optimization": zero}, 2).gathered
         assert gathered.peak == pytest.approx(found.gathered_peak, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", [3, 0, thorough(1), thorough(2)])
+def test_memory_of_a_rank(stage: int, checkpointing: bool, tmp_path: Path, worker_pool: PoolFactory) -> None:
+    assert_holds_what_is_planned(recipe_of(tmp_path, "fp32", 128, checkpointing), stage, worker_pool)
 
 
 @pytest.mark.parametrize("stage", [3, thorough(0)])
 def test_memory_of_a_rank_with_lengths_of_rows(stage: int, tmp_path: Path, worker_pool: PoolFactory) -> None:
     """Those of the base are buffers, the base's output is kept, and its layers are called twice."""
-    recipe, zero = recipe_of(tmp_path, "fp32", 128), zero_of(stage)
+    recipe = recipe_of(tmp_path, "fp32", 128)
     recipe = replace(recipe, adapter=replace(recipe.adapter, expert="dora"))
-    plan = plan_memory(recipe, {"zero_optimization": zero}, 2)
-    found = worker_pool(2).run(train_and_measure, recipe, zero)[0]
-    always = plan.total(Phase.ALWAYS)
-    assert always == pytest.approx(found.at_rest, abs=ROUTERS_SUMS)
-    assert plan.total(Phase.PASS) - always == pytest.approx(found.peak, rel=0.1)
-    if stage == 3:
-        gathered = rehearse(recipe, {"zero_optimization": zero}, 2).gathered
-        assert gathered.peak == pytest.approx(found.gathered_peak, rel=0.05)
+    assert_holds_what_is_planned(recipe, stage, worker_pool)
 
 
 @pytest.mark.parametrize("stage", [3, thorough(0)])
